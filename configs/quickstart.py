@@ -1,0 +1,48 @@
+"""A small dropless top-2 mixture of experts on the embedded corpus: what `make quickstart` runs.
+
+Command:  python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart
+Cost:     at most 5 minutes of training on 2 CPU cores
+Reaches:  see docs/zoo/top_k.md
+Presets:  "" (the above), "tiny" (20 steps of a very small model: seconds, for tests)
+"""
+
+from ml_collections import ConfigDict
+
+from moe_zoo.train.config import preset
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    return ConfigDict(preset(arg, {"": FULL, "tiny": TINY}))
+
+
+FULL = {
+    "model": {
+        "hidden_size": 128,
+        "layers": "4*moe",
+        "num_experts": 8,
+        "moe_intermediate_size": 256,
+        "attention": {"num_attention_heads": 4, "qk_norm": "head"},
+        "router": {"name": "top_k", "num_experts_per_tok": 2},
+    },
+    "data": {"source": "embedded", "seq_len": 256, "batch_size": 8, "eval_stride": 128},
+    "optim": {"name": "adamw", "learning_rate": 4e-3, "schedule": "cosine", "warmup_steps": 100},
+    "train": {"minutes": 4.5},
+    "checkpoint": {"every": 1000},
+    "log": {"every": 20, "eval_every": 500},
+}
+
+TINY = {
+    "model": {
+        "hidden_size": 32,
+        "layers": "2*moe",
+        "num_experts": 4,
+        "moe_intermediate_size": 32,
+        "attention": {"num_attention_heads": 2},
+        "router": {"name": "top_k", "num_experts_per_tok": 2},
+    },
+    "data": {"source": "embedded", "seq_len": 64, "batch_size": 8},
+    "optim": {"warmup_steps": 5},
+    "train": {"steps": 20},
+    "checkpoint": {"every": 10},
+    "log": {"every": 5, "eval_every": 10, "eval_rows": 32, "sample_tokens": 32},
+}

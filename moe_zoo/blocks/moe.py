@@ -1,0 +1,110 @@
+"""The routed feed-forward layer: router, dispatcher, bank, and what trains the router."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from moe_zoo.core.aux import Aux, Stat
+from moe_zoo.core.context import Routing, RoutingContext
+from moe_zoo.core.decision import TokenChoice
+from moe_zoo.core.param import fan_in, param
+from moe_zoo.core.schema import Choice
+from moe_zoo.layers.mlp import MLP, FeedForwardConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """What a routed layer is made of. `shared_size` > 0 adds a shared expert of that width that every token visits,
+    `shared_gate` weights it by sigmoid(x w_s) as Qwen2-MoE does.
+    """
+
+    num_experts: int
+    intermediate_size: int
+    router: Choice
+    experts: Choice
+    dispatch: Choice
+    losses: tuple[Choice, ...] = ()
+    shared_size: int = 0
+    shared_gate: bool = False
+
+
+class MoE(nnx.Module):
+    """y_t = sum_k gate_tk Expert_{e_tk}(x_t) (+ shared expert)."""
+
+    def __init__(self, config: MoEConfig, *, hidden_size: int, out_scale: float):
+        D, E = hidden_size, config.num_experts
+        self.num_experts, self.hidden_size = E, D
+        self.router = config.router.make(num_experts=E, hidden_size=D)
+        self.experts = config.experts.make(
+            num_experts=E, hidden_size=D, intermediate_size=config.intermediate_size, out_scale=out_scale
+        )
+        self.dispatch = config.dispatch.make()
+        self.losses = tuple((choice.name, choice.make()) for choice in config.losses)
+        if config.shared_size:
+            self.shared = MLP(FeedForwardConfig(), hidden_size=D, intermediate_size=config.shared_size, out_scale=out_scale)
+        if config.shared_gate:
+            self.shared_gate = param((D, 1), ("embed", None), fan_in(D))
+
+    def __call__(self, x_BSD: Float[Array, "B S D"], ctx: RoutingContext) -> tuple[Float[Array, "B S D"], Aux, Routing]:
+        x_TD = x_BSD.reshape(-1, self.hidden_size)
+        with jax.named_scope("router"):
+            routing = self._route(x_TD, ctx)
+        y_TD, moved = self.dispatch(x_TD, routing.decision, self.experts, ctx)
+        if hasattr(self, "shared"):
+            y_TD = y_TD + self._shared(x_TD)
+        aux = routing.aux | self._losses(routing, ctx) | Aux(stats=moved) | Aux(stats=routing_stats(routing, ctx))
+        return y_TD.reshape(x_BSD.shape), aux, routing
+
+    def _route(self, x_TD, ctx: RoutingContext) -> Routing:
+        if "given" in ctx.inputs:
+            return Routing(ctx.inputs["given"].masked(ctx.valid), carry=ctx.carry, cache=ctx.cache)
+        routing = self.router(x_TD, ctx)
+        return dataclasses.replace(routing, decision=routing.decision.masked(ctx.valid))
+
+    def _shared(self, x_TD):
+        y_TD = self.shared(x_TD)
+        if hasattr(self, "shared_gate"):
+            y_TD = y_TD * jax.nn.sigmoid(x_TD @ self.shared_gate[...].astype(x_TD.dtype))
+        return y_TD
+
+    def _losses(self, routing: Routing, ctx: RoutingContext) -> Aux:
+        if routing.logits is None:
+            return Aux()
+        losses, stats = {}, {}
+        for name, loss in self.losses:
+            raw = loss(routing, ctx)
+            losses[name] = loss.config.coef * raw
+            stats[name] = Stat.average(jax.lax.stop_gradient(raw))
+        return Aux(losses=losses, stats=stats)
+
+    def after_step(self, stats: dict[str, Stat]) -> dict[str, Array]:
+        """New buffer values, keyed by their path below this layer."""
+        return {f"router.{name}": value for name, value in self.router.after_step(stats).items()}
+
+    def flops_per_token(self, rows_per_token: float | None = None) -> float:
+        """Forward FLOPs of one token: router, `rows_per_token` expert rows (the router's own figure if None), shared."""
+        rows = self.router.active() if rows_per_token is None else rows_per_token
+        flops = 2 * self.hidden_size * self.num_experts + rows * self.experts.flops_per_row()
+        return flops + (self.shared.flops_per_token() if hasattr(self, "shared") else 0)
+
+
+def routing_stats(routing: Routing, ctx: RoutingContext) -> dict[str, Stat]:
+    """What every routed layer reports: load per expert, experts per token, router entropy, load per domain."""
+    decision, stats = routing.decision, {}
+    weight_T = jnp.ones(ctx.batch * ctx.seq, jnp.float32) if ctx.valid is None else ctx.valid.astype(jnp.float32)
+    if isinstance(decision, TokenChoice):
+        stats["load"] = Stat.sum(decision.counts())
+        stats["experts_per_token"] = Stat.mean(decision.live().sum().astype(jnp.float32), weight_T.sum())
+        if ctx.num_domains and ctx.domain is not None:
+            # (domains, T) @ (T, E): tokens without a domain (-1) match no row
+            domain_XT = (ctx.domain == jnp.arange(ctx.num_domains)[:, None]).astype(jnp.float32)
+            hits_TE = (decision.experts[..., None] == jnp.arange(decision.num_experts)).sum(1).astype(jnp.float32)
+            stats["load_by_domain"] = Stat.sum(domain_XT @ hits_TE)
+    if routing.probs is not None:
+        probs_TE = jax.lax.stop_gradient(routing.probs)
+        entropy_T = -jnp.sum(probs_TE * jnp.log(jnp.maximum(probs_TE, 1e-30)), -1)
+        stats["entropy"] = Stat.mean((entropy_T * weight_T).sum(), weight_T.sum())
+    return stats

@@ -1,0 +1,93 @@
+"""Our own checkpoints, behind orbax's manager: atomic, asynchronous, readable on another mesh.
+
+    workdir/config.json           every setting, defaults written out
+    workdir/checkpoints/<step>/   params: trainable, frozen, buffers by path
+                                  train:  optimizer, objective, step
+                                  meta:   data position of the last consumed batch, seconds trained, versions
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+PARAMS = ("trainable", "frozen", "buffers")
+_TRAIN = ("opt", "objective", "step")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message is one line."""
+
+
+class Checkpoints:
+    """The checkpoints of one work directory."""
+
+    def __init__(self, workdir: str | Path, keep: int = 2):
+        # orbax is half a second to import and only runs need it; a relative path would fail silently in its thread
+        import orbax.checkpoint as ocp
+
+        logging.getLogger("absl").setLevel(logging.WARNING)
+        self._ocp, self.path = ocp, Path(workdir).absolute() / "checkpoints"
+        self._manager = ocp.CheckpointManager(
+            self.path, item_names=("params", "train", "meta"), options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        )
+
+    def latest(self) -> int | None:
+        """The newest step that was completely written, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: dict[str, Any], meta: dict[str, Any]) -> None:
+        """Starts writing; returns once the arrays are copied. One save runs at a time."""
+        args = self._ocp.args
+        # an empty tree leaves no files behind and would not restore
+        params = {group: state[group] for group in PARAMS if state[group]}
+        train = {name: state[name] for name in _TRAIN if name != "objective" or state[name]}
+        self._manager.save(
+            step,
+            args=args.Composite(params=args.StandardSave(params), train=args.StandardSave(train), meta=args.JsonSave(meta)),
+        )
+
+    def restore(self, step: int, abstract: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(state, meta) onto the shardings of `abstract`."""
+        args = self._ocp.args
+        params = {group: abstract[group] for group in PARAMS if abstract[group]}
+        train = {name: abstract[name] for name in _TRAIN if name != "objective" or abstract[name]}
+        try:
+            got = self._manager.restore(
+                step,
+                args=args.Composite(
+                    params=args.StandardRestore(params), train=args.StandardRestore(train), meta=args.JsonRestore()
+                ),
+            )
+        except Exception as error:
+            raise CheckpointError(f"{self.path / str(step)} cannot be restored: {_first_line(error)}") from error
+        empty = {group: {} for group in (*PARAMS, "objective")}
+        return empty | dict(got.params) | dict(got.train), dict(got.meta)
+
+    def groups(self, step: int) -> dict[str, str]:
+        """Path -> the group it was saved in ("trainable", "frozen", "buffers")."""
+        try:
+            tree = self._manager.item_metadata(step).params
+            return {name: group for group in PARAMS if group in tree for name in tree[group]}
+        except Exception as error:
+            raise CheckpointError(f"{self.path / str(step)} cannot be read: {_first_line(error)}") from error
+
+    def restore_params(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+        """The parameters and buffers only, as one dict by path."""
+        args = self._ocp.args
+        wanted = {group: abstract[group] for group in PARAMS if abstract[group]}
+        try:
+            got = self._manager.restore(step, args=args.Composite(params=args.StandardRestore(wanted)))
+        except Exception as error:
+            raise CheckpointError(f"{self.path / str(step)} cannot be restored: {_first_line(error)}") from error
+        return {name: array for group in got.params.values() for name, array in group.items()}
+
+    def wait(self) -> None:
+        """Until the last save is on disk; raises what went wrong with it."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -1,0 +1,62 @@
+"""All that a router may look at besides its tokens, and what it returns."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jaxtyping import Array, Bool, Float, Int
+
+from moe_zoo.core.aux import Aux
+from moe_zoo.core.decision import Decision
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RoutingContext:
+    """One per layer call. Token fields are flattened (T = batch * seq). A field that is None was not provided.
+
+    `carry` runs through the depth, `cache` through decoding time; both are the router's own pytrees. `inputs` are
+    per-layer arrays from outside (`router_bias`, `given`), sliced by the scan beside the parameters.
+    """
+
+    batch: int = dataclasses.field(metadata={"static": True})
+    seq: int = dataclasses.field(metadata={"static": True})
+    train: bool = dataclasses.field(default=False, metadata={"static": True})
+    num_domains: int = dataclasses.field(default=0, metadata={"static": True})
+    valid: Bool[Array, "T"] | None = None
+    positions: Int[Array, "T"] | None = None
+    segment_ids: Int[Array, "T"] | None = None
+    token_ids: Int[Array, "T"] | None = None
+    domain: Int[Array, "T"] | None = None
+    language: Int[Array, "T"] | None = None
+    modality: Int[Array, "T"] | None = None
+    step: Int[Array, ""] | None = None
+    layer: Int[Array, ""] | None = None
+    key: Any = None
+    carry: Any = None
+    cache: Any = None
+    shared: Any = None
+    inputs: dict[str, Array] = dataclasses.field(default_factory=dict)
+
+    def replace(self, **changes) -> "RoutingContext":
+        return dataclasses.replace(self, **changes)
+
+
+# Fields of the context that a model can supply; `Router.requires` may name any of them.
+PROVIDABLE = ("valid", "positions", "segment_ids", "token_ids", "domain", "language", "modality", "step", "key")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """A decision, and what losses and analysis need to know about how it was reached.
+
+    `logits` and `probs` are float32 and the ones before any balancing bias; None for routers that have none.
+    """
+
+    decision: Decision
+    logits: Float[Array, "T E"] | None = None
+    probs: Float[Array, "T E"] | None = None
+    carry: Any = None
+    cache: Any = None
+    aux: Aux = dataclasses.field(default_factory=Aux)

@@ -1,0 +1,11 @@
+"""Dispatchers move. They turn a decision into rows for a bank and bring the rows back; drops are counted here."""
+
+from moe_zoo.core.registry import Registry
+
+DISPATCHERS = Registry(
+    "dispatcher",
+    {
+        "dropless": "moe_zoo.dispatch.dropless:Dropless",
+        "capacity": "moe_zoo.dispatch.capacity:Capacity",
+    },
+)

@@ -1,0 +1,87 @@
+"""Dropless dispatch (MegaBlocks, arXiv 2211.15841): rows sorted by expert, group sizes as data, nothing padded.
+
+With a row budget the number of rows R is smaller than T*K: for routers whose tokens use a varying number of experts.
+Live rows come first; if they exceed R, the smallest gates are dropped and counted.
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from moe_zoo.core.aux import Stat
+from moe_zoo.core.context import RoutingContext
+from moe_zoo.core.decision import TokenChoice
+from moe_zoo.core.schema import positive
+from moe_zoo.dispatch.plan import RowPlan, move
+
+
+@dataclasses.dataclass(frozen=True)
+class DroplessConfig:
+    """`row_budget`: rows per token (R = ceil(row_budget * T)); None gives every choice its row.
+
+    `gate_on`: where the gate multiplies, the expert's output (usual) or its input (Llama-4).
+    """
+
+    row_budget: float | None = None
+    gate_on: Literal["output", "input"] = "output"
+
+    def validate(self, path: str) -> None:
+        positive(self, path, "row_budget")
+
+
+class Dropless:
+    """Every choice gets a row, sorted by expert; an optional row budget drops the smallest gates."""
+
+    Config = DroplessConfig
+    decisions = (TokenChoice,)
+
+    def __init__(self, config: DroplessConfig = DroplessConfig()):
+        self.config = config
+
+    def plan(self, decision: TokenChoice, ctx: RoutingContext) -> RowPlan:
+        T, K = decision.experts.shape
+        E, R = decision.num_experts, T * K
+        expert_N = decision.experts.reshape(-1)
+        if self.config.row_budget is not None and self.config.row_budget < K:
+            R = math.ceil(self.config.row_budget * T)
+            expert_N = keep_largest(expert_N, decision.gates.reshape(-1), R, E)
+        order_R, slot_N, group_sizes_E = sort_by_expert(expert_N, E, R)
+        live_R = jnp.arange(R) < group_sizes_E.sum()
+        choice_R = jnp.where(live_R, order_R, T * K)
+        return RowPlan(choice_R, slot_N.reshape(T, K), decision.gates, group_sizes_E, E, self.config.gate_on)
+
+    def __call__(
+        self, x_TD: Float[Array, "T D"], decision: TokenChoice, bank, ctx: RoutingContext
+    ) -> tuple[Float[Array, "T D"], dict[str, Stat]]:
+        return move(decision, self.plan(decision, ctx), x_TD, bank)
+
+
+def sort_by_expert(
+    expert_N: Int[Array, "N"], E: int, R: int
+) -> tuple[Int[Array, "R"], Int[Array, "N"], Int[Array, "E"]]:
+    """Stable order of N choices by expert, cut to R rows; E means none and sorts last.
+
+    Returns (choice of each row, row of each choice or R, rows per expert).
+    """
+    N = expert_N.shape[0]
+    if (E + 1) * N < 2**31:
+        # one packed int32 key: sorting a single operand is several times cheaper than a key and a payload
+        order_N = jax.lax.sort(expert_N * N + jnp.arange(N, dtype=jnp.int32), is_stable=False) % N
+    else:
+        order_N = jnp.argsort(expert_N, stable=True).astype(jnp.int32)
+    row_N = jnp.zeros(N, jnp.int32).at[order_N].set(jnp.arange(N, dtype=jnp.int32), unique_indices=True)
+    slot_N = jnp.where((expert_N < E) & (row_N < R), row_N, R)
+    group_sizes_E = (expert_N[:, None] == jnp.arange(E)).sum(0, dtype=jnp.int32)
+    return order_N[:R], slot_N, group_sizes_E
+
+
+def keep_largest(expert_N: Int[Array, "N"], gate_N: Float[Array, "N"], R: int, E: int) -> Int[Array, "N"]:
+    """Sends all but the R live choices with the largest |gate| to E (none). Ties go to earlier choices."""
+    size_N = jnp.where(expert_N < E, jnp.abs(jax.lax.stop_gradient(gate_N)), -1.0)
+    _, best_R = jax.lax.top_k(size_N, R)
+    kept_N = jnp.zeros(expert_N.shape, bool).at[best_R].set(True)
+    return jnp.where(kept_N, expert_N, E)

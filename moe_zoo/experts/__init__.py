@@ -1,0 +1,5 @@
+"""Banks compute: E experts with their weights stacked."""
+
+from moe_zoo.core.registry import Registry
+
+EXPERTS = Registry("expert bank", {"feed_forward": "moe_zoo.experts.feed_forward:FeedForward"})

@@ -1,0 +1,6 @@
+"""Using a trained model: loading, logits, generation."""
+
+from moe_zoo.inference.generate import generate
+from moe_zoo.inference.loaded import Loaded, Output, load
+
+__all__ = ["Loaded", "Output", "generate", "load"]

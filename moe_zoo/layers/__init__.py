@@ -1,0 +1,1 @@
+"""Plain transformer parts: attention, norms, rotary positions, embeddings, dense feed-forward."""

@@ -1,0 +1,30 @@
+"""Token embedding, and the output head that may share its table."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from moe_zoo.core.param import Normal, fan_in, param
+
+
+class Embedding(nnx.Module):
+    """table[ids]; `attend` gives logits with the same table (tied embeddings)."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, std: float = 0.02):
+        self.table = param((vocab_size, hidden_size), ("vocab", "embed"), Normal(std))
+
+    def __call__(self, ids_BS: Int[Array, "B S"], dtype) -> Float[Array, "B S D"]:
+        return jnp.take(self.table[...].astype(dtype), ids_BS, axis=0)
+
+    def attend(self, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
+        return x_BSD @ self.table[...].astype(x_BSD.dtype).T
+
+
+class Head(nnx.Module):
+    """The untied output projection."""
+
+    def __init__(self, vocab_size: int, hidden_size: int):
+        self.kernel = param((hidden_size, vocab_size), ("embed", "vocab"), fan_in(hidden_size))
+
+    def __call__(self, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
+        return x_BSD @ self.kernel[...].astype(x_BSD.dtype)

@@ -1,0 +1,48 @@
+"""The feed-forward formula, and the dense network that every token visits."""
+
+import dataclasses
+from typing import Literal
+
+from flax import nnx
+
+from moe_zoo.core.param import fan_in, param
+from pallas_kernels.expert_ffn.activations import hidden
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
+
+
+@dataclasses.dataclass(frozen=True)
+class FeedForwardConfig:
+    """`gated`: act(x W_gate) * (x W_up) W_down (arXiv 2002.05202); otherwise act(x W_up) W_down."""
+
+    activation: Activation = "silu"
+    gated: bool = True
+
+    def flops(self, D: int, F: int) -> int:
+        """Forward FLOPs of one token through one network of width F; multiply-adds count two."""
+        return 2 * D * F * (3 if self.gated else 2)
+
+
+def ffn(x, w_gate, w_up, w_down, activation: str):
+    """The formula, over any leading axes that matmul broadcasts. `w_gate` None: no gate."""
+    gate = None if w_gate is None else x @ w_gate
+    return hidden(activation, gate, x @ w_up) @ w_down
+
+
+class MLP(nnx.Module):
+    """SwiGLU by default."""
+
+    def __init__(self, config: FeedForwardConfig, *, hidden_size: int, intermediate_size: int, out_scale: float):
+        D, F = hidden_size, intermediate_size
+        self.config, self.dims = config, (D, F)
+        if config.gated:
+            self.w_gate = param((D, F), ("embed", "mlp"), fan_in(D))
+        self.w_up = param((D, F), ("embed", "mlp"), fan_in(D))
+        self.w_down = param((F, D), ("mlp", "embed"), fan_in(F, out_scale))
+
+    def __call__(self, x):
+        gate = self.w_gate[...].astype(x.dtype) if self.config.gated else None
+        return ffn(x, gate, self.w_up[...].astype(x.dtype), self.w_down[...].astype(x.dtype), self.config.activation)
+
+    def flops_per_token(self) -> int:
+        return self.config.flops(*self.dims)

@@ -1,0 +1,42 @@
+"""RMSNorm (arXiv 1910.07467) and LayerNorm. Statistics in float32 or wider."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_zoo.core.param import Constant, param
+
+NormKind = Literal["rms", "layer"]
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale over the last axis."""
+
+    def __init__(self, size: int, eps: float, axis: str = "embed"):
+        self.eps = eps
+        self.scale = param((size,), (axis,), Constant(1.0))
+
+    def __call__(self, x):
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.eps)
+        return (normed * self.scale[...]).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / std * scale + bias over the last axis."""
+
+    def __init__(self, size: int, eps: float, axis: str = "embed"):
+        self.eps = eps
+        self.scale = param((size,), (axis,), Constant(1.0))
+        self.bias = param((size,), (axis,), Constant(0.0))
+
+    def __call__(self, x):
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        centred = wide - wide.mean(-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + self.eps)
+        return (normed * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+NORMS = {"rms": RMSNorm, "layer": LayerNorm}

@@ -1,0 +1,11 @@
+"""What a router is trained by, besides the task. This table is the registry; a model names any number of them."""
+
+from moe_zoo.core.registry import Registry
+
+LOSSES = Registry(
+    "loss",
+    {
+        "load_balance": "moe_zoo.losses.load_balance:LoadBalance",
+        "z_loss": "moe_zoo.losses.z_loss:ZLoss",
+    },
+)

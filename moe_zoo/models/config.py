@@ -1,0 +1,161 @@
+"""The settings of a decoder, and the little language for its layers.
+
+    layers = "1*dense 26*moe"       DeepSeek-V2-Lite: one dense block, then 26 routed ones
+    layers = "6*(dense moe)"        a routed block every second layer
+    layers = "12*(moe:local moe)"   `local` is a variant: the same settings but for what `variants.local` changes
+
+Every `n*...` becomes one segment, scanned n times.
+"""
+
+import copy
+import dataclasses
+import re
+from typing import Any, Literal
+
+from moe_zoo.blocks.moe import MoEConfig
+from moe_zoo.core.registry import ConfigError, nearest
+from moe_zoo.core.schema import Choice, build, choice, choices, join, positive, set_path, to_dict
+from moe_zoo.dispatch import DISPATCHERS
+from moe_zoo.experts import EXPERTS
+from moe_zoo.layers.attention import AttentionConfig
+from moe_zoo.layers.mlp import FeedForwardConfig
+from moe_zoo.layers.norm import NormKind
+from moe_zoo.losses import LOSSES
+from moe_zoo.routing import ROUTERS
+
+KINDS = ("dense", "moe")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only language model. Numbers carry Hugging Face's names.
+
+    `intermediate_size` is the width of dense blocks, `moe_intermediate_size` of one routed expert. `shared_expert_size`
+    adds an always-active expert. `dtype` is the compute type; parameters, router, softmax and losses are float32.
+    `remat`: what the backward pass recomputes: nothing ("none"), all but matrix products ("dots"), whole blocks ("block").
+    """
+
+    vocab_size: int = 264
+    hidden_size: int = 256
+    layers: str = "4*moe"
+    intermediate_size: int = 1024
+    moe_intermediate_size: int = 512
+    num_experts: int = 8
+    shared_expert_size: int = 0
+    shared_expert_gate: bool = False
+    attention: AttentionConfig = AttentionConfig()
+    mlp: FeedForwardConfig = FeedForwardConfig()
+    router: Choice = choice(ROUTERS, "top_k")
+    experts: Choice = choice(EXPERTS, "feed_forward")
+    dispatch: Choice = choice(DISPATCHERS, "dropless")
+    losses: tuple[Choice, ...] = choices(LOSSES, {"load_balance": {"coef": 0.01}, "z_loss": {"coef": 0.001}})
+    norm: NormKind = "rms"
+    norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    remat: Literal["none", "dots", "block"] = "none"
+    variants: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+
+    def validate(self, path: str) -> None:
+        positive(self, path, "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_experts", "norm_eps")
+        positive(self, path, "shared_expert_size", zero=True)
+        if self.shared_expert_gate and not self.shared_expert_size:
+            raise ConfigError(f"{join(path, 'shared_expert_gate')}: needs shared_expert_size > 0")
+        self._validate_attention(path)
+        self._validate_routing(path)
+        for segment in self.segments(path):
+            for kind in segment.pattern:
+                self.variant(kind, path)
+
+    def _validate_attention(self, path: str) -> None:
+        D, N = self.hidden_size, self.attention.num_attention_heads
+        if self.attention.head_dim is None and (D % N or (D // N) % 2):
+            raise ConfigError(
+                f"{join(path, 'hidden_size')}: {D} over attention.num_attention_heads={N} gives no even head size; "
+                "choose sizes that divide, or set attention.head_dim"
+            )
+
+    def _validate_routing(self, path: str) -> None:
+        router, config = self.router.cls, self.router.config
+        if hasattr(config, "validate_for"):
+            config.validate_for(self.num_experts, join(path, "router"))
+        for part, chosen in [("dispatch", self.dispatch), *((f"losses.{c.name}", c) for c in self.losses)]:
+            if router.decision not in chosen.cls.decisions:
+                takes = ", ".join(d.__name__ for d in chosen.cls.decisions)
+                raise ConfigError(
+                    f"{join(path, part)}: {chosen.name!r} takes {takes}, but router {self.router.name!r} decides by "
+                    f"{router.decision.__name__}"
+                )
+
+    def segments(self, path: str = "model") -> tuple["Segment", ...]:
+        return parse_layers(self.layers, join(path, "layers"))
+
+    def variant(self, kind: str, path: str = "model") -> "ModelConfig":
+        """The settings of one block kind: `moe:local` is these settings changed by `variants["local"]`."""
+        _, _, name = kind.partition(":")
+        if not name:
+            return self
+        if name not in self.variants:
+            known = ", ".join(self.variants) or "none declared"
+            raise ConfigError(f"{join(path, 'layers')}: unknown variant {name!r}{nearest(name, self.variants)} known: {known}")
+        changed = copy.deepcopy(to_dict(self))
+        changed.update(layers="1*moe", variants={})
+        for key, value in _leaves(self.variants[name]):
+            set_path(changed, key, value, f"{join(path, 'variants')}.{name}")
+        return build(ModelConfig, changed, f"{join(path, 'variants')}.{name}")
+
+    def moe(self) -> MoEConfig:
+        return MoEConfig(
+            num_experts=self.num_experts,
+            intermediate_size=self.moe_intermediate_size,
+            router=self.router,
+            experts=self.experts,
+            dispatch=self.dispatch,
+            losses=self.losses,
+            shared_size=self.shared_expert_size,
+            shared_gate=self.shared_expert_gate,
+        )
+
+    @property
+    def num_layers(self) -> int:
+        return sum(len(s.pattern) * s.repeats for s in self.segments())
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """`repeats` times the blocks of `pattern`, with parameters stacked over the repeats."""
+
+    pattern: tuple[str, ...]
+    repeats: int
+
+
+def parse_layers(text: str, path: str) -> tuple[Segment, ...]:
+    """`"1*dense 6*(moe:local moe)"` -> segments. Raises ConfigError naming the part that cannot be read."""
+    part = r"(?:(\d+)\s*\*\s*)?(?:\(([^()]*)\)|([\w:]+))"
+    segments, at = [], 0
+    text = text.strip()
+    while at < len(text):
+        match = re.compile(part + r"(?:\s+|$)").match(text, at)
+        if not match:
+            raise ConfigError(f"{path}: cannot read {text[at:]!r}; expected e.g. '1*dense 6*(dense moe)'")
+        repeats, group, single = match.groups()
+        pattern = tuple((group if group is not None else single).split())
+        repeats = int(repeats) if repeats is not None else 1
+        if repeats < 1 or not pattern:
+            raise ConfigError(f"{path}: {match.group(0).strip()!r} has no layer in it")
+        for kind in pattern:
+            if kind.partition(":")[0] not in KINDS:
+                raise ConfigError(f"{path}: unknown block {kind!r}{nearest(kind, KINDS)} known: {', '.join(KINDS)}")
+        segments.append(Segment(pattern, repeats))
+        at = match.end()
+    if not segments:
+        raise ConfigError(f"{path}: no layers; expected e.g. '4*moe'")
+    return tuple(segments)
+
+
+def _leaves(tree, prefix=""):
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,30 @@
+"""Parameters and FLOPs: one formula, used everywhere."""
+
+from moe_zoo.core import param as P
+from moe_zoo.models.decoder import Decoder
+
+
+def count_parameters(model: Decoder, trainable=None) -> dict[str, int]:
+    """{"total", "active", "trainable"}: buffers are not parameters; active counts the experts that a token uses.
+
+    `trainable`: paths that are trained; all but frozen ones if None.
+    """
+    variables = {n: v for n, v in P.flat(model).items() if not isinstance(v, P.Buffer)}
+    size = {name: var.get_value().size for name, var in variables.items()}
+    active = dict(size)
+    for path, block, _ in model.routed():
+        share = min(1.0, block.ffn.router.active() / block.ffn.num_experts)
+        for name in size:
+            if name.startswith(f"{path}.ffn.experts."):
+                active[name] = round(size[name] * share)
+    if trainable is None:
+        trainable = [n for n, v in variables.items() if not isinstance(v, P.Frozen)]
+    return {"total": sum(size.values()), "active": sum(active.values()), "trainable": sum(size[n] for n in trainable)}
+
+
+def train_flops_per_token(model: Decoder, seq_len: int, rows_per_token: dict[str, float] | None = None) -> float:
+    """Active FLOPs to train on one token of rows of `seq_len`: forward and twice that for the backward pass.
+
+    A token sees (seq_len + 1) / 2 keys on average; recomputation (remat) and the optimizer are not counted.
+    """
+    return 3 * model.flops_per_token((seq_len + 1) / 2, rows_per_token)

@@ -1,0 +1,72 @@
+"""The contract of a router."""
+
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from moe_zoo.core.aux import Stat
+from moe_zoo.core.context import Routing, RoutingContext
+from moe_zoo.core.decision import TokenChoice
+
+
+class Router(nnx.Module):
+    """Maps tokens to a `Decision`.
+
+    A subclass declares `Config` (a frozen dataclass of its own settings), builds its parameters from
+    `(config, num_experts=E, hidden_size=D)`, and implements `__call__`. It sees the global batch: collectives belong
+    to the dispatcher. Router mathematics is float32.
+    """
+
+    Config: ClassVar[type]
+    #: the type of its decisions; dispatchers and losses say which they take
+    decision: ClassVar[type] = TokenChoice
+    #: names of RoutingContext fields that must be there; checked when the model is built
+    requires: ClassVar[tuple[str, ...]] = ()
+    #: a token's decision depends on no later token of its sequence and on no other sequence
+    causal: ClassVar[bool] = True
+
+    num_experts: int
+
+    def __call__(self, x_TD: Float[Array, "T D"], ctx: RoutingContext) -> Routing:
+        raise NotImplementedError(type(self).__name__)
+
+    def init_carry(self, num_tokens: int) -> Any:
+        """State handed from each MoE layer's router to the next, per token; None if depth does not matter."""
+        return None
+
+    def init_cache(self, batch: int, max_seq: int) -> Any:
+        """State kept while decoding; None if a token needs nothing of earlier ones."""
+        return None
+
+    def after_step(self, stats: dict[str, Stat]) -> dict[str, Array]:
+        """New values of this layer's buffers after an optimizer step, given the layer's reduced statistics."""
+        return {}
+
+    def max_active(self) -> int:
+        """Most experts a token can have."""
+        return self.num_experts
+
+    def active(self) -> float:
+        """Experts per token to count in active parameters and FLOPs when no measurement is given."""
+        return self.max_active()
+
+
+def at_least_f32(x: Array) -> Array:
+    """Router mathematics never runs below float32; float64 (used by equality tests) stays float64."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def linear_logits(x_TD: Float[Array, "T D"], w_DE: Float[Array, "D E"]) -> Float[Array, "T E"]:
+    """`x @ w` in float32 or wider, whatever the compute dtype (Switch, arXiv 2101.03961, section 2.4)."""
+    return at_least_f32(x_TD) @ at_least_f32(w_DE)
+
+
+def gather_gates(scores_TE: Float[Array, "T E"], experts_TK: Int[Array, "T K"]) -> Float[Array, "T K"]:
+    """`scores[t, experts[t, k]]`, 0 where the expert is E.
+
+    Written as compare-and-sum: the backward pass of an indexed gather is a scatter-add, slow on CPU and TPU alike.
+    """
+    hit_TKE = experts_TK[..., None] == jnp.arange(scores_TE.shape[-1])
+    return jnp.where(hit_TKE, scores_TE[:, None, :], 0).sum(-1)

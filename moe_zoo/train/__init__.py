@@ -1,0 +1,1 @@
+"""The one training loop, its step, optimizers, metrics, and the settings of a run."""

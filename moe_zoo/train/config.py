@@ -1,0 +1,238 @@
+"""The settings of a run, and the way from a config file and a command line to them.
+
+A config file is Python with `get_config(arg: str = "") -> ml_collections.ConfigDict`; `arg` picks a preset
+(`configs/quickstart.py:tiny`). `--config.optim.learning_rate=3e-4` overrides a key. All of it becomes frozen dataclasses
+here, once; what is wrong is said before jax is touched.
+"""
+
+import dataclasses
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from moe_zoo.core.registry import ConfigError, nearest
+from moe_zoo.core.schema import Choice, Text, build, choice, join, positive, set_path, to_dict
+from moe_zoo.models.config import ModelConfig
+from moe_zoo.sharding.mesh import MeshConfig
+from moe_zoo.train.objective import OBJECTIVES
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """`source`: "embedded", or a text file, jsonl file or folder. `fractions`: train, validation, test, by document.
+
+    `eval_stride`: evaluation windows of seq_len overlap so that every scored token sees at least seq_len - eval_stride
+    tokens of its document, if there are that many.
+    """
+
+    source: str = "embedded"
+    tokenizer: str = "bytes"
+    seq_len: int = 256
+    batch_size: int = 16
+    seed: int = 0
+    fractions: tuple[float, ...] = (0.9, 0.05, 0.05)
+    eval_batch_size: int = 32
+    eval_stride: int | None = None
+
+    def validate(self, path: str) -> None:
+        positive(self, path, "seq_len", "batch_size", "eval_batch_size", "eval_stride")
+        positive(self, path, "seed", zero=True)
+        if self.eval_stride is not None and self.eval_stride > self.seq_len:
+            raise ConfigError(f"{join(path, 'eval_stride')}: {self.eval_stride} skips tokens of seq_len={self.seq_len}; at most {self.seq_len}")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """`learning_rate` is the peak. Schedules run over the whole training after `warmup_steps`: "cosine" and "linear" to
+    `final_fraction` of the peak, "wsd" holds the peak and falls linearly over the last `decay_fraction`, "constant".
+    `weight_decay` applies to matrices only (no norms, biases, embeddings). `clip_norm` None: no clipping.
+    `update_rms_clip`: see `optimizer.py`.
+    """
+
+    name: Literal["adamw", "muon", "lion", "sgd"] = "adamw"
+    learning_rate: float = 3e-3
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    warmup_steps: int = 100
+    decay_fraction: float = 0.2
+    final_fraction: float = 0.0
+    weight_decay: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    clip_norm: float | None = 1.0
+
+    def validate(self, path: str) -> None:
+        positive(self, path, "learning_rate", "eps", "clip_norm")
+        positive(self, path, "warmup_steps", "weight_decay", zero=True)
+        for name in ("decay_fraction", "final_fraction", "b1", "b2"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{join(path, name)}: expected a number in [0, 1], got {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Exactly one of `steps` and `minutes` ends the run. With `minutes`, schedules follow the clock (from the first
+    step after compiling), so such a run can be resumed but not repeated bit for bit. `accumulation`: micro-batches per
+    step, each of data.batch_size / accumulation rows. `freeze`: parameter name patterns that are not trained.
+    """
+
+    steps: int | None = None
+    minutes: float | None = None
+    accumulation: int = 1
+    seed: int = 0
+    freeze: tuple[str, ...] = ()
+    objective: Choice = choice(OBJECTIVES, "next_token")
+
+    def validate(self, path: str) -> None:
+        positive(self, path, "steps", "minutes", "accumulation")
+        if (self.steps is None) == (self.minutes is None):
+            raise ConfigError(f"{path}: set exactly one of steps (got {self.steps}) and minutes (got {self.minutes})")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """A checkpoint every `every` steps and at the end; the last `keep` stay."""
+
+    every: int = 500
+    keep: int = 2
+
+    def validate(self, path: str) -> None:
+        positive(self, path, "every", "keep")
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """Metrics every `every` steps, a quick validation on `eval_rows` rows every `eval_every`."""
+
+    every: int = 20
+    eval_every: int = 500
+    eval_rows: int = 256
+    tensorboard: bool = True
+    sample_prompt: str = "def "
+    sample_tokens: int = 400
+    sample_temperature: float = 0.8
+
+    def validate(self, path: str) -> None:
+        positive(self, path, "every", "eval_every", "eval_rows")
+        positive(self, path, "sample_tokens", "sample_temperature", zero=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything a run depends on."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig(steps=1000)
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    mesh: MeshConfig = MeshConfig()
+    log: LogConfig = LogConfig()
+
+    def validate(self, path: str) -> None:
+        if self.data.batch_size % self.train.accumulation:
+            raise ConfigError(
+                f"data.batch_size: {self.data.batch_size} does not divide into train.accumulation={self.train.accumulation} micro-batches"
+            )
+        if not len(self.data.fractions) == 3:
+            raise ConfigError(f"data.fractions: expected three numbers (train, validation, test), got {list(self.data.fractions)}")
+
+    def to_dict(self) -> dict:
+        return to_dict(self)
+
+
+# Keys that may differ between a run and its continuation: they change when it ends and what it says, not what it learns.
+RESUMABLE = ("train.steps", "train.minutes", "checkpoint.", "log.", "mesh.")
+
+
+def load_config(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
+    """`"configs/quickstart.py:tiny"` and `[("optim.learning_rate", "3e-4")]` -> Config.
+
+    Raises ConfigError for a missing file, an unknown preset, key or value; always one line.
+    """
+    tree = read_config_file(spec)
+    for key, text in overrides:
+        _override(tree, key, text)
+    return config_from_dict(tree)
+
+
+def config_from_dict(tree: Mapping) -> Config:
+    """Validated settings from nested mappings."""
+    return build(Config, tree)
+
+
+def read_config_file(spec: str) -> dict:
+    """Runs `get_config(preset)` of a config file and returns plain nested dicts."""
+    name, _, preset = spec.partition(":")
+    path = find_config(name)
+    module_spec = importlib.util.spec_from_file_location(f"moe_zoo_config_{path.stem}", path)
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        config = module.get_config(preset)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"config file {path}: {type(error).__name__}: {error}") from error
+    return config.to_dict() if hasattr(config, "to_dict") else dict(config)
+
+
+def find_config(name: str) -> Path:
+    """A path, or the bare name of a config that comes with the project."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    folders = [Path(__file__).parents[2] / "configs", Path(__file__).parents[1] / "configs"]
+    known = {p.stem: p for folder in folders if folder.is_dir() for p in sorted(folder.glob("*.py"))}
+    if path.stem in known and path.suffix in ("", ".py"):
+        return known[path.stem]
+    raise ConfigError(f"no config file {name!r}{nearest(path.stem, known)} known: {', '.join(known)}")
+
+
+def preset(name: str, presets: Mapping[str, object]):
+    """`presets[name]`, for config files; raises ConfigError with the nearest name."""
+    if name not in presets:
+        raise ConfigError(f"unknown preset {name!r}{nearest(name, presets)} known: {', '.join(repr(p) for p in presets)}")
+    return presets[name]
+
+
+def differences(old: Mapping, new: Mapping, prefix: str = "") -> list[str]:
+    """`["optim.learning_rate: 0.003 -> 0.001", ...]` between two nested dicts."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b, name = old.get(key), new.get(key), f"{prefix}{key}"
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += differences(a, b, f"{name}.")
+        elif a != b:
+            lines.append(f"{name}: {json.dumps(a)} -> {json.dumps(b)}")
+    return lines
+
+
+def _override(tree: dict, key: str, text: str) -> None:
+    """Sets one key. Another `name` of a section drops the keys that only the old choice knew."""
+    set_path(tree, key, Text(text))
+    parents, _, last = key.rpartition(".")
+    registry = _registry_at(parents) if last == "name" else None
+    if registry is None:
+        return
+    section = tree
+    for parent in parents.split("."):
+        section = section[parent]
+    known = {f.name for f in dataclasses.fields(registry.get(text, key).Config)}
+    for stale in [k for k in section if k != "name" and k not in known]:
+        del section[stale]
+
+
+def _registry_at(path: str):
+    """The registry behind a section such as `model.router`, or None."""
+    cls = Config
+    *parents, last = path.split(".")
+    for parent in parents:
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        if parent not in fields or not dataclasses.is_dataclass(fields[parent].type):
+            return None
+        cls = fields[parent].type
+    field = {f.name: f for f in dataclasses.fields(cls)}.get(last)
+    return None if field is None else field.metadata.get("registry")

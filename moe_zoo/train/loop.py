@@ -1,0 +1,245 @@
+"""The training loop. It reads top to bottom and never asks which router, objective or optimizer is running."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import moe_zoo
+from moe_zoo.checkpoints import CheckpointError, Checkpoints
+from moe_zoo.core.registry import ConfigError
+from moe_zoo.data import DataError, load_corpus, load_tokenizer, split, train_iterator
+from moe_zoo.sharding import make_mesh
+from moe_zoo.train.config import RESUMABLE, Config, differences
+from moe_zoo.train.evaluate import evaluate
+from moe_zoo.train.log_writers import JsonlWriter, TensorBoardWriter, Writers
+from moe_zoo.train.metrics import first_non_finite, flatten
+from moe_zoo.train.progress import Progress
+from moe_zoo.train.step import Trainer
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message is one line and says what to try."""
+
+
+def train(config: Config, workdir: str | Path, *, overwrite: bool = False, stop_at: int | None = None) -> dict[str, Any]:
+    """Trains to the end of `config`, or goes on where the run in `workdir` stopped.
+
+    `stop_at` ends early at that step as a SIGTERM would. Returns {"trainer", "state", "parts", "tokenizer", "step",
+    "seconds", "tokens_per_second", "finished"}.
+    """
+    workdir = Path(workdir).absolute()
+
+    # -- data ---------------------------------------------------------------------------------------------------------
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(f"model.vocab_size: {config.model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size}")
+    corpus = load_corpus(config.data.source, tokenizer)
+    parts = split(corpus, config.data.fractions, config.data.seed, tokenizer=tokenizer)
+    data = train_iterator(
+        parts["train"], tokenizer, seq_len=config.data.seq_len, batch_size=config.data.batch_size, seed=config.data.seed
+    )
+    bytes_per_token = parts["train"].num_bytes.sum() / sum(parts["train"].targets_per_domain().values())
+
+    # -- mesh, model, optimizer ---------------------------------------------------------------------------------------
+    mesh = make_mesh(config.mesh)
+    objective = config.train.objective.make()
+    trainer = Trainer(config, mesh, objective)
+
+    # -- work directory, checkpoint -----------------------------------------------------------------------------------
+    prepare_workdir(workdir, config, corpus.fingerprint, overwrite)
+    checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+    step, seconds = 0, 0.0
+    if (latest := checkpoints.latest()) is not None:
+        state, meta = checkpoints.restore(latest, trainer.abstract_state())
+        step, seconds = latest, meta["seconds"]
+        data.set_state(meta["data"])
+    else:
+        state = trainer.init_state()
+    (workdir / "config.json").write_text(json.dumps(config.to_dict() | {"corpus": corpus.fingerprint}, indent=2))
+    writers = [JsonlWriter(workdir / "metrics.jsonl")]
+    if config.log.tensorboard:
+        writers.append(TensorBoardWriter(workdir / "tensorboard", resume_step=step if step else None))
+
+    # -- loop ---------------------------------------------------------------------------------------------------------
+    steps, limit = config.train.steps, (config.train.minutes or 0) * 60
+    fraction = lambda: min(1.0, step / steps if steps else seconds / limit)
+    tokens_per_step = config.data.batch_size * config.data.seq_len
+    layer_ids = {path: ids for path, _, ids in trainer.abstract.routed()}
+    pending, speed, saved = None, _Speed(tokens_per_step), step
+
+    def save():
+        meta = {"data": data.get_state(), "seconds": seconds, "config": config.to_dict(), "version": code_version()}
+        checkpoints.save(step, state, meta)
+
+    with Writers(writers) as log, Progress(steps, config.train.minutes) as progress, _StopSignal() as stop:
+        log.truncate_after(step)
+        announce(progress, trainer, parts, step)
+        while (step < steps if steps else seconds < limit) and not stop.asked and step != stop_at:
+            batch = jax.device_put(next(data), trainer.batch_sharding)
+            begin = time.perf_counter()
+            state, stats = trainer.train_step(state, batch, jnp.float32(fraction()))
+            # wait for the step before this one: the clock stays right and the device never idles
+            jax.block_until_ready(pending if pending is not None else stats)
+            if pending is not None:  # the first step compiles; it does not count
+                seconds += speed.tick(begin)
+            pending = stats
+            step += 1
+            ended = not (step < steps if steps else seconds < limit)
+            if step % config.log.every == 0 or ended:
+                line = flatten(jax.device_get(stats), layer_ids, bytes_per_token)
+                line |= {"tokens": step * tokens_per_step, "seconds": seconds, "tokens_per_second": speed.value}
+                log.write(step, "train", line)
+                if (bad := first_non_finite(line)) is not None:
+                    raise TrainingError(
+                        f"step {step}: {bad} is {line[bad]}; the last checkpoint is of step {saved}. "
+                        "Try a lower optim.learning_rate, more optim.warmup_steps or a smaller optim.clip_norm"
+                    )
+                progress.update(step, fraction(), line, speed.value)
+            else:
+                progress.update(step, fraction())
+            if step % config.log.eval_every == 0 and not ended:
+                result = validate(trainer, state, parts["validation"], tokenizer, config)
+                log.write(step, "validation", {"bits_per_byte": result["bits_per_byte"]["overall"], "loss": result["loss"]})
+                progress.update(step, fraction(), {"validation_bits_per_byte": result["bits_per_byte"]["overall"]})
+                speed.pause()
+            if step % config.checkpoint.every == 0 and not ended:
+                save()
+                saved = step
+                speed.pause()
+        if saved != step or latest is None:
+            save()
+        checkpoints.wait()
+        finished = not (step < steps if steps else seconds < limit)
+        if not finished:
+            progress.print(f"stopped at step {step}, saved; the same command goes on from there")
+    checkpoints.close()
+    return {
+        "trainer": trainer, "state": state, "parts": parts, "tokenizer": tokenizer, "step": step, "seconds": seconds,
+        "tokens_per_second": step * tokens_per_step / seconds if seconds else None, "finished": finished,
+    }  # fmt: skip
+
+
+def validate(trainer: Trainer, state, corpus, tokenizer, config: Config) -> dict[str, Any]:
+    """The quick look during training: `log.eval_rows` rows without overlap."""
+    return evaluate(
+        trainer.model(state), corpus, tokenizer, seq_len=config.data.seq_len, batch_size=config.data.eval_batch_size,
+        max_rows=config.log.eval_rows, sharding=trainer.batch_sharding,
+    )  # fmt: skip
+
+
+def prepare_workdir(workdir: Path, config: Config, fingerprint: str, overwrite: bool) -> None:
+    """Makes the directory, or checks that the run in it is the one that `config` describes.
+
+    Raises ConfigError listing what differs; nothing is touched unless `overwrite`, which removes the old run's files.
+    """
+    settings = workdir / "config.json"
+    if settings.is_file() and not overwrite:
+        old = json.loads(settings.read_text())
+        new = config.to_dict() | {"corpus": fingerprint}
+        changed = [line for line in differences(old, json.loads(json.dumps(new))) if not line.startswith(RESUMABLE)]
+        if changed:
+            raise ConfigError(
+                f"{workdir} holds a run with other settings ({'; '.join(changed[:4])}{'; ...' if len(changed) > 4 else ''}): "
+                "use another --workdir, or --overwrite to start again there"
+            )
+    if overwrite:
+        for name in ("checkpoints", "tensorboard", "pictures"):
+            shutil.rmtree(workdir / name, ignore_errors=True)
+        for name in ("config.json", "metrics.jsonl", "report.json"):
+            (workdir / name).unlink(missing_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / f".write_test_{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"--workdir {workdir}: cannot write there ({error.strerror})") from error
+
+
+def announce(progress: Progress, trainer: Trainer, parts, step: int) -> None:
+    """What is about to run, in three lines."""
+    from moe_zoo.models.counting import count_parameters
+
+    counts = count_parameters(trainer.abstract, trainer.partition.trainable)
+    config = trainer.config
+    domains = len(parts["train"].domains)
+    progress.print(
+        f"model {counts['total']:,} parameters, {counts['active']:,} active per token, {counts['trainable']:,} trained; "
+        f"router {config.model.router.name}, {config.model.num_experts} experts, layers {config.model.layers}"
+    )
+    size = {name: part.num_bytes.sum() / 1e6 for name, part in parts.items()}
+    progress.print(
+        f"data {config.data.source}: {size['train']:.1f} MB train, {size['validation']:.2f} validation, {size['test']:.2f} test, "
+        f"{domains} domain{'s' if domains != 1 else ''}, split by document"
+    )
+    devices = trainer.mesh.devices.size
+    where = f"{devices} {jax.devices()[0].platform} device{'s' if devices != 1 else ''}"
+    progress.print(f"{'goes on from step ' + str(step) if step else 'starts'} on {where}, jax {jax.__version__}; first step compiles")
+
+
+def code_version() -> str:
+    """Package version, with the commit when run from a checkout."""
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=5
+        )
+        commit = done.stdout.strip() if done.returncode == 0 else ""
+    except (OSError, subprocess.SubprocessError):
+        commit = ""
+    return moe_zoo.__version__ + (f"+{commit}" if commit else "")
+
+
+
+
+class _Speed:
+    """Seconds between steps, without pauses for validation and saving; tokens per second over the recent past."""
+
+    def __init__(self, tokens_per_step: int):
+        self._tokens, self._last, self.value = tokens_per_step, None, None
+
+    def tick(self, begin: float) -> float:
+        now = time.perf_counter()
+        elapsed = now - (begin if self._last is None else self._last)
+        self._last = now
+        recent = self._tokens / max(elapsed, 1e-9)
+        self.value = recent if self.value is None else 0.95 * self.value + 0.05 * recent
+        return elapsed
+
+    def pause(self) -> None:
+        self._last = None
+
+
+class _StopSignal:
+    """SIGTERM and SIGINT end the loop after the current step; a second one interrupts at once."""
+
+    def __enter__(self):
+        self.asked = False
+        self._old = {}
+        try:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._old[number] = signal.signal(number, self._handle)
+        except ValueError:  # not the main thread, for example in a notebook's executor
+            pass
+        return self
+
+    def _handle(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *exception):
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+
+__all__ = ["CheckpointError", "DataError", "TrainingError", "train"]

@@ -1,0 +1,76 @@
+"""What is minimised. The loop never asks which paper is running: it asks the objective."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moe_zoo.core.aux import Stat
+from moe_zoo.core.registry import Registry
+
+OBJECTIVES = Registry("objective", {"next_token": "moe_zoo.train.objective:NextToken"})
+
+
+class Objective:
+    """A loss with a state of its own (adaptive coefficients, controllers), updated once per optimizer step."""
+
+    Config: type
+
+    def __init__(self, config):
+        self.config = config
+
+    def init_state(self) -> dict[str, Array]:
+        """Arrays that are checkpointed with the run."""
+        return {}
+
+    def loss(self, model, batch: dict[str, Array], ostate, *, step, key, fraction) -> tuple[Float[Array, ""], dict[str, Any]]:
+        """The loss of one micro-batch and its statistics `{"scalars": {name: Stat}, "layers": {path: {name: Stat}}}`.
+
+        `batch["loss_weights"]` sum to 1 over the whole step, and `fraction` is this micro-batch's share of it: the sum of
+        the micro-batches' losses is the loss of the step however it is cut.
+        """
+        raise NotImplementedError(type(self).__name__)
+
+    def update(self, ostate, stats) -> dict[str, Array]:
+        """The next state, given the statistics of the whole step."""
+        return ostate
+
+
+@dataclasses.dataclass(frozen=True)
+class NextTokenConfig:
+    """No settings: the coefficients of router losses belong to the model."""
+
+
+class NextToken(Objective):
+    """Cross-entropy of the next token plus the router losses of all layers."""
+
+    Config = NextTokenConfig
+
+    def loss(self, model, batch, ostate, *, step, key, fraction):
+        logits, aux = forward(model, batch, train=True, step=step, key=key)
+        nll_BS = cross_entropy(logits, batch["targets"])
+        task = jnp.sum(nll_BS * batch["loss_weights"])
+        scalars = {"loss": Stat.sum(task), "router_loss": Stat.sum(aux.total_loss() * fraction)}
+        return task + aux.total_loss() * fraction, {"scalars": scalars, "layers": aux.stats}
+
+
+def forward(model, batch: dict[str, Array], **kwargs):
+    """Logits and Aux of a packed batch; rows' padding (segment 0) is invalid."""
+    logits, aux, _ = model(
+        batch["tokens"],
+        positions=batch["positions"],
+        segment_ids=batch["segment_ids"],
+        valid=batch["segment_ids"] > 0,
+        domain=batch["domain"],
+        **kwargs,
+    )
+    return logits, aux
+
+
+def cross_entropy(logits_BSV: Float[Array, "B S V"], targets_BS: Array) -> Float[Array, "B S"]:
+    """-log softmax(logits)[target], in nats."""
+    at = jax.nn.logsumexp(logits_BSV, axis=-1)
+    hit = jnp.where(targets_BS[..., None] == jnp.arange(logits_BSV.shape[-1]), logits_BSV, 0).sum(-1)
+    return at - hit

@@ -1,0 +1,94 @@
+"""Optimizers from optax, a learning rate that follows progress, and what decays."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from moe_zoo.train.config import OptimConfig
+
+
+def learning_rate(config: OptimConfig, step: Int[Array, ""], progress: Float[Array, ""]) -> Float[Array, ""]:
+    """The rate at `step`, with `progress` in [0, 1] of the whole run (by steps or by the clock)."""
+    final = config.final_fraction
+    if config.schedule == "cosine":
+        shape = final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+    elif config.schedule == "linear":
+        shape = 1 - (1 - final) * progress
+    elif config.schedule == "wsd":
+        decay = jnp.clip((1 - progress) / max(config.decay_fraction, 1e-9), 0, 1)
+        shape = final + (1 - final) * decay
+    else:
+        shape = jnp.ones(())
+    warmup = jnp.minimum(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    return (config.learning_rate * shape * warmup).astype(jnp.float32)
+
+
+def make_optimizer(config: OptimConfig, axes: dict[str, tuple]) -> optax.GradientTransformation:
+    """An optax chain at learning rate 1: every update is linear in the rate, so the step multiplies it in.
+
+    `axes`: logical axes of each trained parameter; they tell a matrix from a stacked vector.
+    """
+    decay = {name: is_matrix(name, a) for name, a in axes.items()}
+    wd = config.weight_decay
+    if config.name == "adamw":
+        core = optax.adamw(1.0, config.b1, config.b2, config.eps, weight_decay=wd, mask=decay)
+    elif config.name == "lion":
+        core = optax.lion(1.0, config.b1, config.b2, weight_decay=wd, mask=decay)
+    elif config.name == "sgd":
+        core = optax.chain(optax.add_decayed_weights(wd, mask=decay), optax.sgd(1.0, momentum=config.b1))
+    else:
+        core = _muon(config, axes, decay)
+    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    return optax.chain(clip, core)
+
+
+def is_matrix(name: str, axes: tuple) -> bool:
+    """Whether weight decay applies: at least two axes besides the stacking ones, and no embedding table."""
+    return len(_own_axes(axes)) >= 2 and not name.startswith("embed.")
+
+
+def _own_axes(axes: tuple) -> list[int]:
+    return [i for i, axis in enumerate(axes) if axis not in ("layers", "expert")]
+
+
+def _muon(config: OptimConfig, axes, decay):
+    """Muon (Jordan et al. 2024) on matrices inside blocks, Adam on the rest. Layers and experts are batch axes; heads and
+    head sizes count as one. The update is scaled to Adam's typical size, so one learning rate serves both.
+    """
+    dims = {}
+    for name, names in axes.items():
+        own = _own_axes(names)
+        inside = name.startswith("segments.") and len(own) >= 2 and "expert_logits" not in names
+        if not inside:
+            dims[name] = None
+            continue
+        # (embed, heads, head_dim) maps embed to the joined heads; (heads, head_dim, embed) the other way round
+        first, rest = (own[:1], own[1:]) if names[own[0]] not in ("heads", "kv_heads") else (own[:-1], own[-1:])
+        dims[name] = optax.contrib.MuonDimensionNumbers(reduction_axis=tuple(first), output_axis=tuple(rest))
+    return optax.contrib.muon(
+        1.0,
+        weight_decay=config.weight_decay,
+        weight_decay_mask=decay,
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        eps=config.eps,
+        adam_weight_decay=config.weight_decay,
+        muon_weight_dimension_numbers=dims,
+        consistent_rms=0.2,
+    )
+
+
+def opt_shardings(tx, params: dict, shardings: dict, replicated):
+    """Where each leaf of the optimizer's state lives: moments with their parameters, the rest everywhere."""
+    abstract = jax.eval_shape(tx.init, params)
+    by_shape = {}
+    for name, array in params.items():
+        by_shape.setdefault(name, shardings[name])
+
+    def place(path, leaf):
+        name = next((k.key for k in reversed(path) if isinstance(k, jax.tree_util.DictKey) and k.key in by_shape), None)
+        fits = name is not None and leaf.shape == params[name].shape
+        return by_shape[name] if fits else replicated
+
+    return jax.tree_util.tree_map_with_path(place, abstract)

@@ -1,0 +1,65 @@
+"""What a finished run says of itself: test bits per byte beside compressors, load, a sample, pictures."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from moe_zoo.analysis.plots import plot_domain_experts, plot_expert_load, plot_loss
+from moe_zoo.data import compressed_bits_per_byte
+from moe_zoo.inference import Loaded
+from moe_zoo.models.counting import count_parameters, train_flops_per_token
+from moe_zoo.train.config import Config
+from moe_zoo.train.evaluate import evaluate
+from moe_zoo.train.log_writers import read_metrics
+
+
+def make_report(config: Config, workdir: str | Path, run: dict[str, Any]) -> dict[str, Any]:
+    """Evaluates the test split, draws the pictures into workdir/pictures and writes workdir/report.json."""
+    trainer, parts, tokenizer = run["trainer"], run["parts"], run["tokenizer"]
+    model = trainer.model(run["state"])
+    result = evaluate(
+        model, parts["test"], tokenizer, seq_len=config.data.seq_len, stride=config.data.eval_stride,
+        batch_size=config.data.eval_batch_size, sharding=trainer.batch_sharding,
+    )  # fmt: skip
+    compressed = compressed_bits_per_byte(parts["test"], tokenizer)
+    column = lambda kind: {name: values[kind] for name, values in compressed.items()}
+    report = result | {
+        "split": "test",
+        "gzip": column("gzip"),
+        "xz": column("xz"),
+        "tokens_per_second": run["tokens_per_second"],
+        "train_seconds": run["seconds"],
+        "steps": run["step"],
+        "parameters": count_parameters(trainer.abstract, trainer.partition.trainable),
+        "flops_per_token": train_flops_per_token(trainer.abstract, config.data.seq_len),
+        "versions": {"jax": jax.__version__, "device": jax.devices()[0].device_kind},
+    }
+    report["sample"] = draw_sample(config, Loaded(model, config.model, tokenizer))
+    report["pictures"] = draw_pictures(Path(workdir), report, parts["test"].domains)
+    (Path(workdir) / "report.json").write_text(json.dumps(report, indent=2))
+    return report
+
+
+def draw_sample(config: Config, loaded: Loaded) -> dict[str, str] | None:
+    """A continuation of log.sample_prompt, or None if no tokens are asked for."""
+    if not config.log.sample_tokens:
+        return None
+    prompt = config.log.sample_prompt
+    text = loaded.generate(prompt, config.log.sample_tokens, temperature=config.log.sample_temperature)[0]
+    return {"prompt": prompt, "text": text}
+
+
+def draw_pictures(workdir: Path, report: dict[str, Any], domains: tuple[str, ...]) -> dict[str, str]:
+    """{name: path} of the pictures that the run has data for."""
+    folder = workdir / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    history = read_metrics(workdir / "metrics.jsonl")
+    baselines = {"gzip -9": report["gzip"]["overall"], "xz -9e": report["xz"]["overall"]}
+    pictures = {"loss curve": plot_loss(history, folder / "loss.png", baselines=baselines)}
+    if report["expert_load"]:
+        pictures["expert load over training"] = plot_expert_load(history, folder / "expert_load.png")
+    if report["load_by_domain"]:
+        pictures["domains and experts"] = plot_domain_experts(report["load_by_domain"], domains, folder / "domain_experts.png")
+    return {name: str(path) for name, path in pictures.items()}

@@ -1,0 +1,153 @@
+"""The state of a run and the one jitted step that advances it."""
+
+import dataclasses
+import fnmatch
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moe_zoo.core import param as P
+from moe_zoo.core.aux import reduce_stacked
+from moe_zoo.core.registry import ConfigError
+from moe_zoo.models import Decoder
+from moe_zoo.sharding import batch_sharding, sharding_of
+from moe_zoo.train.config import Config
+from moe_zoo.train.objective import Objective
+from moe_zoo.train.optimizer import learning_rate, make_optimizer, opt_shardings
+
+#: {"trainable", "frozen", "buffers": {path: array}, "opt": optax state, "objective": dict, "step": int32}
+State = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Partition:
+    """Which paths are trained, which are fixed, which are buffers. Cut before the gradient: frozen costs nothing."""
+
+    trainable: tuple[str, ...]
+    frozen: tuple[str, ...]
+    buffers: tuple[str, ...]
+
+
+def partition(model, freeze: tuple[str, ...] = ()) -> Partition:
+    """Sorts the model's variables. `freeze`: patterns (`*.router.*`) over our paths; each must match something."""
+    groups = {"trainable": [], "frozen": [], "buffers": []}
+    variables = P.flat(model)
+    for pattern in freeze:
+        if not any(fnmatch.fnmatch(path, pattern) for path in variables):
+            raise ConfigError(f"train.freeze: {pattern!r} matches no parameter; paths look like {next(iter(variables))!r}")
+    for path, var in variables.items():
+        fixed = isinstance(var, P.Frozen) or any(fnmatch.fnmatch(path, pattern) for pattern in freeze)
+        groups["buffers" if isinstance(var, P.Buffer) else "frozen" if fixed else "trainable"].append(path)
+    if not groups["trainable"]:
+        raise ConfigError(f"train.freeze: {list(freeze)} leaves nothing to train")
+    return Partition(*(tuple(groups[name]) for name in ("trainable", "frozen", "buffers")))
+
+
+class Trainer:
+    """The abstract model, its shardings, and the compiled functions over plain state."""
+
+    def __init__(self, config: Config, mesh: Mesh, objective: Objective):
+        self.config, self.mesh, self.objective = config, mesh, objective
+        self.abstract = Decoder(config.model)
+        self.partition = partition(self.abstract, config.train.freeze)
+        variables = P.flat(self.abstract)
+        self.shardings = {n: sharding_of(mesh, v.logical_axes, v.get_value().shape, n) for n, v in variables.items()}
+        self.shapes = {n: v.get_value() for n, v in variables.items()}
+        self.tx = make_optimizer(config.optim, {n: variables[n].logical_axes for n in self.partition.trainable})
+        self.state_shardings = self._state_shardings()
+        self.batch_sharding = batch_sharding(mesh)
+        self.train_step = jax.jit(
+            self._train_step,
+            donate_argnums=0,
+            in_shardings=(self.state_shardings, self.batch_sharding, self.replicated),
+            out_shardings=(self.state_shardings, self.replicated),
+        )
+
+    @property
+    def replicated(self):
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def init_state(self) -> State:
+        """Fresh weights, drawn on the host and placed shard by shard; zero moments."""
+        model = P.materialize(self.abstract, self.config.train.seed, lambda var, path, x: jax.device_put(x, self.shardings[path]))
+        values = P.arrays(model)
+        state = {group: {n: values[n] for n in getattr(self.partition, group)} for group in ("trainable", "frozen", "buffers")}
+        make_opt = jax.jit(self.tx.init, out_shardings=self.state_shardings["opt"])
+        state["opt"] = make_opt(state["trainable"])
+        state["objective"] = jax.device_put(self.objective.init_state(), self.replicated)
+        state["step"] = jax.device_put(jnp.zeros((), jnp.int32), self.replicated)
+        return state
+
+    def abstract_state(self) -> State:
+        """Shapes, types and shardings of the state, for restoring a checkpoint onto this mesh."""
+        pick = lambda names: {n: self.shapes[n] for n in names}
+        part = self.partition
+        state = {"trainable": pick(part.trainable), "frozen": pick(part.frozen), "buffers": pick(part.buffers)}
+        state["opt"] = jax.eval_shape(self.tx.init, state["trainable"])
+        state["objective"] = jax.eval_shape(self.objective.init_state)
+        state["step"] = jax.ShapeDtypeStruct((), jnp.int32)
+        shaped = lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where)
+        return jax.tree.map(shaped, state, self.state_shardings)
+
+    def model(self, state: State) -> Decoder:
+        """The module with the state's arrays."""
+        return P.replace(self.abstract, {**state["trainable"], **state["frozen"], **state["buffers"]})
+
+    def _state_shardings(self):
+        groups = {g: {n: self.shardings[n] for n in getattr(self.partition, g)} for g in ("trainable", "frozen", "buffers")}
+        trained = {n: self.shapes[n] for n in self.partition.trainable}
+        groups["opt"] = opt_shardings(self.tx, trained, self.shardings, self.replicated)
+        groups["objective"] = jax.tree.map(lambda _: self.replicated, jax.eval_shape(self.objective.init_state))
+        groups["step"] = self.replicated
+        return groups
+
+    def _train_step(self, state: State, batch, progress):
+        """(state, batch {name: [B, S]}, progress in [0, 1]) -> (state, statistics)."""
+        step = state["step"]
+        key = jax.random.fold_in(jax.random.key(self.config.train.seed), step)
+        batch = dict(batch)
+        weights = batch.pop("loss_mask").astype(jnp.float32)
+        batch["loss_weights"] = weights / jnp.maximum(weights.sum(), 1)
+        gradients, stats = self._gradients(state, batch, step, key)
+        norm = optax.global_norm(gradients)
+        rate = learning_rate(self.config.optim, step, progress)
+        updates, opt = self.tx.update(gradients, state["opt"], state["trainable"])
+        trainable = jax.tree.map(lambda p, u: p + rate.astype(p.dtype) * u.astype(p.dtype), state["trainable"], updates)
+        new = {
+            "trainable": trainable,
+            "frozen": state["frozen"],
+            "buffers": state["buffers"] | self.model(state).after_step(stats["layers"]),
+            "opt": opt,
+            "objective": self.objective.update(state["objective"], stats),
+            "step": step + 1,
+        }
+        stats["scalars"] = {k: s.value() for k, s in stats["scalars"].items()} | {"grad_norm": norm, "learning_rate": rate}
+        return new, stats
+
+    def _gradients(self, state, batch, step, key):
+        """Sums of gradients and statistics over the micro-batches."""
+        M = self.config.train.accumulation
+        fixed = {**state["frozen"], **state["buffers"]}
+
+        def loss(trainable, micro, micro_key):
+            model = P.replace(self.abstract, {**trainable, **fixed})
+            return self.objective.loss(model, micro, state["objective"], step=step, key=micro_key, fraction=1 / M)
+
+        grad = jax.grad(loss, has_aux=True)
+        if M == 1:
+            return grad(state["trainable"], batch, key)
+
+        def one(total, xs):
+            micro, index = xs
+            gradients, stats = grad(state["trainable"], micro, jax.random.fold_in(key, index))
+            return jax.tree.map(jnp.add, total, gradients), stats
+
+        # row r of the batch goes to micro-batch r % M, so that each one is spread over the devices as the batch is
+        cut = jax.tree.map(lambda x: x.reshape(x.shape[0] // M, M, *x.shape[1:]).swapaxes(0, 1), batch)
+        zeros = jax.tree.map(jnp.zeros_like, state["trainable"])
+        gradients, stats = jax.lax.scan(one, zeros, (cut, jnp.arange(M)))
+        return gradients, reduce_stacked(stats)

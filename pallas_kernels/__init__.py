@@ -1,0 +1,11 @@
+"""Grouped and routed linear algebra for conditional computation. Knows nothing of models.
+
+One folder per op: the public function, a reference in plain jnp, and one file per implementation. Every op takes
+`implementation=`: a name runs or raises, None chooses by platform (`_choose.py`).
+"""
+
+from pallas_kernels.expert_ffn import expert_ffn
+from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.permute import combine_rows, gather_rows
+
+__all__ = ["combine_rows", "expert_ffn", "gather_rows", "grouped_matmul"]

@@ -1,0 +1,71 @@
+"""Loops over the row tiles of one group, for CPUs: static shapes, work that follows the data.
+
+A group's rows are covered by full tiles (a `fori_loop` whose trip count is data) and one shorter tile (for each of a few
+lengths, a loop of one trip or none). The short tile may stick out of its group, so its body gets a mask of its own rows.
+Loops of no trip rather than `lax.switch`: through a conditional, XLA's CPU compiler (jaxlib 0.10.2) copies every large
+array of the carry.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class TileSizes:
+    """`rows` per full tile; short tiles have 1, 2, .. rows/step times `step` rows. `step` must divide `rows`."""
+
+    rows: int
+    step: int
+
+
+def tile_sizes(num_rows: int, num_groups: int) -> TileSizes:
+    import os
+    return TileSizes(rows=int(os.environ.get("TR", 256)), step=int(os.environ.get("TS", 64)))
+
+
+def for_each_tile(
+    start: Int[Array, ""], end: Int[Array, ""], num_rows: int, sizes: TileSizes, body: Callable[..., Any], carry: Any
+) -> Any:
+    """Runs `carry = body(carry, first_row, rows, live)` over the tiles of rows [start, end).
+
+    `rows` is static. `live` is None where all rows of the tile belong to the group, else bool[rows, 1].
+    """
+    full = (end - start) // sizes.rows
+    if num_rows >= sizes.rows:
+        carry = jax.lax.fori_loop(
+            jnp.int32(0), full, lambda i, c: body(c, start + i * sizes.rows, sizes.rows, None), carry
+        )
+    first = start + full * sizes.rows
+    lengths = sorted({min(k, num_rows) for k in range(sizes.step, sizes.rows + 1, sizes.step)})
+    index = jnp.minimum((end - first + sizes.step - 1) // sizes.step, len(lengths))
+    for k, rows in enumerate(lengths):
+
+        def short(i, carry, rows=rows):
+            # i is 0, but the compiler must not know: it would hoist the whole body out of the loop and always run it.
+            # A slice that would pass the last row is moved back: then it begins with rows of an earlier group.
+            at = jnp.minimum(first + i * rows, num_rows - rows)
+            row = at + jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
+            live: Bool[Array, "rows 1"] = (row >= first) & (row < end)
+            return body(carry, at, rows, live)
+
+        carry = jax.lax.fori_loop(jnp.int32(0), (index == k + 1).astype(jnp.int32), short, carry)
+    return carry
+
+
+def take_rows(x: Array, first_row: Int[Array, ""], rows: int, live: Array | None = None) -> Array:
+    """Rows [first_row, first_row + rows), zero where not live (whatever they hold, NaN too)."""
+    tile = jax.lax.dynamic_slice_in_dim(x, first_row, rows)
+    return tile if live is None else jnp.where(live, tile, 0)
+
+
+def put_rows(out: Array, tile: Array, first_row: Int[Array, ""], live: Array | None) -> Array:
+    """Writes the live rows of `tile` into `out` at first_row, in place inside a loop."""
+    tile = tile.astype(out.dtype)
+    if live is not None:
+        tile = jnp.where(live, tile, jax.lax.dynamic_slice_in_dim(out, first_row, tile.shape[0]))
+    return jax.lax.dynamic_update_slice_in_dim(out, tile, first_row, 0)

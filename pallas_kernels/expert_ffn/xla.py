@@ -1,0 +1,65 @@
+"""The expert network as grouped matmuls by `jax.lax.ragged_dot`: what XLA offers on every platform.
+
+Dims as in api.py.
+"""
+
+import functools
+
+from jaxtyping import Array
+
+from pallas_kernels import _checks
+from pallas_kernels.expert_ffn import activations
+from pallas_kernels.grouped_matmul import xla as grouped
+
+
+def forward(
+    x_RD: Array,
+    w_gate_EDF: Array | None,
+    w_up_EDF: Array,
+    w_down_EFD: Array,
+    sizes_L: Array,
+    offset: Array | None,
+    *,
+    activation: str,
+    save: bool,
+) -> tuple[Array, Array | None, Array | None]:
+    """(y, gate, up): the pre-activations of the live rows, None if not to be saved."""
+    acc = _checks.accumulator(x_RD.dtype)
+    into = lambda w: None if w is None else grouped.matmul(x_RD, w, sizes_L, offset, transpose_rhs=False, out_dtype=acc)
+    gate_RF, up_RF = into(w_gate_EDF), into(w_up_EDF)
+    hidden_RF = activations.hidden(activation, gate_RF, up_RF).astype(x_RD.dtype)
+    y_RD = grouped.matmul(hidden_RF, w_down_EFD, sizes_L, offset, transpose_rhs=False, out_dtype=x_RD.dtype)
+    if not save:
+        return y_RD, None, None
+    return y_RD, None if gate_RF is None else gate_RF.astype(x_RD.dtype), up_RF.astype(x_RD.dtype)
+
+
+def backward(
+    x_RD: Array,
+    w_gate_EDF: Array | None,
+    w_up_EDF: Array,
+    w_down_EFD: Array,
+    sizes_L: Array,
+    offset: Array | None,
+    gate_RF: Array | None,
+    up_RF: Array,
+    dy_RD: Array,
+    *,
+    activation: str,
+) -> tuple[Array, Array | None, Array, Array]:
+    """(dx, dw_gate or None, dw_up, dw_down)."""
+    E, dtype, acc = w_up_EDF.shape[0], x_RD.dtype, _checks.accumulator(x_RD.dtype)
+    back = lambda d, w: grouped.matmul(d, w, sizes_L, offset, transpose_rhs=True, out_dtype=acc)
+    weight = functools.partial(grouped.weight_gradient, sizes_L=sizes_L, offset=offset, num_groups=E)
+    wide = lambda z: None if z is None else z.astype(acc)
+    hidden_RF, dgate_RF, dup_RF = activations.hidden_and_gradients(
+        activation, wide(gate_RF), wide(up_RF), back(dy_RD, w_down_EFD)
+    )
+    dw_down_EFD = weight(hidden_RF.astype(dtype), dy_RD).astype(dtype)
+    dup_RF = dup_RF.astype(dtype)
+    dx_RD, dw_up_EDF, dw_gate_EDF = back(dup_RF, w_up_EDF), weight(x_RD, dup_RF).astype(dtype), None
+    if w_gate_EDF is not None:
+        dgate_RF = dgate_RF.astype(dtype)
+        dx_RD = dx_RD + back(dgate_RF, w_gate_EDF)
+        dw_gate_EDF = weight(x_RD, dgate_RF).astype(dtype)
+    return dx_RD.astype(dtype), dw_gate_EDF, dw_up_EDF, dw_down_EFD

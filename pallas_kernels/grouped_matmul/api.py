@@ -1,0 +1,97 @@
+"""Public entry of the grouped matmul: checks, choice of implementation, derivatives.
+
+Dims: M rows, K inner, N out, G groups of the weights, L groups in the sizes (L = G without an offset).
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import _checks, _choose, _varying
+from pallas_kernels.grouped_matmul import reference, xla, xla_tiles
+
+_OP = "grouped_matmul"
+_FORWARD = {"xla": xla.matmul, "xla_tiles": xla_tiles.matmul}
+_WEIGHT_GRADIENT = {"xla": xla.weight_gradient, "xla_tiles": xla_tiles.weight_gradient}
+
+
+def grouped_matmul(
+    lhs_MK: Float[Array, "M K"],
+    rhs_GKN: Float[Array, "G K N"] | Float[Array, "G N K"],
+    group_sizes_L: Int[Array, " L"],
+    *,
+    transpose_rhs: bool = False,
+    group_offset: Int[Array, ""] | int | None = None,
+    preferred_element_type: Any = None,
+    implementation: str | None = None,
+) -> Float[Array, "M N"]:
+    """out[m] = lhs[m] @ rhs[group of row m], for rows sorted by group.
+
+    Group g owns the group_sizes[g] rows after those of the groups before it. Rows beyond sum(group_sizes) give exactly
+    0, in value and in gradient, whatever they hold. Sums run in float32 at least.
+
+    Args:
+      lhs_MK: rows.
+      rhs_GKN: one matrix per group, of lhs's dtype; (G, N, K) with `transpose_rhs`, used in place.
+      group_sizes_L: integers, non-negative, with a sum of at most M; one per group.
+      transpose_rhs: multiply by the transpose of each matrix.
+      group_offset: int scalar, may be traced. rhs then holds only groups [group_offset, group_offset + G) of the L
+        groups in group_sizes; rows of other groups give 0. Must lie in [0, L - G].
+      preferred_element_type: dtype of the result; lhs's by default.
+      implementation: "reference", "xla" (`jax.lax.ragged_dot`), "xla_tiles" (loops over row tiles, for CPUs), or None
+        to choose by platform: "xla_tiles" on CPU, "xla" elsewhere.
+
+    Raises:
+      ValueError, TypeError: shapes or dtypes that don't fit, or an unknown implementation.
+      NotImplementedError: a kernel that doesn't exist yet.
+
+    Differentiable in lhs and rhs, in reverse mode only. Source: MegaBlocks, https://arxiv.org/abs/2211.15841.
+    """
+    lhs_MK, rhs_GKN, group_sizes_L = jnp.asarray(lhs_MK), jnp.asarray(rhs_GKN), jnp.asarray(group_sizes_L)
+    offset = None if group_offset is None else jnp.asarray(group_offset)
+    shapes = _checks.describe(lhs=lhs_MK, rhs=rhs_GKN, group_sizes=group_sizes_L, group_offset=offset)
+    _check(lhs_MK, rhs_GKN, group_sizes_L, offset, transpose_rhs, shapes)
+    implementation = _choose.check_implementation(_OP, implementation, shapes)
+    out_dtype = jnp.dtype(lhs_MK.dtype if preferred_element_type is None else preferred_element_type)
+    offset = None if offset is None else offset.astype(jnp.int32)
+    operands = _varying.same_varying(lhs_MK, rhs_GKN, group_sizes_L, offset)
+    if implementation == "reference":
+        return reference.matmul(*operands, transpose_rhs=transpose_rhs, out_dtype=out_dtype)
+    return _grouped_matmul(transpose_rhs, out_dtype, implementation, *operands)
+
+
+def _check(lhs_MK: Array, rhs: Array, sizes_L: Array, offset: Array | None, transpose_rhs: bool, shapes: str) -> None:
+    _checks.check_rank(_OP, "lhs", lhs_MK, "M K")
+    _checks.check_rank(_OP, "rhs", rhs, "G N K" if transpose_rhs else "G K N")
+    inner = 2 if transpose_rhs else 1
+    _checks.check_equal(_OP, f"dim {inner} of rhs (K of lhs)", rhs.shape[inner], lhs_MK.shape[1], shapes)
+    _checks.check_same_float_dtype(_OP, shapes, lhs=lhs_MK, rhs=rhs)
+    _checks.check_groups(_OP, sizes_L, rhs.shape[0], offset, shapes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _grouped_matmul(transpose_rhs, out_dtype, implementation, lhs_MK, rhs, sizes_L, offset):
+    table = {k: functools.partial(f, transpose_rhs=transpose_rhs, out_dtype=out_dtype) for k, f in _FORWARD.items()}
+    return _choose.run(implementation, table, lhs_MK, rhs, sizes_L, offset)
+
+
+def _forward(transpose_rhs, out_dtype, implementation, lhs_MK, rhs, sizes_L, offset):
+    out_MN = _grouped_matmul(transpose_rhs, out_dtype, implementation, lhs_MK, rhs, sizes_L, offset)
+    return out_MN, (lhs_MK, rhs, sizes_L, offset)
+
+
+def _backward(transpose_rhs, out_dtype, implementation, saved, dout_MN):
+    lhs_MK, rhs, sizes_L, offset = saved
+    dout_MN = dout_MN.astype(lhs_MK.dtype)
+    dlhs_MK = _grouped_matmul(not transpose_rhs, lhs_MK.dtype, implementation, dout_MN, rhs, sizes_L, offset)
+    # The gradient of a (G, N, K) matrix is the same contraction with its sides exchanged.
+    left, right = (dout_MN, lhs_MK) if transpose_rhs else (lhs_MK, dout_MN)
+    table = {k: functools.partial(f, num_groups=rhs.shape[0]) for k, f in _WEIGHT_GRADIENT.items()}
+    drhs = _choose.run(implementation, table, left, right, sizes_L, offset)
+    return dlhs_MK, drhs.astype(rhs.dtype), None, None
+
+
+_grouped_matmul.defvjp(_forward, _backward)

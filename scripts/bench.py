@@ -1,0 +1,148 @@
+"""Measures ops side by side, as ratios within one run.
+
+    python scripts/bench.py expert_ffn --num_experts 8 64
+
+Timings of shared machines move; contenders are therefore run in turn, round after round, and compared by the lower
+quartile of their CPU seconds and of their wall seconds. To add a benchmark: write `add_<name>(subparsers)`, whose parser
+sets `run` to a function of the parsed arguments, and list it in `BENCHMARKS`.
+"""
+
+import argparse
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import expert_ffn, grouped_matmul
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Timing:
+    cpu_s: float
+    wall_s: float
+
+
+def _once(call: Callable[[], Any], repeats: int) -> Timing:
+    cpu, wall = time.process_time(), time.perf_counter()
+    for _ in range(repeats):
+        jax.block_until_ready(call())
+    return Timing((time.process_time() - cpu) / repeats, (time.perf_counter() - wall) / repeats)
+
+
+def compare(contenders: dict[str, Callable[[], Any]], rounds: int, repeats: int) -> dict[str, Timing]:
+    """Lower quartiles over `rounds` interleaved rounds, each the mean of `repeats` calls. Compiles first."""
+    for call in contenders.values():
+        jax.block_until_ready(call())
+    samples: dict[str, list[Timing]] = {name: [] for name in contenders}
+    names = list(contenders)
+    for r in range(rounds):
+        for name in names[r % len(names) :] + names[: r % len(names)]:
+            samples[name].append(_once(contenders[name], repeats))
+    quartile = lambda values: float(np.quantile(values, 0.25))
+    return {n: Timing(quartile([t.cpu_s for t in ts]), quartile([t.wall_s for t in ts])) for n, ts in samples.items()}
+
+
+def print_table(title: str, timings: dict[str, Timing], baseline: str, gflop: float) -> None:
+    base = timings[baseline]
+    print(f"{title}: lower quartiles, ratios to {baseline!r}")
+    print(f"  {'':24}{'CPU ms':>9}{'ratio':>7}{'wall ms':>9}{'ratio':>7}{'GF per CPU s':>14}")
+    for name, t in timings.items():
+        print(
+            f"  {name:24}{t.cpu_s * 1e3:9.1f}{t.cpu_s / base.cpu_s:7.2f}{t.wall_s * 1e3:9.1f}"
+            f"{t.wall_s / base.wall_s:7.2f}{gflop / t.cpu_s:14.1f}"
+        )
+
+
+# --- expert_ffn ------------------------------------------------------------------------------------------------------
+
+
+def _dense_ffn(x_RD, w_gate_DF, w_up_DF, w_down_FD):
+    return (jax.nn.silu(x_RD @ w_gate_DF) * (x_RD @ w_up_DF)) @ w_down_FD
+
+
+def _three_matmuls(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E):
+    gate_RF, up_RF = grouped_matmul(x_RD, w_gate_EDF, sizes_E), grouped_matmul(x_RD, w_up_EDF, sizes_E)
+    return grouped_matmul(jax.nn.silu(gate_RF) * up_RF, w_down_EFD, sizes_E)
+
+
+def _forward_backward(ffn: Callable[..., jax.Array]) -> Callable[..., Any]:
+    """Jitted (y, gradients of x and of the three weights) for a given output gradient."""
+
+    def run(dy_RD, x_RD, w_gate, w_up, w_down, *rest):
+        y_RD, pullback = jax.vjp(lambda *floats: ffn(*floats, *rest), x_RD, w_gate, w_up, w_down)
+        return y_RD, pullback(dy_RD)
+
+    return jax.jit(run)
+
+
+def _routed_sizes(rng: np.random.Generator, rows: int, num_experts: int, skew: float) -> np.ndarray:
+    """Multinomial group sizes; expert i is drawn in proportion to (i + 1) ** -skew (0: uniform, 1: Zipf)."""
+    p = (np.arange(num_experts) + 1.0) ** -skew
+    return rng.multinomial(rows, rng.permutation(p / p.sum())).astype(np.int32)
+
+
+def _bench_expert_ffn(args: argparse.Namespace) -> None:
+    for E in args.num_experts:
+        rng = np.random.default_rng(args.seed)
+        draw = lambda *shape: jnp.asarray(rng.normal(size=shape) / np.sqrt(shape[-2]), args.dtype)
+        R, D, F = args.rows, args.d_model, args.d_ff
+        x_RD, dy_RD, sizes_E = draw(R, D), draw(R, D), jnp.asarray(_routed_sizes(rng, R, E, args.skew))
+        dense = (dy_RD, x_RD, draw(D, F), draw(D, F), draw(F, D))
+        routed = (dy_RD, x_RD, draw(E, D, F), draw(E, D, F), draw(E, F, D), sizes_E)
+        fused = lambda name: functools.partial(expert_ffn, implementation=name)
+        contenders = {
+            "dense, same FLOPs": functools.partial(_forward_backward(_dense_ffn), *dense),
+            "expert_ffn": functools.partial(_forward_backward(fused(None)), *routed),
+            "three grouped_matmuls": functools.partial(_forward_backward(_three_matmuls), *routed),
+        }
+        if not args.no_ragged_dot:
+            contenders["ragged_dot"] = functools.partial(_forward_backward(fused("xla")), *routed)
+        timings = compare(contenders, args.rounds, args.repeats)
+        title = f"forward + backward, rows {R}, D {D}, F {F}, E {E}, {args.dtype}, skew {args.skew:g}"
+        print_table(title, timings, "dense, same FLOPs", gflop=18 * R * D * F / 1e9)
+
+
+def add_expert_ffn(subparsers: Any) -> None:
+    parser = subparsers.add_parser("expert_ffn", help="one SwiGLU expert layer, forward and backward")
+    parser.add_argument("--rows", type=int, default=4096, help="tokens times experts per token")
+    parser.add_argument("--d_model", type=int, default=256)
+    parser.add_argument("--d_ff", type=int, default=512)
+    parser.add_argument("--num_experts", type=int, nargs="+", default=[8, 64])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--skew", type=float, default=0.0, help="exponent of the load: 0 uniform, 1 Zipf")
+    parser.add_argument("--no_ragged_dot", action="store_true", help="leave out the slowest contender")
+    _add_common(parser, _bench_expert_ffn)
+
+
+# --- command line ----------------------------------------------------------------------------------------------------
+
+
+def _add_common(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None]) -> None:
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=2, help="calls per round")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(run=run)
+
+
+BENCHMARKS = (add_expert_ffn,)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    subparsers = parser.add_subparsers(required=True)
+    for add in BENCHMARKS:
+        add(subparsers)
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()

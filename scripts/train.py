@@ -1,0 +1,6 @@
+"""Train a model. `--help` says how; the work is in moe_zoo/cli/train.py."""
+
+from moe_zoo.cli.train import main
+
+if __name__ == "__main__":
+    main()
