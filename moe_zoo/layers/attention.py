@@ -5,6 +5,7 @@ B batch, S query length, L key length, N query heads, M key-value heads, H head 
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Literal
 
 import jax
@@ -16,7 +17,7 @@ from moe_zoo.core.param import fan_in, param
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import join, positive
 from moe_zoo.layers.norm import RMSNorm
-from moe_zoo.layers.rope import rotate
+from moe_zoo.layers.rope import Angles, angles, rotate
 
 # Query rows per block of the parallel form: blocks see only the keys up to their end, which saves half the work.
 _BLOCK = 128
@@ -48,11 +49,18 @@ class AttentionConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class View:
-    """Who may see whom: positions for rotary angles and order, segments that do not see each other, validity."""
+    """Who may see whom: positions for rotary angles and order, segments that do not see each other, validity.
+
+    `rotary`: angles by (head size, theta), made before the layers are scanned.
+    """
 
     positions: Int[Array, "B S"]
     segment_ids: Int[Array, "B S"] | None = None
     valid: Bool[Array, "B S"] | None = None
+    rotary: dict[tuple[int, float], Angles] = dataclasses.field(default_factory=dict)
+
+    def with_rotary(self, keys: Iterable[tuple[int, float]], dtype) -> "View":
+        return dataclasses.replace(self, rotary={key: angles(self.positions, *key, dtype) for key in keys})
 
 
 class Attention(nnx.Module):
@@ -74,12 +82,16 @@ class Attention(nnx.Module):
             self.q_norm = RMSNorm(N * H if full else H, config.norm_eps, axis="qk_norm")
             self.k_norm = RMSNorm(M * H if full else H, config.norm_eps, axis="qk_norm")
 
+    @property
+    def rotary_key(self) -> tuple[int, float]:
+        return self.dims[3], self.config.rope_theta
+
     def init_cache(self, batch: int, max_seq: int, dtype) -> dict:
         """Keys, values and who they are, for `max_seq` tokens."""
         D, N, M, H = self.dims
         return {
-            "k": jnp.zeros((batch, max_seq, M, H), dtype),
-            "v": jnp.zeros((batch, max_seq, M, H), dtype),
+            "k": jnp.zeros((batch, M, max_seq, H), dtype),
+            "v": jnp.zeros((batch, M, max_seq, H), dtype),
             "positions": jnp.zeros((batch, max_seq), jnp.int32),
             "valid": jnp.zeros((batch, max_seq), bool),
         }
@@ -88,37 +100,37 @@ class Attention(nnx.Module):
         """Returns (output, cache). With a cache, the S new tokens are written at index `at` and see all before them."""
         D, N, M, H = self.dims
         B, S, _ = x_BSD.shape
-        q_BSNH, k_BSMH, v_BSMH = self._project(x_BSD)
-        theta = self.config.rope_theta
-        q_BSNH, k_BSMH = rotate(q_BSNH, view.positions, theta), rotate(k_BSMH, view.positions, theta)
+        q_BNSH, k_BMSH, v_BMSH = self._project(x_BSD)
+        sin_cos = view.rotary[self.rotary_key]
+        q_BNSH, k_BMSH = rotate(q_BNSH, sin_cos), rotate(k_BMSH, sin_cos)
         if cache is None:
-            out = self._parallel(q_BSNH, k_BSMH, v_BSMH, view)
+            out_BNSH = self._parallel(q_BNSH, k_BMSH, v_BMSH, view)
         else:
-            cache = self._append(cache, k_BSMH, v_BSMH, view, at)
+            cache = self._append(cache, k_BMSH, v_BMSH, view, at)
             mask_BSL = self._ordered(view.positions, cache["positions"]) & cache["valid"][:, None, :]
-            out = attend(q_BSNH, cache["k"], cache["v"], mask_BSL)
+            out_BNSH = attend(q_BNSH, cache["k"], cache["v"], mask_BSL)
         o = self.o[...].astype(x_BSD.dtype).reshape(N * H, D)
-        return out.reshape(B, S, N * H) @ o, cache
+        out = out_BNSH.transpose(0, 2, 1, 3).reshape(B * S, N * H) @ o
+        return out.reshape(B, S, D), cache
 
     def _project(self, x_BSD):
-        """q, k, v by one dot: at these sizes a CPU core reaches its peak only on wide matrices."""
+        """q, k, v by one dot on flat tokens: a CPU core reaches its peak only on wide matrices."""
         D, N, M, H = self.dims
         B, S, _ = x_BSD.shape
         w = jnp.concatenate([p[...].reshape(D, -1).astype(x_BSD.dtype) for p in (self.q, self.k, self.v)], axis=1)
-        q, k, v = jnp.split(x_BSD @ w, [N * H, (N + M) * H], axis=-1)
+        q, k, v = jnp.split(x_BSD.reshape(B * S, D) @ w, [N * H, (N + M) * H], axis=-1)
         if self.config.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = q.reshape(B, S, N, H), k.reshape(B, S, M, H), v.reshape(B, S, M, H)
+        q, k, v = (t.reshape(B, S, -1, H).transpose(0, 2, 1, 3) for t in (q, k, v))
         if self.config.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
 
-    def _append(self, cache, k_BSMH, v_BSMH, view, at):
+    def _append(self, cache, k_BMSH, v_BMSH, view, at):
         valid = jnp.ones(view.positions.shape, bool) if view.valid is None else view.valid
-        new = {"k": k_BSMH, "v": v_BSMH, "positions": view.positions, "valid": valid}
-        return {
-            name: jax.lax.dynamic_update_slice_in_dim(old, new[name].astype(old.dtype), at, axis=1) for name, old in cache.items()
-        }
+        new = {"k": (k_BMSH, 2), "v": (v_BMSH, 2), "positions": (view.positions, 1), "valid": (valid, 1)}
+        write = lambda old, value, axis: jax.lax.dynamic_update_slice_in_dim(old, value.astype(old.dtype), at, axis)
+        return {name: write(old, *new[name]) for name, old in cache.items()}
 
     def _ordered(self, query_BS, key_BL):
         distance_BSL = query_BS[:, :, None] - key_BL[:, None, :]
@@ -126,21 +138,19 @@ class Attention(nnx.Module):
         return mask if self.config.sliding_window is None else mask & (distance_BSL < self.config.sliding_window)
 
     def _parallel(self, q, k, v, view):
-        outs, S = [], q.shape[1]
+        outs, S = [], q.shape[2]
         for start in range(0, S, _BLOCK):
-            end, first = min(start + _BLOCK, S), 0
-            if self.config.sliding_window is not None and view.segment_ids is None and view.valid is None:
-                first = max(0, start - self.config.sliding_window + 1)
-            keys, queries = slice(first, end), slice(start, end)
-            mask = self._ordered(view.positions[:, queries], view.positions[:, keys])
+            end = min(start + _BLOCK, S)
+            keys, queries = slice(0, end), slice(start, end)
             # positions restart with each packed document: order within the row must hold as well
-            mask &= jnp.arange(start, end)[:, None] >= jnp.arange(first, end)
+            mask = jnp.arange(start, end)[:, None] >= jnp.arange(end)
+            mask = mask & self._ordered(view.positions[:, queries], view.positions[:, keys])
             if view.segment_ids is not None:
                 mask &= view.segment_ids[:, queries, None] == view.segment_ids[:, None, keys]
             if view.valid is not None:
                 mask &= view.valid[:, None, keys]
-            outs.append(attend(q[:, queries], k[:, keys], v[:, keys], mask))
-        return jnp.concatenate(outs, axis=1) if len(outs) > 1 else outs[0]
+            outs.append(attend(q[:, :, queries], k[:, :, keys], v[:, :, keys], mask))
+        return jnp.concatenate(outs, axis=2) if len(outs) > 1 else outs[0]
 
     def flops_per_token(self, context: float) -> float:
         """Projections, and scores and mixing over `context` visible keys on average. Forward, multiply-adds count two."""
@@ -151,15 +161,20 @@ class Attention(nnx.Module):
 
 
 def attend(
-    q_BSNH: Float[Array, "B S N H"], k_BLMH: Float[Array, "B L M H"], v_BLMH: Float[Array, "B L M H"], mask_BSL: Bool[Array, "B S L"]
-) -> Float[Array, "B S N H"]:
-    """softmax(q k / sqrt(H)) v over the allowed keys. Softmax in float32. A query that may see nothing averages all."""
-    B, S, N, H = q_BSNH.shape
-    M = k_BLMH.shape[2]
-    q = (q_BSNH / math.sqrt(H)).reshape(B, S, M, N // M, H)
-    scores = jnp.einsum("bsmgh,blmh->bmgsl", q, k_BLMH.astype(q.dtype))
-    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
-    mask = mask_BSL[:, None, None]
+    q_BNSH: Float[Array, "B N S H"], k_BMLH: Float[Array, "B M L H"], v_BMLH: Float[Array, "B M L H"], mask_BSL: Bool[Array, "B S L"]
+) -> Float[Array, "B N S H"]:
+    """softmax(q k / sqrt(H)) v over the allowed keys. Softmax in float32. A query that may see nothing averages all.
+
+    The G = N / M queries of a key-value head are stacked along the sequence, so that both products are plain batched
+    matmuls with the batch in front: other layouts cost twice as much on a CPU.
+    """
+    B, N, S, H = q_BNSH.shape
+    M, G = k_BMLH.shape[1], N // k_BMLH.shape[1]
+    L = k_BMLH.shape[2]
+    q = (q_BNSH * (1 / math.sqrt(H))).reshape(B, M, G * S, H)
+    scores = jnp.einsum("bmsh,bmlh->bmsl", q, k_BMLH.astype(q.dtype))
+    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32)).reshape(B, M, G, S, L)
     lowest = jnp.finfo(scores.dtype).min
-    weights = jax.nn.softmax(jnp.where(mask, scores, lowest), axis=-1).astype(q.dtype)
-    return jnp.einsum("bmgsl,blmh->bsmgh", weights, v_BLMH.astype(q.dtype)).reshape(B, S, N, H)
+    weights = jax.nn.softmax(jnp.where(mask_BSL[:, None, None], scores, lowest), axis=-1).astype(q.dtype)
+    out = jnp.einsum("bmsl,bmlh->bmsh", weights.reshape(B, M, G * S, L), v_BMLH.astype(q.dtype))
+    return out.reshape(B, N, S, H)

@@ -110,8 +110,9 @@ class Decoder(nnx.Module):
             valid=flat(valid), positions=flat(positions), segment_ids=flat(segment_ids),
             token_ids=flat(tokens), domain=flat(domain), carry=self._init_carry(B * S),
         )  # fmt: skip
-        x = self.embed(tokens, jnp.dtype(self.config.dtype))
-        state = _Run(x, ctx, View(positions, segment_ids, valid), cache, at, inputs or {})
+        dtype = jnp.dtype(self.config.dtype)
+        view = View(positions, segment_ids, valid).with_rotary(self._rotary_keys(), dtype)
+        state = _Run(self.embed(tokens, dtype), ctx, view, cache, at, inputs or {})
         for index, segment in enumerate(self.segments):
             state.run_segment(index, segment, self.config.remat if train else "none")
         x = self.norm(state.x)
@@ -145,6 +146,9 @@ class Decoder(nnx.Module):
             values = jax.vmap(lambda ffn, s: ffn.after_step(s))(block.ffn, stats[path])
             new.update({f"{path}.ffn.{name}": value for name, value in values.items()})
         return new
+
+    def _rotary_keys(self) -> set[tuple[int, float]]:
+        return {block.mixer.rotary_key for segment in self.segments for block in segment.blocks}
 
     def _init_carry(self, num_tokens: int):
         for _, block, _ in self.routed():
