@@ -25,7 +25,8 @@ class Checkpoints:
         # orbax is half a second to import and only runs need it; a relative path would fail silently in its thread
         import orbax.checkpoint as ocp
 
-        logging.getLogger("absl").setLevel(logging.WARNING)
+        # it warns of every item that it has not been asked for yet
+        logging.getLogger("absl").setLevel(logging.ERROR)
         self._ocp, self.path = ocp, Path(workdir).absolute() / "checkpoints"
         self._manager = ocp.CheckpointManager(
             self.path, item_names=("params", "train", "meta"), options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
@@ -39,8 +40,9 @@ class Checkpoints:
         """Starts writing; returns once the arrays are copied. One save runs at a time."""
         args = self._ocp.args
         # an empty tree leaves no files behind and would not restore
-        params = {group: state[group] for group in PARAMS if state[group]}
+        params = {group: state[group] for group in PARAMS if state.get(group)}
         train = {name: state[name] for name in _TRAIN if name != "objective" or state[name]}
+        meta = meta | {"groups": {group: list(state[group]) for group in PARAMS}}
         self._manager.save(
             step,
             args=args.Composite(params=args.StandardSave(params), train=args.StandardSave(train), meta=args.JsonSave(meta)),
@@ -49,7 +51,7 @@ class Checkpoints:
     def restore(self, step: int, abstract: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """(state, meta) onto the shardings of `abstract`."""
         args = self._ocp.args
-        params = {group: abstract[group] for group in PARAMS if abstract[group]}
+        params = {group: abstract[group] for group in PARAMS if abstract.get(group)}
         train = {name: abstract[name] for name in _TRAIN if name != "objective" or abstract[name]}
         try:
             got = self._manager.restore(
@@ -63,18 +65,18 @@ class Checkpoints:
         empty = {group: {} for group in (*PARAMS, "objective")}
         return empty | dict(got.params) | dict(got.train), dict(got.meta)
 
-    def groups(self, step: int) -> dict[str, str]:
-        """Path -> the group it was saved in ("trainable", "frozen", "buffers")."""
+    def meta(self, step: int) -> dict[str, Any]:
+        """What `save` was given as meta, and "groups": {group: [paths]}."""
+        args = self._ocp.args
         try:
-            tree = self._manager.item_metadata(step).params
-            return {name: group for group in PARAMS if group in tree for name in tree[group]}
+            return dict(self._manager.restore(step, args=args.Composite(meta=args.JsonRestore())).meta)
         except Exception as error:
             raise CheckpointError(f"{self.path / str(step)} cannot be read: {_first_line(error)}") from error
 
     def restore_params(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
         """The parameters and buffers only, as one dict by path."""
         args = self._ocp.args
-        wanted = {group: abstract[group] for group in PARAMS if abstract[group]}
+        wanted = {group: abstract[group] for group in PARAMS if abstract.get(group)}
         try:
             got = self._manager.restore(step, args=args.Composite(params=args.StandardRestore(wanted)))
         except Exception as error:

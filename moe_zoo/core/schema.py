@@ -95,6 +95,8 @@ def build_choice(registry: Registry, values, path: str) -> Choice:
 
 
 def build_choices(registry: Registry, values, path: str) -> tuple[Choice, ...]:
+    if isinstance(values, Text):
+        values = _literal(values.value)
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path}: expected {{name: settings}}, got {_show(values)}")
     return tuple(build_choice(registry, {"name": name, **(rest or {})}, f"{path}.{name}") for name, rest in values.items())

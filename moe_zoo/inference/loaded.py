@@ -85,7 +85,7 @@ def load(workdir: str | Path, *, mesh=None, step: int | None = None) -> Loaded:
         raise CheckpointError(f"{workdir} has no finished checkpoint yet; train longer, or lower checkpoint.every")
     model = Decoder(config)
     abstract = {}
-    groups = checkpoints.groups(step)
+    groups = {name: group for group, names in checkpoints.meta(step)["groups"].items() for name in names}
     variables = P.flat(model)
     for name, var in variables.items():
         value = var.get_value()

@@ -152,7 +152,10 @@ def load_config(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
 
     Raises ConfigError for a missing file, an unknown preset, key or value; always one line.
     """
-    tree = read_config_file(spec)
+    config = config_from_dict(read_config_file(spec))
+    if not overrides:
+        return config
+    tree = config.to_dict()  # with all defaults, so that an override changes one key and not a whole section
     for key, text in overrides:
         _override(tree, key, text)
     return config_from_dict(tree)

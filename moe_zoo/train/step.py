@@ -113,7 +113,7 @@ class Trainer:
         weights = batch.pop("loss_mask").astype(jnp.float32)
         batch["loss_weights"] = weights / jnp.maximum(weights.sum(), 1)
         gradients, stats = self._gradients(state, batch, step, key)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         rate = learning_rate(self.config.optim, step, progress)
         updates, opt = self.tx.update(gradients, state["opt"], state["trainable"])
         trainable = jax.tree.map(lambda p, u: p + rate.astype(p.dtype) * u.astype(p.dtype), state["trainable"], updates)
