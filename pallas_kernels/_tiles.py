@@ -31,30 +31,32 @@ def tile_sizes(num_rows: int, num_groups: int) -> TileSizes:
 def for_each_tile(
     start: Int[Array, ""], end: Int[Array, ""], num_rows: int, sizes: TileSizes, body: Callable[..., Any], carry: Any
 ) -> Any:
-    """Runs `carry = body(carry, first_row, rows, live)` over the tiles of rows [start, end).
+    """Runs `carry = body(carry, first_row, rows, live, opens)` over the tiles of rows [start, end).
 
     `rows` is static. `live` is None where all rows of the tile belong to the group, else bool[rows, 1].
+    `opens` (static) is True for the short tile, which every group that has rows begins with, and only for it.
     """
-    full = (end - start) // sizes.rows
-    if num_rows >= sizes.rows:
-        carry = jax.lax.fori_loop(
-            jnp.int32(0), full, lambda i, c: body(c, start + i * sizes.rows, sizes.rows, None), carry
-        )
-    first = start + full * sizes.rows
+    count = end - start
+    full = jnp.maximum(count - 1, 0) // sizes.rows
+    short_end = end - full * sizes.rows
     lengths = sorted({min(k, num_rows) for k in range(sizes.step, sizes.rows + 1, sizes.step)})
-    index = jnp.minimum((end - first + sizes.step - 1) // sizes.step, len(lengths))
+    index = jnp.minimum((short_end - start + sizes.step - 1) // sizes.step, len(lengths))
     for k, rows in enumerate(lengths):
 
         def short(i, carry, rows=rows):
             # i is 0, but the compiler must not know: it would hoist the whole body out of the loop and always run it.
             # A slice that would pass the last row is moved back: then it begins with rows of an earlier group.
-            at = jnp.minimum(first + i * rows, num_rows - rows)
+            at = jnp.minimum(start + i * rows, num_rows - rows)
             row = at + jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
-            live: Bool[Array, "rows 1"] = (row >= first) & (row < end)
-            return body(carry, at, rows, live)
+            live: Bool[Array, "rows 1"] = (row >= start) & (row < short_end)
+            return body(carry, at, rows, live, True)
 
         carry = jax.lax.fori_loop(jnp.int32(0), (index == k + 1).astype(jnp.int32), short, carry)
-    return carry
+    if num_rows <= sizes.rows:
+        return carry
+    return jax.lax.fori_loop(
+        jnp.int32(0), full, lambda i, c: body(c, short_end + i * sizes.rows, sizes.rows, None, False), carry
+    )
 
 
 def take_rows(x: Array, first_row: Int[Array, ""], rows: int, live: Array | None = None) -> Array:
@@ -69,3 +71,23 @@ def put_rows(out: Array, tile: Array, first_row: Int[Array, ""], live: Array | N
     if live is not None:
         tile = jnp.where(live, tile, jax.lax.dynamic_slice_in_dim(out, first_row, tile.shape[0]))
     return jax.lax.dynamic_update_slice_in_dim(out, tile, first_row, 0)
+
+
+def add_matrix(sum_AB: Array, matrix_AB: Array, opens: bool) -> Array:
+    """sum + matrix, or just the matrix for the tile which opens the group: the sum needs no zeros before it."""
+    return matrix_AB if opens else sum_AB + matrix_AB
+
+
+def put_matrix(out_GAB: Array, sum_AB: Array, g: Int[Array, ""], group_has_rows: Bool[Array, ""]) -> Array:
+    """out[g] = sum, in place inside a loop; zeros for a group that no tile has opened."""
+    matrix_AB = jnp.where(group_has_rows, sum_AB, 0).astype(out_GAB.dtype)
+    return jax.lax.dynamic_update_index_in_dim(out_GAB, matrix_AB, g, 0)
+
+
+def transposed(tile: Array) -> Array:
+    """The tile's transpose, really written out.
+
+    Left to itself XLA folds the transpose into the dot that uses it, and runs a dot that contracts the first dim of its
+    left side outside its fast library (jaxlib 0.10.2 and 0.12: 10-20% slower, for the sizes that occur here).
+    """
+    return jax.lax.optimization_barrier(tile.T)

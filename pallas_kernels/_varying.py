@@ -26,6 +26,10 @@ def same_varying(*operands: Any) -> tuple[Any, ...]:
     return jax.tree.map(lambda x: _cast(x, axes), operands)
 
 
-def zeros_like_varying(shape: tuple[int, ...], dtype: Any, like: jax.Array) -> jax.Array:
-    """Zeros that vary over the same mesh axes as `like`: fit for the carry of a loop which mixes `like` in."""
-    return _cast(jnp.zeros(shape, dtype), _axes(like))
+def zeros_like_varying(shape: tuple[int, ...], dtype: Any, like: jax.Array, *, negative: bool = False) -> jax.Array:
+    """Zeros that vary over the same mesh axes as `like`: fit for the carry of a loop which mixes `like` in.
+
+    Two equal constants of one shape become one buffer, of which XLA then copies one per loop carry. `negative` gives
+    -0.0: another constant, so that a pair of arrays needs no copy.
+    """
+    return _cast(jnp.full(shape, -0.0 if negative else 0.0, dtype), _axes(like))

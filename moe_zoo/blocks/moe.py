@@ -44,7 +44,9 @@ class MoE(nnx.Module):
         self.dispatch = config.dispatch.make()
         self.losses = tuple((choice.name, choice.make()) for choice in config.losses)
         if config.shared_size:
-            self.shared = MLP(FeedForwardConfig(), hidden_size=D, intermediate_size=config.shared_size, out_scale=out_scale)
+            self.shared = MLP(
+                FeedForwardConfig(), hidden_size=D, intermediate_size=config.shared_size, out_scale=out_scale
+            )
         if config.shared_gate:
             self.shared_gate = param((D, 1), ("embed", None), fan_in(D))
 
@@ -85,7 +87,7 @@ class MoE(nnx.Module):
         return {f"router.{name}": value for name, value in self.router.after_step(stats).items()}
 
     def flops_per_token(self, rows_per_token: float | None = None) -> float:
-        """Forward FLOPs of one token: router, `rows_per_token` expert rows (the router's own figure if None), shared."""
+        """Forward FLOPs of one token: router, expert rows (by default as many as the router says), shared expert."""
         rows = self.router.active() if rows_per_token is None else rows_per_token
         flops = 2 * self.hidden_size * self.num_experts + rows * self.experts.flops_per_row()
         return flops + (self.shared.flops_per_token() if hasattr(self, "shared") else 0)

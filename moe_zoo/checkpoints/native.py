@@ -1,9 +1,9 @@
 """Our own checkpoints, behind orbax's manager: atomic, asynchronous, readable on another mesh.
 
-    workdir/config.json           every setting, defaults written out
-    workdir/checkpoints/<step>/   params: trainable, frozen, buffers by path
-                                  train:  optimizer, objective, step
-                                  meta:   data position of the last consumed batch, seconds trained, versions
+workdir/config.json           every setting, defaults written out
+workdir/checkpoints/<step>/   params: trainable, frozen, buffers by path
+                              train:  optimizer, objective, step
+                              meta:   data position of the last consumed batch, seconds trained, versions
 """
 
 import logging
@@ -29,7 +29,9 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.ERROR)
         self._ocp, self.path = ocp, Path(workdir).absolute() / "checkpoints"
         self._manager = ocp.CheckpointManager(
-            self.path, item_names=("params", "train", "meta"), options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+            self.path,
+            item_names=("params", "train", "meta"),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
         )
 
     def latest(self) -> int | None:
@@ -45,7 +47,9 @@ class Checkpoints:
         meta = meta | {"groups": {group: list(state[group]) for group in PARAMS}}
         self._manager.save(
             step,
-            args=args.Composite(params=args.StandardSave(params), train=args.StandardSave(train), meta=args.JsonSave(meta)),
+            args=args.Composite(
+                params=args.StandardSave(params), train=args.StandardSave(train), meta=args.JsonSave(meta)
+            ),
         )
 
     def restore(self, step: int, abstract: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

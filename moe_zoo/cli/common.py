@@ -30,7 +30,9 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             flags = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
             flag = unknown[0].partition("=")[0]
-            raise ConfigError(f"unknown argument {unknown[0]!r}{nearest(flag, flags)} known: {', '.join(flags)}, --config.KEY=VALUE")
+            raise ConfigError(
+                f"unknown argument {unknown[0]!r}{nearest(flag, flags)} known: {', '.join(flags)}, --config.KEY=VALUE"
+            )
         return arguments, overrides
 
 

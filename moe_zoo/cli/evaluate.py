@@ -7,6 +7,7 @@ from moe_zoo.cli import common
 
 
 def evaluate(argv: Sequence[str]) -> None:
+    """Prints the score of a run on a split, or on other data."""
     parser = common.Parser(prog="evaluate", description=__doc__)
     parser.add_argument("--workdir", required=True, help="a run")
     parser.add_argument("--split", default="test", choices=["train", "validation", "test", "all"])
@@ -28,7 +29,9 @@ def evaluate(argv: Sequence[str]) -> None:
     loaded = load(arguments.workdir)
     corpus = load_corpus(arguments.source or settings["source"], loaded.tokenizer)
     if arguments.source is None and arguments.split != "all":
-        corpus = split(corpus, tuple(settings["fractions"]), settings["seed"], tokenizer=loaded.tokenizer)[arguments.split]
+        corpus = split(corpus, tuple(settings["fractions"]), settings["seed"], tokenizer=loaded.tokenizer)[
+            arguments.split
+        ]
     stride = arguments.stride or settings["eval_stride"]
     if stride is not None and not 1 <= stride <= settings["seq_len"]:
         raise common.ConfigError(f"--stride: expected 1 to {settings['seq_len']} (the run's seq_len), got {stride}")
@@ -46,4 +49,5 @@ def evaluate(argv: Sequence[str]) -> None:
 
 
 def main() -> None:
+    """The process: parses sys.argv, exits with its code."""
     sys.exit(common.run(evaluate))

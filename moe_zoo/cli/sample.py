@@ -7,6 +7,7 @@ from moe_zoo.cli import common
 
 
 def sample(argv: Sequence[str]) -> None:
+    """Prints a continuation of every prompt."""
     parser = common.Parser(prog="sample", description=__doc__)
     parser.add_argument("--workdir", required=True, help="a run")
     parser.add_argument("--prompt", action="append", help="text to continue; may be given several times", default=None)
@@ -38,4 +39,5 @@ def sample(argv: Sequence[str]) -> None:
 
 
 def main() -> None:
+    """The process: parses sys.argv, exits with its code."""
     sys.exit(common.run(sample))

@@ -8,9 +8,12 @@ from moe_zoo.cli import common
 
 
 def train(argv: Sequence[str]) -> dict[str, Any]:
+    """Trains and reports. Returns the report."""
     parser = common.Parser(prog="train", description=__doc__)
     parser.add_argument("--config", required=True, help="a config file or the name of one, with :PRESET")
-    parser.add_argument("--workdir", required=True, help="where checkpoints, metrics and pictures go; resumes what is there")
+    parser.add_argument(
+        "--workdir", required=True, help="where checkpoints, metrics and pictures go; resumes what is there"
+    )
     parser.add_argument("--overwrite", action="store_true", help="remove the run that is in --workdir and start again")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     arguments, overrides = parser.parse_known(argv)
@@ -43,4 +46,5 @@ def train(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def main() -> None:
+    """The process: parses sys.argv, exits with its code."""
     sys.exit(common.run(train))

@@ -55,6 +55,7 @@ class Stat:
 
 
 def is_stat(x) -> bool:
+    """For `jax.tree.map(..., is_leaf=is_stat)`."""
     return isinstance(x, Stat)
 
 

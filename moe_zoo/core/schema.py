@@ -66,7 +66,9 @@ def build(cls: type, values: Mapping, path: str = ""):
     for key in values:
         if key not in fields:
             known = ", ".join(fields) or "none"
-            raise ConfigError(f"unknown key {prefix + str(key)!r}{nearest(key, fields)} keys of {path or 'config'}: {known}")
+            raise ConfigError(
+                f"unknown key {prefix + str(key)!r}{nearest(key, fields)} keys of {path or 'config'}: {known}"
+            )
     kwargs = {}
     for name, field in fields.items():
         if name in values:
@@ -80,6 +82,7 @@ def build(cls: type, values: Mapping, path: str = ""):
 
 
 def build_choice(registry: Registry, values, path: str) -> Choice:
+    """`{"name": ..., **settings}` (or just a name) -> the entry with its Config built."""
     if isinstance(values, Choice):
         return values
     if isinstance(values, Text):
@@ -87,7 +90,9 @@ def build_choice(registry: Registry, values, path: str) -> Choice:
     if isinstance(values, str):
         values = {"name": values}
     if not isinstance(values, Mapping) or "name" not in values:
-        raise ConfigError(f"{path}: expected a section with a 'name', one of {', '.join(registry.names())}; got {_show(values)}")
+        raise ConfigError(
+            f"{path}: expected a section with a 'name', one of {', '.join(registry.names())}; got {_show(values)}"
+        )
     name = values["name"].value if isinstance(values["name"], Text) else values["name"]
     cls = registry.get(name, f"{path}.name")
     rest = {k: v for k, v in values.items() if k != "name"}
@@ -95,11 +100,14 @@ def build_choice(registry: Registry, values, path: str) -> Choice:
 
 
 def build_choices(registry: Registry, values, path: str) -> tuple[Choice, ...]:
+    """`{name: settings, ...}` -> entries in that order."""
     if isinstance(values, Text):
         values = _literal(values.value)
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path}: expected {{name: settings}}, got {_show(values)}")
-    return tuple(build_choice(registry, {"name": name, **(rest or {})}, f"{path}.{name}") for name, rest in values.items())
+    return tuple(
+        build_choice(registry, {"name": name, **(rest or {})}, f"{path}.{name}") for name, rest in values.items()
+    )
 
 
 def to_dict(built) -> dict:
@@ -140,6 +148,7 @@ def positive(obj, path: str, *names: str, zero: bool = False) -> None:
 
 
 def join(path: str, name: str) -> str:
+    """A dotted path."""
     return f"{path}.{name}" if path else name
 
 

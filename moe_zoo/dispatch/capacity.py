@@ -58,7 +58,9 @@ class Capacity:
         R = E * G * C
         kept_TK = decision.live() & (place_TK < C)
         slot_TK = jnp.where(kept_TK, (decision.experts * G + group_T1) * C + place_TK, R)
-        choice_R = jnp.full(R, T * K, jnp.int32).at[slot_TK.reshape(-1)].set(jnp.arange(T * K, dtype=jnp.int32), mode="drop")
+        choice_R = (
+            jnp.full(R, T * K, jnp.int32).at[slot_TK.reshape(-1)].set(jnp.arange(T * K, dtype=jnp.int32), mode="drop")
+        )
         return RowPlan(choice_R, slot_TK, decision.gates, None, E, self.config.gate_on)
 
     def __call__(

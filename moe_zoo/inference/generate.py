@@ -29,9 +29,9 @@ def generate(
 ) -> list[np.ndarray]:
     """Continues every prompt (int arrays, at least one id each) by up to `max_new_tokens` ids.
 
-    `temperature` 0 takes the most likely token. Sampling keeps the `top_k` most likely tokens and the smallest set whose
-    probability reaches `top_p`. A sequence ends at the first of `stop_ids`, which is not returned. Every sequence has
-    its own stream of randomness, so its text does not depend on what else is in the batch.
+    `temperature` 0 takes the most likely token. Sampling keeps the `top_k` most likely tokens and the smallest set
+    whose probability reaches `top_p`. A sequence ends at the first of `stop_ids`, which is not returned. Every sequence
+    has its own stream of randomness, so its text does not depend on what else is in the batch.
 
     Raises ValueError for an empty prompt or settings out of range.
     """

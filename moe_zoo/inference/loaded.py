@@ -43,12 +43,16 @@ class Loaded:
         if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
             raise ValueError(f"input_ids: expected integers [batch, seq], got {ids.dtype} {list(ids.shape)}")
         if ids.size and not 0 <= ids.min() <= ids.max() < self.config.vocab_size:
-            raise ValueError(f"input_ids: expected ids in [0, {self.config.vocab_size}), got {ids.min()} to {ids.max()}")
+            raise ValueError(
+                f"input_ids: expected ids in [0, {self.config.vocab_size}), got {ids.min()} to {ids.max()}"
+            )
         valid = None
         if attention_mask is not None:
             valid = np.atleast_2d(np.asarray(attention_mask)).astype(bool)
             if valid.shape != ids.shape:
-                raise ValueError(f"attention_mask: expected the shape of input_ids {list(ids.shape)}, got {list(valid.shape)}")
+                raise ValueError(
+                    f"attention_mask: expected the shape of input_ids {list(ids.shape)}, got {list(valid.shape)}"
+                )
         graphdef, state = nnx.split(self.model)
         return Output(*_forward(graphdef, state, jnp.asarray(ids, jnp.int32), valid))
 

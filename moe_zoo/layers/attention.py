@@ -25,8 +25,9 @@ _BLOCK = 128
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-    """`head_dim` None: hidden_size / num_attention_heads. `qk_norm`: RMSNorm of q and k, per "head" (Qwen3) or over the
-    "full" width before the split into heads (OLMoE). `sliding_window` w: a query sees itself and the w - 1 tokens before.
+    """`head_dim` None: hidden_size / num_attention_heads. `qk_norm`: RMSNorm of q and k, per "head" (Qwen3) or over
+    the "full" width before the split into heads (OLMoE). `sliding_window` w: a query sees itself and the w - 1 tokens
+    before it.
     """
 
     num_attention_heads: int = 4
@@ -41,7 +42,10 @@ class AttentionConfig:
         positive(self, path, "num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window", "rope_theta")
         kv = self.num_key_value_heads
         if kv is not None and self.num_attention_heads % kv:
-            raise ConfigError(f"{join(path, 'num_key_value_heads')}: {kv} does not divide num_attention_heads={self.num_attention_heads}")
+            raise ConfigError(
+                f"{join(path, 'num_key_value_heads')}: {kv} does not divide "
+                f"num_attention_heads={self.num_attention_heads}"
+            )
         if self.head_dim is not None and self.head_dim % 2:
             raise ConfigError(f"{join(path, 'head_dim')}: {self.head_dim} is odd; rotary positions need pairs")
 
@@ -153,7 +157,7 @@ class Attention(nnx.Module):
         return jnp.concatenate(outs, axis=2) if len(outs) > 1 else outs[0]
 
     def flops_per_token(self, context: float) -> float:
-        """Projections, and scores and mixing over `context` visible keys on average. Forward, multiply-adds count two."""
+        """Projections, scores and mixing over `context` visible keys on average. Forward; multiply-adds count two."""
         D, N, M, H = self.dims
         if self.config.sliding_window is not None:
             context = min(context, self.config.sliding_window)
@@ -161,7 +165,10 @@ class Attention(nnx.Module):
 
 
 def attend(
-    q_BNSH: Float[Array, "B N S H"], k_BMLH: Float[Array, "B M L H"], v_BMLH: Float[Array, "B M L H"], mask_BSL: Bool[Array, "B S L"]
+    q_BNSH: Float[Array, "B N S H"],
+    k_BMLH: Float[Array, "B M L H"],
+    v_BMLH: Float[Array, "B M L H"],
+    mask_BSL: Bool[Array, "B S L"],
 ) -> Float[Array, "B N S H"]:
     """softmax(q k / sqrt(H)) v over the allowed keys. Softmax in float32. A query that may see nothing averages all.
 

@@ -19,6 +19,7 @@ from moe_zoo.dispatch import DISPATCHERS
 from moe_zoo.experts import EXPERTS
 from moe_zoo.layers.attention import AttentionConfig
 from moe_zoo.layers.mlp import FeedForwardConfig
+from moe_zoo.layers.ngram import NgramConfig
 from moe_zoo.layers.norm import NormKind
 from moe_zoo.losses import LOSSES
 from moe_zoo.routing import ROUTERS
@@ -32,7 +33,8 @@ class ModelConfig:
 
     `intermediate_size` is the width of dense blocks, `moe_intermediate_size` of one routed expert. `shared_expert_size`
     adds an always-active expert. `dtype` is the compute type; parameters, router, softmax and losses are float32.
-    `remat`: what the backward pass recomputes: nothing ("none"), all but matrix products ("dots"), whole blocks ("block").
+    `remat`: what the backward pass recomputes: nothing ("none"), all but matrix products ("dots"), or whole blocks
+    ("block").
     """
 
     vocab_size: int = 264
@@ -43,6 +45,7 @@ class ModelConfig:
     num_experts: int = 8
     shared_expert_size: int = 0
     shared_expert_gate: bool = False
+    ngram: NgramConfig = NgramConfig()
     attention: AttentionConfig = AttentionConfig()
     mlp: FeedForwardConfig = FeedForwardConfig()
     router: Choice = choice(ROUTERS, "top_k")
@@ -57,7 +60,16 @@ class ModelConfig:
     variants: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     def validate(self, path: str) -> None:
-        positive(self, path, "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_experts", "norm_eps")
+        positive(
+            self,
+            path,
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "moe_intermediate_size",
+            "num_experts",
+            "norm_eps",
+        )
         positive(self, path, "shared_expert_size", zero=True)
         if self.shared_expert_gate and not self.shared_expert_size:
             raise ConfigError(f"{join(path, 'shared_expert_gate')}: needs shared_expert_size > 0")
@@ -97,7 +109,9 @@ class ModelConfig:
             return self
         if name not in self.variants:
             known = ", ".join(self.variants) or "none declared"
-            raise ConfigError(f"{join(path, 'layers')}: unknown variant {name!r}{nearest(name, self.variants)} known: {known}")
+            raise ConfigError(
+                f"{join(path, 'layers')}: unknown variant {name!r}{nearest(name, self.variants)} known: {known}"
+            )
         changed = copy.deepcopy(to_dict(self))
         changed.update(layers="1*moe", variants={})
         for key, value in _leaves(self.variants[name]):

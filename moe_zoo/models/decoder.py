@@ -20,6 +20,7 @@ from moe_zoo.core.registry import ConfigError
 from moe_zoo.layers.attention import Attention, View
 from moe_zoo.layers.embedding import Embedding, Head
 from moe_zoo.layers.mlp import MLP
+from moe_zoo.layers.ngram import NgramEmbedding
 from moe_zoo.layers.norm import NORMS
 from moe_zoo.models.config import ModelConfig
 
@@ -68,11 +69,15 @@ class Decoder(nnx.Module):
         D = config.hidden_size
         self.config = config
         self.embed = Embedding(config.vocab_size, D)
+        if config.ngram.orders:
+            self.ngram = NgramEmbedding(config.ngram, vocab_size=config.vocab_size, hidden_size=D)
         first, segments = 0, []
         for segment in config.segments():
             P, R = len(segment.pattern), segment.repeats
             ids = [tuple(first + r * P + p for r in range(R)) for p in range(P)]
-            segments.append(SegmentBlocks([make_block(config.variant(kind), kind, config) for kind in segment.pattern], ids))
+            segments.append(
+                SegmentBlocks([make_block(config.variant(kind), kind, config) for kind in segment.pattern], ids)
+            )
             first += P * R
         self.segments = nnx.List(segments)
         self.norm = NORMS[config.norm](D, config.norm_eps)
@@ -112,13 +117,14 @@ class Decoder(nnx.Module):
         )  # fmt: skip
         dtype = jnp.dtype(self.config.dtype)
         view = View(positions, segment_ids, valid).with_rotary(self._rotary_keys(), dtype)
-        state = _Run(self.embed(tokens, dtype), ctx, view, cache, at, inputs or {})
+        x, ngram_cache = self._embed(tokens, positions, cache, dtype)
+        state = _Run(x, ctx, view, cache, at, inputs or {})
         for index, segment in enumerate(self.segments):
             state.run_segment(index, segment, self.config.remat if train else "none")
         x = self.norm(state.x)
         logits = self.embed.attend(x) if self.config.tie_word_embeddings else self.head(x)
         wide = jnp.promote_types(logits.dtype, jnp.float32)
-        new_cache = None if cache is None else {"at": at + S, "segments": state.caches}
+        new_cache = None if cache is None else {"at": at + S, "ngram": ngram_cache, "segments": state.caches}
         return logits.astype(wide), ModelAux(state.losses, state.layers), new_cache
 
     def init_cache(self, batch: int, max_seq: int) -> dict:
@@ -130,7 +136,8 @@ class Decoder(nnx.Module):
             return jax.tree.map(lambda x: jnp.broadcast_to(x, (repeats, *x.shape)), single)
 
         segments = [[one(block, segment.repeats) for block in segment.blocks] for segment in self.segments]
-        return {"at": jnp.zeros((), jnp.int32), "segments": segments}
+        ngram = self.ngram.init_cache(batch) if self.config.ngram.orders else None
+        return {"at": jnp.zeros((), jnp.int32), "ngram": ngram, "segments": segments}
 
     def routed(self):
         """(path, stacked block, layer ids) of every routed block."""
@@ -146,6 +153,13 @@ class Decoder(nnx.Module):
             values = jax.vmap(lambda ffn, s: ffn.after_step(s))(block.ffn, stats[path])
             new.update({f"{path}.ffn.{name}": value for name, value in values.items()})
         return new
+
+    def _embed(self, tokens, positions, cache, dtype):
+        x = self.embed(tokens, dtype)
+        if not self.config.ngram.orders:
+            return x, None
+        extra, ngram_cache = self.ngram(tokens, positions, None if cache is None else cache["ngram"], dtype)
+        return x + extra, ngram_cache
 
     def _rotary_keys(self) -> set[tuple[int, float]]:
         return {block.mixer.rotary_key for segment in self.segments for block in segment.blocks}
@@ -171,7 +185,7 @@ class Decoder(nnx.Module):
 def make_block(config: ModelConfig, kind: str, whole: ModelConfig) -> Block:
     """One abstract block of `kind` ("dense", "moe", with an optional ":variant")."""
     D = config.hidden_size
-    # residual branches start at 1/sqrt(2L) of their size, so that the stream's variance does not grow with depth (GPT-2)
+    # residual branches start at 1/sqrt(2L) of their size, so the stream does not grow with depth (GPT-2)
     out_scale = (2 * whole.num_layers) ** -0.5
     if kind.partition(":")[0] == "moe":
         ffn = MoE(config.moe(), hidden_size=D, out_scale=out_scale)
@@ -199,7 +213,7 @@ class _Run:
     def run_segment(self, index: int, segment: SegmentBlocks, remat: str) -> None:
         blocks = list(segment.blocks)
         ids = [jnp.asarray(ids, jnp.int32) for ids in segment.layer_ids]
-        inputs = [jax.tree.map(lambda a: a[i], self.inputs) for i in ids]
+        inputs = [jax.tree.map(lambda a, i=i: a[i], self.inputs) for i in ids]
         caches = None if self.cache is None else self.cache["segments"][index]
 
         def body(carry, xs):

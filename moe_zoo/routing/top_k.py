@@ -50,7 +50,10 @@ class TopKConfig:
         positive(self, path, "num_experts_per_tok", "n_group", "topk_group", "init_std")
         positive(self, path, "bias_update_rate", zero=True)
         if self.topk_group > self.n_group:
-            raise ConfigError(f"{join(path, 'topk_group')}: {self.topk_group} groups kept of n_group={self.n_group}; at most {self.n_group}")
+            raise ConfigError(
+                f"{join(path, 'topk_group')}: {self.topk_group} groups kept of n_group={self.n_group}; "
+                f"at most {self.n_group}"
+            )
         if self.bias_update_rate and not self.correction_bias:
             raise ConfigError(f"{join(path, 'bias_update_rate')}: {self.bias_update_rate} needs correction_bias=true")
 
@@ -58,12 +61,14 @@ class TopKConfig:
         """What can only be checked once the bank's size is known."""
         K, E = self.num_experts_per_tok, num_experts
         if K > E:
-            raise ConfigError(f"{join(path, 'num_experts_per_tok')}: {K} experts per token of num_experts={E}; at most {E}")
+            raise ConfigError(
+                f"{join(path, 'num_experts_per_tok')}: {K} experts per token of num_experts={E}; at most {E}"
+            )
         if E % self.n_group:
             raise ConfigError(f"{join(path, 'n_group')}: {self.n_group} groups do not divide num_experts={E}")
         if K > self.topk_group * (E // self.n_group):
             raise ConfigError(
-                f"{join(path, 'num_experts_per_tok')}: {K} experts per token, but topk_group={self.topk_group} groups of "
+                f"{join(path, 'num_experts_per_tok')}: {K} of the experts, but topk_group={self.topk_group} groups of "
                 f"{E // self.n_group} hold only {self.topk_group * (E // self.n_group)}"
             )
 
@@ -91,7 +96,12 @@ class TopK(Router):
         if "router_bias" in ctx.inputs:
             bias_E = ctx.inputs["router_bias"] + (0 if bias_E is None else bias_E)
         experts_TK = select(
-            scores_TE, c.num_experts_per_tok, bias_E, n_group=c.n_group, topk_group=c.topk_group, group_score=c.group_score
+            scores_TE,
+            c.num_experts_per_tok,
+            bias_E,
+            n_group=c.n_group,
+            topk_group=c.topk_group,
+            group_score=c.group_score,
         )
         if c.score_function == "softmax_of_top_k":
             gates_TK = jax.nn.softmax(gather_gates(logits_TE, experts_TK))
@@ -101,7 +111,9 @@ class TopK(Router):
                 # 1e-20 as in DeepSeek-V3: sigmoid scores may all underflow
                 gates_TK = gates_TK / (gates_TK.sum(-1, keepdims=True) + 1e-20)
         gates_TK = gates_TK * c.routed_scaling_factor
-        return Routing(TokenChoice(experts_TK, gates_TK, self.num_experts), logits_TE, normalised(scores_TE, c.score_function))
+        return Routing(
+            TokenChoice(experts_TK, gates_TK, self.num_experts), logits_TE, normalised(scores_TE, c.score_function)
+        )
 
     def after_step(self, stats: dict[str, Stat]) -> dict[str, Array]:
         if not (self.config.correction_bias and self.config.bias_update_rate):

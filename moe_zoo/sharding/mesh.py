@@ -26,7 +26,9 @@ class MeshConfig:
     def validate(self, path: str) -> None:
         positive(self, path, "fsdp", "expert", "tensor")
         if self.data != -1 and self.data < 1:
-            raise ConfigError(f"{join(path, 'data')}: expected -1 (all remaining devices) or a number > 0, got {self.data}")
+            raise ConfigError(
+                f"{join(path, 'data')}: expected -1 (all remaining devices) or a number > 0, got {self.data}"
+            )
 
 
 def make_mesh(config: MeshConfig = MeshConfig(), devices=None) -> Mesh:
@@ -39,6 +41,8 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices=None) -> Mesh:
         raise ConfigError(f"mesh: {shown} needs a multiple of {rest} devices, found {len(devices)}")
     sizes = [len(devices) // rest if s == -1 else s for s in sizes]
     if math.prod(sizes) != len(devices):
-        raise ConfigError(f"mesh: {shown} covers {math.prod(sizes)} devices, found {len(devices)}; data=-1 takes all that remain")
+        raise ConfigError(
+            f"mesh: {shown} covers {math.prod(sizes)} devices, found {len(devices)}; data=-1 takes all that remain"
+        )
     # Auto, not the Explicit default of jax.make_mesh: layers state no sharding of their own
     return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))

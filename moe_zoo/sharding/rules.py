@@ -49,7 +49,9 @@ def sharding_of(
             used[mesh_axis] = axis
         parts = math.prod(mesh.shape[a] for a in mesh_axes)
         if size % parts:
-            raise ConfigError(f"{name}: dim {axis!r} of size {size} does not divide over mesh axes {mesh_axes} of size {parts}")
+            raise ConfigError(
+                f"{name}: dim {axis!r} of size {size} does not divide over mesh axes {mesh_axes} of size {parts}"
+            )
         spec.append(mesh_axes if len(mesh_axes) > 1 else mesh_axes[0] if mesh_axes else None)
     return NamedSharding(mesh, PartitionSpec(*spec))
 

@@ -1,8 +1,8 @@
 """The settings of a run, and the way from a config file and a command line to them.
 
 A config file is Python with `get_config(arg: str = "") -> ml_collections.ConfigDict`; `arg` picks a preset
-(`configs/quickstart.py:tiny`). `--config.optim.learning_rate=3e-4` overrides a key. All of it becomes frozen dataclasses
-here, once; what is wrong is said before jax is touched.
+(`configs/quickstart.py:tiny`). `--config.optim.learning_rate=3e-4` overrides a key. All of it becomes frozen
+dataclasses here, once; what is wrong is said before anything compiles.
 """
 
 import dataclasses
@@ -40,7 +40,10 @@ class DataConfig:
         positive(self, path, "seq_len", "batch_size", "eval_batch_size", "eval_stride")
         positive(self, path, "seed", zero=True)
         if self.eval_stride is not None and self.eval_stride > self.seq_len:
-            raise ConfigError(f"{join(path, 'eval_stride')}: {self.eval_stride} skips tokens of seq_len={self.seq_len}; at most {self.seq_len}")
+            raise ConfigError(
+                f"{join(path, 'eval_stride')}: {self.eval_stride} skips tokens of seq_len={self.seq_len}; "
+                f"at most {self.seq_len}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +51,6 @@ class OptimConfig:
     """`learning_rate` is the peak. Schedules run over the whole training after `warmup_steps`: "cosine" and "linear" to
     `final_fraction` of the peak, "wsd" holds the peak and falls linearly over the last `decay_fraction`, "constant".
     `weight_decay` applies to matrices only (no norms, biases, embeddings). `clip_norm` None: no clipping.
-    `update_rms_clip`: see `optimizer.py`.
     """
 
     name: Literal["adamw", "muon", "lion", "sgd"] = "adamw"
@@ -134,16 +136,19 @@ class Config:
     def validate(self, path: str) -> None:
         if self.data.batch_size % self.train.accumulation:
             raise ConfigError(
-                f"data.batch_size: {self.data.batch_size} does not divide into train.accumulation={self.train.accumulation} micro-batches"
+                f"data.batch_size: {self.data.batch_size} does not divide into "
+                f"train.accumulation={self.train.accumulation} micro-batches"
             )
         if not len(self.data.fractions) == 3:
-            raise ConfigError(f"data.fractions: expected three numbers (train, validation, test), got {list(self.data.fractions)}")
+            raise ConfigError(
+                f"data.fractions: expected three numbers (train, validation, test), got {list(self.data.fractions)}"
+            )
 
     def to_dict(self) -> dict:
         return to_dict(self)
 
 
-# Keys that may differ between a run and its continuation: they change when it ends and what it says, not what it learns.
+# What may differ between a run and its continuation: when it ends and what it says, not what it learns.
 RESUMABLE = ("train.steps", "train.minutes", "checkpoint.", "log.", "mesh.")
 
 
@@ -197,7 +202,9 @@ def find_config(name: str) -> Path:
 def preset(name: str, presets: Mapping[str, object]):
     """`presets[name]`, for config files; raises ConfigError with the nearest name."""
     if name not in presets:
-        raise ConfigError(f"unknown preset {name!r}{nearest(name, presets)} known: {', '.join(repr(p) for p in presets)}")
+        raise ConfigError(
+            f"unknown preset {name!r}{nearest(name, presets)} known: {', '.join(repr(p) for p in presets)}"
+        )
     return presets[name]
 
 

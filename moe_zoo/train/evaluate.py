@@ -35,7 +35,9 @@ def evaluate(
     graphdef, state = nnx.split(model)
     X = len(corpus.domains)
     nats, count, layers = np.zeros(X), np.zeros(X), None
-    for batch in eval_batches(corpus, tokenizer, seq_len=seq_len, stride=stride, batch_size=batch_size, max_rows=max_rows):
+    for batch in eval_batches(
+        corpus, tokenizer, seq_len=seq_len, stride=stride, batch_size=batch_size, max_rows=max_rows
+    ):
         if sharding is not None:
             batch = jax.device_put(batch, sharding)
         n, c, layer = jax.device_get(_eval_step(graphdef, X, state, batch))
@@ -51,7 +53,9 @@ def evaluate(
     return {
         "bits_per_byte": {
             "overall": float(bits.sum() / max(scored_bytes.sum(), 1)),
-            "domains": {d: float(bits[i] / scored_bytes[i]) for i, d in enumerate(corpus.domains) if scored_bytes[i] > 0},
+            "domains": {
+                d: float(bits[i] / scored_bytes[i]) for i, d in enumerate(corpus.domains) if scored_bytes[i] > 0
+            },
         },
         "loss": float(nats.sum() / max(count.sum(), 1)),
         "tokens": int(count.sum()),

@@ -11,12 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import moe_zoo
 from moe_zoo.checkpoints import CheckpointError, Checkpoints
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.data import DataError, load_corpus, load_tokenizer, split, train_iterator
+from moe_zoo.models.counting import count_parameters
 from moe_zoo.sharding import make_mesh
 from moe_zoo.train.config import RESUMABLE, Config, differences
 from moe_zoo.train.evaluate import evaluate
@@ -30,7 +30,9 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message is one line and says what to try."""
 
 
-def train(config: Config, workdir: str | Path, *, overwrite: bool = False, stop_at: int | None = None) -> dict[str, Any]:
+def train(
+    config: Config, workdir: str | Path, *, overwrite: bool = False, stop_at: int | None = None
+) -> dict[str, Any]:
     """Trains to the end of `config`, or goes on where the run in `workdir` stopped.
 
     `stop_at` ends early at that step as a SIGTERM would. Returns {"trainer", "state", "parts", "tokenizer", "step",
@@ -41,7 +43,9 @@ def train(config: Config, workdir: str | Path, *, overwrite: bool = False, stop_
     # -- data ---------------------------------------------------------------------------------------------------------
     tokenizer = load_tokenizer(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
-        raise ConfigError(f"model.vocab_size: {config.model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size}")
+        raise ConfigError(
+            f"model.vocab_size: {config.model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size}"
+        )
     corpus = load_corpus(config.data.source, tokenizer)
     parts = split(corpus, config.data.fractions, config.data.seed, tokenizer=tokenizer)
     data = train_iterator(
@@ -108,7 +112,9 @@ def train(config: Config, workdir: str | Path, *, overwrite: bool = False, stop_
                 progress.update(step, fraction())
             if step % config.log.eval_every == 0 and not ended:
                 result = validate(trainer, state, parts["validation"], tokenizer, config)
-                log.write(step, "validation", {"bits_per_byte": result["bits_per_byte"]["overall"], "loss": result["loss"]})
+                log.write(
+                    step, "validation", {"bits_per_byte": result["bits_per_byte"]["overall"], "loss": result["loss"]}
+                )
                 progress.update(step, fraction(), {"validation_bits_per_byte": result["bits_per_byte"]["overall"]})
                 speed.pause()
             if step % config.checkpoint.every == 0 and not ended:
@@ -148,7 +154,7 @@ def prepare_workdir(workdir: Path, config: Config, fingerprint: str, overwrite: 
         changed = [line for line in differences(old, json.loads(json.dumps(new))) if not line.startswith(RESUMABLE)]
         if changed:
             raise ConfigError(
-                f"{workdir} holds a run with other settings ({'; '.join(changed[:4])}{'; ...' if len(changed) > 4 else ''}): "
+                f"{workdir} holds a run with other settings ({'; '.join(changed[:4])}{'; ...' * (len(changed) > 4)}): "
                 "use another --workdir, or --overwrite to start again there"
             )
     if overwrite:
@@ -167,8 +173,6 @@ def prepare_workdir(workdir: Path, config: Config, fingerprint: str, overwrite: 
 
 def announce(progress: Progress, trainer: Trainer, parts, step: int) -> None:
     """What is about to run, in three lines."""
-    from moe_zoo.models.counting import count_parameters
-
     counts = count_parameters(trainer.abstract, trainer.partition.trainable)
     config = trainer.config
     domains = len(parts["train"].domains)
@@ -178,12 +182,17 @@ def announce(progress: Progress, trainer: Trainer, parts, step: int) -> None:
     )
     size = {name: part.num_bytes.sum() / 1e6 for name, part in parts.items()}
     progress.print(
-        f"data {config.data.source}: {size['train']:.1f} MB train, {size['validation']:.2f} validation, {size['test']:.2f} test, "
-        f"{domains} domain{'s' if domains != 1 else ''}, split by document"
+        f"data {config.data.source}: {size['train']:.1f} MB train, {size['validation']:.2f} validation, "
+        f"{size['test']:.2f} test, {plural(domains, 'domain')}, split by document"
     )
-    devices = trainer.mesh.devices.size
-    where = f"{devices} {jax.devices()[0].platform} device{'s' if devices != 1 else ''}"
-    progress.print(f"{'goes on from step ' + str(step) if step else 'starts'} on {where}, jax {jax.__version__}; first step compiles")
+    where = plural(trainer.mesh.devices.size, f"{jax.devices()[0].platform} device")
+    begin = f"goes on from step {step}" if step else "starts"
+    progress.print(f"{begin} on {where}, jax {jax.__version__}; the first step compiles")
+
+
+def plural(n: int, noun: str) -> str:
+    """ "1 device", "8 devices"."""
+    return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
 def code_version() -> str:
@@ -197,8 +206,6 @@ def code_version() -> str:
     except (OSError, subprocess.SubprocessError):
         commit = ""
     return moe_zoo.__version__ + (f"+{commit}" if commit else "")
-
-
 
 
 class _Speed:

@@ -25,11 +25,13 @@ class Objective:
         """Arrays that are checkpointed with the run."""
         return {}
 
-    def loss(self, model, batch: dict[str, Array], ostate, *, step, key, fraction) -> tuple[Float[Array, ""], dict[str, Any]]:
+    def loss(
+        self, model, batch: dict[str, Array], ostate, *, step, key, fraction
+    ) -> tuple[Float[Array, ""], dict[str, Any]]:
         """The loss of one micro-batch and its statistics `{"scalars": {name: Stat}, "layers": {path: {name: Stat}}}`.
 
-        `batch["loss_weights"]` sum to 1 over the whole step, and `fraction` is this micro-batch's share of it: the sum of
-        the micro-batches' losses is the loss of the step however it is cut.
+        `batch["loss_weights"]` sum to 1 over the whole step, and `fraction` is this micro-batch's share of it: the sum
+        of the micro-batches' losses is the loss of the step however it is cut.
         """
         raise NotImplementedError(type(self).__name__)
 

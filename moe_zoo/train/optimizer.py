@@ -45,7 +45,7 @@ def make_optimizer(config: OptimConfig, axes: dict[str, tuple]) -> optax.Gradien
 
 def is_matrix(name: str, axes: tuple) -> bool:
     """Whether weight decay applies: at least two axes besides the stacking ones, and no embedding table."""
-    return len(_own_axes(axes)) >= 2 and not name.startswith("embed.")
+    return len(_own_axes(axes)) >= 2 and not name.startswith(("embed.", "ngram."))
 
 
 def _own_axes(axes: tuple) -> list[int]:
@@ -53,8 +53,8 @@ def _own_axes(axes: tuple) -> list[int]:
 
 
 def _muon(config: OptimConfig, axes, decay):
-    """Muon (Jordan et al. 2024) on matrices inside blocks, Adam on the rest. Layers and experts are batch axes; heads and
-    head sizes count as one. The update is scaled to Adam's typical size, so one learning rate serves both.
+    """Muon (Jordan et al. 2024) on matrices inside blocks, Adam on the rest. Layers and experts are batch axes; heads
+    and head sizes count as one. The update is scaled to Adam's typical size, so one learning rate serves both.
     """
     dims = {}
     for name, names in axes.items():
@@ -82,13 +82,9 @@ def _muon(config: OptimConfig, axes, decay):
 def opt_shardings(tx, params: dict, shardings: dict, replicated):
     """Where each leaf of the optimizer's state lives: moments with their parameters, the rest everywhere."""
     abstract = jax.eval_shape(tx.init, params)
-    by_shape = {}
-    for name, array in params.items():
-        by_shape.setdefault(name, shardings[name])
 
     def place(path, leaf):
-        name = next((k.key for k in reversed(path) if isinstance(k, jax.tree_util.DictKey) and k.key in by_shape), None)
-        fits = name is not None and leaf.shape == params[name].shape
-        return by_shape[name] if fits else replicated
+        name = next((k.key for k in reversed(path) if isinstance(k, jax.tree_util.DictKey) and k.key in params), None)
+        return shardings[name] if name is not None and leaf.shape == params[name].shape else replicated
 
     return jax.tree_util.tree_map_with_path(place, abstract)

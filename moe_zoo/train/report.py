@@ -61,5 +61,7 @@ def draw_pictures(workdir: Path, report: dict[str, Any], domains: tuple[str, ...
     if report["expert_load"]:
         pictures["expert load over training"] = plot_expert_load(history, folder / "expert_load.png")
     if report["load_by_domain"]:
-        pictures["domains and experts"] = plot_domain_experts(report["load_by_domain"], domains, folder / "domain_experts.png")
+        pictures["domains and experts"] = plot_domain_experts(
+            report["load_by_domain"], domains, folder / "domain_experts.png"
+        )
     return {name: str(path) for name, path in pictures.items()}

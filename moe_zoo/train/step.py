@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_zoo.core import param as P
@@ -38,7 +37,9 @@ def partition(model, freeze: tuple[str, ...] = ()) -> Partition:
     variables = P.flat(model)
     for pattern in freeze:
         if not any(fnmatch.fnmatch(path, pattern) for path in variables):
-            raise ConfigError(f"train.freeze: {pattern!r} matches no parameter; paths look like {next(iter(variables))!r}")
+            raise ConfigError(
+                f"train.freeze: {pattern!r} matches no parameter; paths look like {next(iter(variables))!r}"
+            )
     for path, var in variables.items():
         fixed = isinstance(var, P.Frozen) or any(fnmatch.fnmatch(path, pattern) for pattern in freeze)
         groups["buffers" if isinstance(var, P.Buffer) else "frozen" if fixed else "trainable"].append(path)
@@ -73,9 +74,14 @@ class Trainer:
 
     def init_state(self) -> State:
         """Fresh weights, drawn on the host and placed shard by shard; zero moments."""
-        model = P.materialize(self.abstract, self.config.train.seed, lambda var, path, x: jax.device_put(x, self.shardings[path]))
+        model = P.materialize(
+            self.abstract, self.config.train.seed, lambda var, path, x: jax.device_put(x, self.shardings[path])
+        )
         values = P.arrays(model)
-        state = {group: {n: values[n] for n in getattr(self.partition, group)} for group in ("trainable", "frozen", "buffers")}
+        state = {
+            group: {n: values[n] for n in getattr(self.partition, group)}
+            for group in ("trainable", "frozen", "buffers")
+        }
         make_opt = jax.jit(self.tx.init, out_shardings=self.state_shardings["opt"])
         state["opt"] = make_opt(state["trainable"])
         state["objective"] = jax.device_put(self.objective.init_state(), self.replicated)
@@ -98,7 +104,9 @@ class Trainer:
         return P.replace(self.abstract, {**state["trainable"], **state["frozen"], **state["buffers"]})
 
     def _state_shardings(self):
-        groups = {g: {n: self.shardings[n] for n in getattr(self.partition, g)} for g in ("trainable", "frozen", "buffers")}
+        groups = {
+            g: {n: self.shardings[n] for n in getattr(self.partition, g)} for g in ("trainable", "frozen", "buffers")
+        }
         trained = {n: self.shapes[n] for n in self.partition.trainable}
         groups["opt"] = opt_shardings(self.tx, trained, self.shardings, self.replicated)
         groups["objective"] = jax.tree.map(lambda _: self.replicated, jax.eval_shape(self.objective.init_state))
@@ -125,7 +133,10 @@ class Trainer:
             "objective": self.objective.update(state["objective"], stats),
             "step": step + 1,
         }
-        stats["scalars"] = {k: s.value() for k, s in stats["scalars"].items()} | {"grad_norm": norm, "learning_rate": rate}
+        stats["scalars"] = {k: s.value() for k, s in stats["scalars"].items()} | {
+            "grad_norm": norm,
+            "learning_rate": rate,
+        }
         return new, stats
 
     def _gradients(self, state, batch, step, key):

@@ -55,11 +55,11 @@ def backward(
     hidden_RF, dgate_RF, dup_RF = activations.hidden_and_gradients(
         activation, wide(gate_RF), wide(up_RF), back(dy_RD, w_down_EFD)
     )
-    dw_down_EFD = weight(hidden_RF.astype(dtype), dy_RD).astype(dtype)
+    dw_down_EFD = weight(hidden_RF.astype(dtype), dy_RD)
     dup_RF = dup_RF.astype(dtype)
-    dx_RD, dw_up_EDF, dw_gate_EDF = back(dup_RF, w_up_EDF), weight(x_RD, dup_RF).astype(dtype), None
+    dx_RD, dw_up_EDF, dw_gate_EDF = back(dup_RF, w_up_EDF), weight(x_RD, dup_RF), None
     if w_gate_EDF is not None:
         dgate_RF = dgate_RF.astype(dtype)
         dx_RD = dx_RD + back(dgate_RF, w_gate_EDF)
-        dw_gate_EDF = weight(x_RD, dgate_RF).astype(dtype)
+        dw_gate_EDF = weight(x_RD, dgate_RF)
     return dx_RD.astype(dtype), dw_gate_EDF, dw_up_EDF, dw_down_EFD

@@ -1,7 +1,7 @@
 """The expert network as one fused loop over experts and row tiles, for CPUs.
 
-Dims as in api.py; r rows of a tile, H the columns of gate and up side by side (2F, or F without a gate).
-Per expert the weights are sliced once; per tile the hidden layer never leaves the cache. Gate and up are one dot.
+Dims as in api.py; r: rows of a tile. Per expert the weights are sliced once, per tile the hidden layer stays in the
+cache, and weight gradients are summed in one expert's space before they are written, once.
 """
 
 from typing import NamedTuple
@@ -14,16 +14,28 @@ from pallas_kernels import _checks, _groups, _tiles, _varying
 from pallas_kernels.expert_ffn import activations
 
 
-def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
+class _Weights(NamedTuple):
+    """Of all experts (with a leading E), of one expert, or their gradients. gate may be None."""
+
+    gate_DF: Array | None
+    up_DF: Array
+    down_FD: Array
+
+
+def _dot(a: Array, b: Array | None, contract: tuple[int, int]) -> Array | None:
+    if b is None:
+        return None
     dims = (((contract[0],), (contract[1],)), ((), ()))
     return jax.lax.dot_general(a, b, dims, preferred_element_type=_checks.accumulator(a.dtype))
 
 
-def _expert_weights(e: Array, w_gate_EDF: Array | None, w_up_EDF: Array, w_down_EFD: Array) -> tuple[Array, Array]:
-    """(D, H) and (F, D) of expert e."""
-    pick = lambda w: jax.lax.dynamic_index_in_dim(w, e, keepdims=False)
-    w_in_DH = pick(w_up_EDF) if w_gate_EDF is None else jnp.concatenate([pick(w_gate_EDF), pick(w_up_EDF)], axis=1)
-    return w_in_DH, pick(w_down_EFD)
+def _map(f, *trees):
+    """f on each present array: None is an empty tree."""
+    return jax.tree.map(f, *trees)
+
+
+def _pick(weights: _Weights, e: Array) -> _Weights:
+    return _map(lambda w: jax.lax.dynamic_index_in_dim(w, e, keepdims=False), weights)
 
 
 def forward(
@@ -39,38 +51,27 @@ def forward(
 ) -> tuple[Array, Array | None, Array | None]:
     """(y, gate, up): the pre-activations of the live rows, None if not to be saved."""
     R, (E, _, F) = x_RD.shape[0], w_up_EDF.shape
-    zeros_RF = lambda: _varying.zeros_like_varying((R, F), x_RD.dtype, x_RD)
-    y_RD = _varying.zeros_like_varying(x_RD.shape, x_RD.dtype, x_RD)
-    gate_RF = zeros_RF() if save and w_gate_EDF is not None else None
-    up_RF = zeros_RF() if save else None
+    zeros = lambda width, **how: _varying.zeros_like_varying((R, width), x_RD.dtype, x_RD, **how)
+    gate_RF = zeros(F) if save and w_gate_EDF is not None else None
+    out = (zeros(x_RD.shape[1]), gate_RF, zeros(F, negative=True) if save else None)
     if R == 0:
-        return y_RD, gate_RF, up_RF
+        return out
     starts_E, ends_E = _groups.group_bounds(sizes_L, offset, E, R)
     sizes = _tiles.tile_sizes(R, E)
 
     def expert(e: Array, out):
-        w_in_DH, w_out_FD = _expert_weights(e, w_gate_EDF, w_up_EDF, w_down_EFD)
+        w = _pick(_Weights(w_gate_EDF, w_up_EDF, w_down_EFD), e)
 
-        def tile(out, row: Array, rows: int, live: Array | None):
-            y_RD, gate_RF, up_RF = out
-            pre_rH = _dot(_tiles.take_rows(x_RD, row, rows), w_in_DH, (1, 0))
-            gate_rF, up_rF = (None, pre_rH) if w_gate_EDF is None else (pre_rH[:, :F], pre_rH[:, F:])
+        def tile(out, row: Array, rows: int, live: Array | None, opens: bool):
+            x_rD = _tiles.take_rows(x_RD, row, rows)
+            gate_rF, up_rF = _dot(x_rD, w.gate_DF, (1, 0)), _dot(x_rD, w.up_DF, (1, 0))
             hidden_rF = activations.hidden(activation, gate_rF, up_rF).astype(x_RD.dtype)
-            put = lambda out, tile: None if out is None else _tiles.put_rows(out, tile, row, live)
-            return put(y_RD, _dot(hidden_rF, w_out_FD, (1, 0))), put(gate_RF, gate_rF), put(up_RF, up_rF)
+            tiles = (_dot(hidden_rF, w.down_FD, (1, 0)), gate_rF if save else None, up_rF if save else None)
+            return _map(lambda out, tile: _tiles.put_rows(out, tile, row, live), out, tiles)
 
         return _tiles.for_each_tile(starts_E[e], ends_E[e], R, sizes, tile, out)
 
-    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(E), expert, (y_RD, gate_RF, up_RF))
-
-
-class _Gradients(NamedTuple):
-    """Carried over the experts."""
-
-    dx_RD: Array
-    dw_gate_EDF: Array | None
-    dw_up_EDF: Array
-    dw_down_EFD: Array
+    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(E), expert, out)
 
 
 def backward(
@@ -87,45 +88,49 @@ def backward(
     activation: str,
 ) -> tuple[Array, Array | None, Array, Array]:
     """(dx, dw_gate or None, dw_up, dw_down)."""
-    (R, D), (E, _, F), acc = x_RD.shape, w_up_EDF.shape, _checks.accumulator(x_RD.dtype)
-    zeros = lambda shape, dtype: _varying.zeros_like_varying(shape, dtype, x_RD)
-    zeros_like = lambda w: None if w is None else zeros(w.shape, w.dtype)
-    out = _Gradients(*(zeros_like(a) for a in (x_RD, w_gate_EDF, w_up_EDF, w_down_EFD)))
+    R, E, acc = x_RD.shape[0], w_up_EDF.shape[0], _checks.accumulator(x_RD.dtype)
+    weights = _Weights(w_gate_EDF, w_up_EDF, w_down_EFD)
+    zeros = lambda shape, dtype, **how: _varying.zeros_like_varying(shape, dtype, x_RD, **how)
+    dx_RD, dw = zeros(x_RD.shape, x_RD.dtype), _map(lambda w: zeros(w.shape, w.dtype), weights)
+    dw = dw._replace(up_DF=zeros(w_up_EDF.shape, x_RD.dtype, negative=True))
     if R == 0:
-        return tuple(out)
+        return (dx_RD, *dw)
+    # The sums of the expert at hand. What they hold when the next one begins is never read.
+    sums = _map(lambda w: zeros(w.shape[1:], acc), weights)
     starts_E, ends_E = _groups.group_bounds(sizes_L, offset, E, R)
     sizes = _tiles.tile_sizes(R, E)
-    H = F if w_gate_EDF is None else 2 * F
 
-    def expert(e: Array, out: _Gradients) -> _Gradients:
-        w_in_DH, w_out_FD = _expert_weights(e, w_gate_EDF, w_up_EDF, w_down_EFD)
+    def expert(e: Array, carry):
+        w = _pick(weights, e)
 
-        def tile(sums, row: Array, rows: int, live: Array | None):
-            dx_RD, dw_in_DH, dw_out_FD = sums
-            take = lambda x: None if x is None else _tiles.take_rows(x, row, rows, live)
-            x_rD, dy_rD = take(x_RD), take(dy_RD)
-            hidden_rF, dpre_rH = _tile_gradients(activation, take(gate_RF), take(up_RF), dy_rD, w_out_FD)
-            dx_RD = _tiles.put_rows(dx_RD, _dot(dpre_rH, w_in_DH, (1, 1)), row, live)
-            return dx_RD, dw_in_DH + _dot(x_rD, dpre_rH, (0, 0)), dw_out_FD + _dot(hidden_rF, dy_rD, (0, 0))
+        def tile(carry, row: Array, rows: int, live: Array | None, opens: bool):
+            dx_RD, sums = carry
+            take = lambda a: None if a is None else _tiles.take_rows(a, row, rows, live)
+            pre = (take(gate_RF), take(up_RF))
+            dx_rD, dw = _tile_gradients(activation, take(x_RD), pre, take(dy_RD), w)
+            sums = _map(lambda sum, d: _tiles.add_matrix(sum, d, opens), sums, dw)
+            return _tiles.put_rows(dx_RD, dx_rD, row, live), sums
 
-        sums = (out.dx_RD, zeros((D, H), acc), zeros((F, D), acc))
-        dx_RD, dw_in_DH, dw_out_FD = _tiles.for_each_tile(starts_E[e], ends_E[e], R, sizes, tile, sums)
-        put = lambda out, w: None if out is None else jax.lax.dynamic_update_index_in_dim(out, w.astype(out.dtype), e, 0)
-        dw_gate_DF, dw_up_DF = (None, dw_in_DH) if w_gate_EDF is None else (dw_in_DH[:, :F], dw_in_DH[:, F:])
-        return _Gradients(
-            dx_RD, put(out.dw_gate_EDF, dw_gate_DF), put(out.dw_up_EDF, dw_up_DF), put(out.dw_down_EFD, dw_out_FD)
-        )
+        dx_RD, dw, sums = carry
+        dx_RD, sums = _tiles.for_each_tile(starts_E[e], ends_E[e], R, sizes, tile, (dx_RD, sums))
+        has_rows = ends_E[e] > starts_E[e]
+        return dx_RD, _map(lambda out, sum: _tiles.put_matrix(out, sum, e, has_rows), dw, sums), sums
 
-    return tuple(jax.lax.fori_loop(jnp.int32(0), jnp.int32(E), expert, out))
+    dx_RD, dw, _ = jax.lax.fori_loop(jnp.int32(0), jnp.int32(E), expert, (dx_RD, dw, sums))
+    return (dx_RD, *dw)
 
 
 def _tile_gradients(
-    activation: str, gate_rF: Array | None, up_rF: Array, dy_rD: Array, w_out_FD: Array
-) -> tuple[Array, Array]:
-    """Hidden layer (r, F) and the gradient of the pre-activations (r, H) of one tile."""
-    acc = _checks.accumulator(dy_rD.dtype)
-    wide = lambda z: None if z is None else z.astype(acc)
-    dhidden_rF = _dot(dy_rD, w_out_FD, (1, 1))
-    hidden_rF, dgate_rF, dup_rF = activations.hidden_and_gradients(activation, wide(gate_rF), wide(up_rF), dhidden_rF)
-    dpre_rH = dup_rF if dgate_rF is None else jnp.concatenate([dgate_rF, dup_rF], axis=1)
-    return hidden_rF.astype(dy_rD.dtype), dpre_rH.astype(dy_rD.dtype)
+    activation: str, x_rD: Array, pre: tuple[Array | None, Array], dy_rD: Array, w: _Weights
+) -> tuple[Array, _Weights]:
+    """dx of one tile, and what the tile adds to the weight gradients."""
+    dtype, acc = x_rD.dtype, _checks.accumulator(x_rD.dtype)
+    gate_rF, up_rF = _map(lambda z: z.astype(acc), pre)
+    dhidden_rF = _dot(dy_rD, w.down_FD, (1, 1))
+    gradients = activations.hidden_and_gradients(activation, gate_rF, up_rF, dhidden_rF)
+    hidden_rF, dgate_rF, dup_rF = _map(lambda z: z.astype(dtype), gradients)
+    dx_rD = _dot(dup_rF, w.up_DF, (1, 1))
+    if dgate_rF is not None:
+        dx_rD = dx_rD + _dot(dgate_rF, w.gate_DF, (1, 1))
+    x_Dr, hidden_Fr = _tiles.transposed(x_rD), _tiles.transposed(hidden_rF)
+    return dx_rD, _Weights(_dot(x_Dr, dgate_rF, (1, 0)), _dot(x_Dr, dup_rF, (1, 0)), _dot(hidden_Fr, dy_rD, (1, 0)))

@@ -91,7 +91,7 @@ def _backward(transpose_rhs, out_dtype, implementation, saved, dout_MN):
     left, right = (dout_MN, lhs_MK) if transpose_rhs else (lhs_MK, dout_MN)
     table = {k: functools.partial(f, num_groups=rhs.shape[0]) for k, f in _WEIGHT_GRADIENT.items()}
     drhs = _choose.run(implementation, table, left, right, sizes_L, offset)
-    return dlhs_MK, drhs.astype(rhs.dtype), None, None
+    return dlhs_MK, drhs, None, None
 
 
 _grouped_matmul.defvjp(_forward, _backward)

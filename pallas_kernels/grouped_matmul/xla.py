@@ -45,7 +45,7 @@ def weight_gradient(left_MA: Array, right_MB: Array, sizes_L: Array, offset: Arr
         ends_G - starts_G,
         _dims((0, 0), group_dim=None),
         preferred_element_type=_checks.accumulator(left_MA.dtype),
-    )
+    ).astype(left_MA.dtype)
 
 
 def _clean(x: Array, starts_G: Array, ends_G: Array) -> Array:

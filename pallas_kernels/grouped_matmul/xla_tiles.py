@@ -31,7 +31,7 @@ def matmul(
     def group(g: Array, out_MN: Array) -> Array:
         w = jax.lax.dynamic_index_in_dim(rhs, g, keepdims=False)
 
-        def tile(out_MN: Array, row: Array, rows: int, live: Array | None) -> Array:
+        def tile(out_MN: Array, row: Array, rows: int, live: Array | None, opens: bool) -> Array:
             lhs_rK = _tiles.take_rows(lhs_MK, row, rows)
             out_rN = _dot(lhs_rK, w, (1, 1 if transpose_rhs else 0))
             return _tiles.put_rows(out_MN, out_rN, row, live)
@@ -44,20 +44,21 @@ def matmul(
 def weight_gradient(left_MA: Array, right_MB: Array, sizes_L: Array, offset: Array | None, *, num_groups: int) -> Array:
     """left.T @ right over each group's rows: (G, A, B)."""
     (M, A), B = left_MA.shape, right_MB.shape[1]
-    dtype = _checks.accumulator(left_MA.dtype)
-    out_GAB = _varying.zeros_like_varying((num_groups, A, B), dtype, left_MA)
+    acc = _checks.accumulator(left_MA.dtype)
+    out_GAB = _varying.zeros_like_varying((num_groups, A, B), left_MA.dtype, left_MA)
     if M == 0:
         return out_GAB
     starts_G, ends_G = _groups.group_bounds(sizes_L, offset, num_groups, M)
     sizes = _tiles.tile_sizes(M, num_groups)
 
-    def group(g: Array, out_GAB: Array) -> Array:
-        def tile(sum_AB: Array, row: Array, rows: int, live: Array | None) -> Array:
+    def group(g: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        def tile(sum_AB: Array, row: Array, rows: int, live: Array | None, opens: bool) -> Array:
             left_rA, right_rB = (_tiles.take_rows(x, row, rows, live) for x in (left_MA, right_MB))
-            return sum_AB + _dot(left_rA, right_rB, (0, 0))
+            return _tiles.add_matrix(sum_AB, _dot(left_rA, right_rB, (0, 0)), opens)
 
-        zero_AB = _varying.zeros_like_varying((A, B), dtype, left_MA)
-        sum_AB = _tiles.for_each_tile(starts_G[g], ends_G[g], M, sizes, tile, zero_AB)
-        return jax.lax.dynamic_update_index_in_dim(out_GAB, sum_AB, g, 0)
+        out_GAB, sum_AB = carry
+        sum_AB = _tiles.for_each_tile(starts_G[g], ends_G[g], M, sizes, tile, sum_AB)
+        return _tiles.put_matrix(out_GAB, sum_AB, g, ends_G[g] > starts_G[g]), sum_AB
 
-    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(num_groups), group, out_GAB)
+    sum_AB = _varying.zeros_like_varying((A, B), acc, left_MA)
+    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(num_groups), group, (out_GAB, sum_AB))[0]

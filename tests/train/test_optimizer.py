@@ -107,7 +107,11 @@ def test_freeze_pattern_that_matches_nothing_is_an_error():
 
 
 def test_balancing_bias_moves_against_the_load_and_meets_no_gradient():
-    t = trainer(("model.router.score_function", "sigmoid"), ("model.router.correction_bias", "true"), ("model.router.bias_update_rate", "0.01"))
+    t = trainer(
+        ("model.router.score_function", "sigmoid"),
+        ("model.router.correction_bias", "true"),
+        ("model.router.bias_update_rate", "0.01"),
+    )
     state = t.init_state()
     name = "segments.0.blocks.0.ffn.router.correction"
     assert list(state["buffers"]) == [name]

@@ -65,7 +65,9 @@ def test_stopped_twice_equals_never_stopped_bitwise(text, tmp_path):
     for name in a:
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
     assert without_times(tmp_path / "whole/metrics.jsonl") == without_times(tmp_path / "parts/metrics.jsonl")
-    assert [line["step"] for line in read_metrics(tmp_path / "parts/metrics.jsonl") if line["kind"] == "train"] == list(range(1, 13))
+    assert [line["step"] for line in read_metrics(tmp_path / "parts/metrics.jsonl") if line["kind"] == "train"] == list(
+        range(1, 13)
+    )
 
 
 def test_a_finished_run_trains_no_further_and_loads(text, tmp_path):
@@ -100,13 +102,25 @@ def test_an_unwritable_directory_and_a_directory_without_a_run_are_clear(text, t
 
 
 def test_divergence_stops_with_the_step_and_what_to_try(text, tmp_path):
-    wild = config(text, ("optim.name", "sgd"), ("optim.learning_rate", "1e30"), ("optim.clip_norm", "none"), ("optim.warmup_steps", "0"))
+    wild = config(
+        text,
+        ("optim.name", "sgd"),
+        ("optim.learning_rate", "1e30"),
+        ("optim.clip_norm", "none"),
+        ("optim.warmup_steps", "0"),
+    )
     with pytest.raises(TrainingError, match=r"step \d+: .*(nan|inf).*learning_rate"):
         train(wild, tmp_path)
 
 
 def test_minutes_end_the_run_and_move_the_schedule(text, tmp_path):
-    timed = config(text, ("train.steps", "none"), ("train.minutes", "0.05"), ("optim.schedule", "linear"), ("optim.warmup_steps", "0"))
+    timed = config(
+        text,
+        ("train.steps", "none"),
+        ("train.minutes", "0.05"),
+        ("optim.schedule", "linear"),
+        ("optim.warmup_steps", "0"),
+    )
     run = train(timed, tmp_path)
     assert run["finished"] and 3.0 <= run["seconds"] < 6
     rates = [line["learning_rate"] for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "train"]
@@ -130,7 +144,10 @@ def test_command_line_trains_is_stopped_resumes_samples_and_evaluates(text, tmp_
     workdir = tmp_path / "run"
     steps = ["--config.train.steps=100000", "--config.log.every=1"]
     process = subprocess.Popen(
-        command(text, workdir, *steps), stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+        command(text, workdir, *steps),
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
     )
     metrics = workdir / "metrics.jsonl"
     deadline = time.monotonic() + 90
@@ -145,9 +162,21 @@ def test_command_line_trains_is_stopped_resumes_samples_and_evaluates(text, tmp_
     assert f"goes on from step {stopped}" in done.stdout
     report = json.loads(done.stdout.strip().splitlines()[-1])
     assert report["step"] == stopped + 5 and 0 < report["bits_per_byte"]["overall"] < 9
-    assert all(Path(path).stat().st_size > 5000 for path in report["pictures"].values()) and len(report["pictures"]) == 3
-    sampled = run(sys.executable, str(ROOT / "scripts/sample.py"), f"--workdir={workdir}", "--prompt=router", "--tokens=8", "--json")
-    assert sampled.returncode == 0 and json.loads(sampled.stdout.strip().splitlines()[-1])["samples"][0]["prompt"] == "router"
+    assert (
+        all(Path(path).stat().st_size > 5000 for path in report["pictures"].values()) and len(report["pictures"]) == 3
+    )
+    sampled = run(
+        sys.executable,
+        str(ROOT / "scripts/sample.py"),
+        f"--workdir={workdir}",
+        "--prompt=router",
+        "--tokens=8",
+        "--json",
+    )
+    assert (
+        sampled.returncode == 0
+        and json.loads(sampled.stdout.strip().splitlines()[-1])["samples"][0]["prompt"] == "router"
+    )
     scored = run(sys.executable, "-m", "moe_zoo.evaluate", f"--workdir={workdir}", "--json")
     again = json.loads(scored.stdout.strip().splitlines()[-1])
     assert again["bits_per_byte"]["overall"] == pytest.approx(report["bits_per_byte"]["overall"], abs=1e-5)
@@ -161,4 +190,6 @@ def test_command_line_mistake_is_one_line_and_exit_code_2(text, tmp_path):
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "'num_experts'" in wrong.stderr, wrong.stderr
     assert not (tmp_path / "run").exists()
     missing = run(*command(tmp_path / "absent.txt", tmp_path / "run"))
-    assert missing.returncode == 2 and missing.stderr.count("\n") == 1 and "absent.txt" in missing.stderr, missing.stderr
+    assert missing.returncode == 2 and missing.stderr.count("\n") == 1 and "absent.txt" in missing.stderr, (
+        missing.stderr
+    )
