@@ -177,8 +177,9 @@ def announce(progress: Progress, trainer: Trainer, parts, step: int) -> None:
     config = trainer.config
     domains = len(parts["train"].domains)
     progress.print(
-        f"model {counts['total']:,} parameters, {counts['active']:,} active per token, {counts['trainable']:,} trained; "
-        f"router {config.model.router.name}, {config.model.num_experts} experts, layers {config.model.layers}"
+        f"model {counts['total']:,} parameters, {counts['active']:,} active per token, "
+        f"{counts['trainable']:,} trained; router {config.model.router.name}, "
+        f"{config.model.num_experts} experts, layers {config.model.layers}"
     )
     size = {name: part.num_bytes.sum() / 1e6 for name, part in parts.items()}
     progress.print(

@@ -134,9 +134,9 @@ def test_gate_on_the_input_goes_through_the_expert(cls, config):
 @pytest.mark.parametrize("name", ["every expert used", "all to one", "some choose none"])
 def test_capacity_drops_exactly_what_a_slot_major_loop_drops(group, name):
     x, experts, groups = normal(7, T, D), CHOICES[name], B if group == "sequence" else 1
-    C = int(np.ceil(0.5 * K * (T // groups) / E))
+    C = int(np.ceil(0.25 * K * (T // groups) / E))
     kept = naive.within_capacity(experts, E, C, groups)
-    y, stats = moved(Capacity, CapacityConfig(0.5, group=group), True, bank(), x, decision(experts))
+    y, stats = moved(Capacity, CapacityConfig(0.25, group=group), True, bank(), x, decision(experts))
     close(y, naive.moe(x, experts, GATES, WEIGHTS, kept_TK=kept))
     live = (experts < E).sum()
     assert kept.sum() < live
