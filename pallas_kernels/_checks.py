@@ -13,7 +13,9 @@ def describe(**arrays: Any) -> str:
 def check_rank(op: str, name: str, array: Any, dims: str) -> None:
     expected = len(dims.split())
     if array.ndim != expected:
-        raise ValueError(f"{op}: {name} must have {expected} dims ({dims}), got {array.ndim}: {describe(**{name: array})}")
+        raise ValueError(
+            f"{op}: {name} must have {expected} dims ({dims}), got {array.ndim}: {describe(**{name: array})}"
+        )
 
 
 def check_equal(op: str, what: str, given: int, expected: int, shapes: str) -> None:
@@ -25,7 +27,8 @@ def check_same_float_dtype(op: str, shapes: str, **arrays: Any) -> None:
     dtypes = {name: a.dtype for name, a in arrays.items() if a is not None}
     if any(not jnp.issubdtype(d, jnp.floating) for d in dtypes.values()) or len(set(dtypes.values())) != 1:
         raise TypeError(
-            f"{op}: {', '.join(dtypes)} must share one floating dtype (cast at the caller, where it shows). Given: {shapes}"
+            f"{op}: {', '.join(dtypes)} must share one floating dtype (cast where you call it, so that it shows). "
+            f"Given: {shapes}"
         )
 
 

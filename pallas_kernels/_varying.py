@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 
 def _axes(x: Any) -> frozenset[str]:
-    return frozenset(getattr(jax.typeof(x), "vma", frozenset()))
+    return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
 def _cast(x: jax.Array, axes: frozenset[str]) -> jax.Array:

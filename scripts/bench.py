@@ -3,8 +3,8 @@
     python scripts/bench.py expert_ffn --num_experts 8 64
 
 Timings of shared machines move; contenders are therefore run in turn, round after round, and compared by the lower
-quartile of their CPU seconds and of their wall seconds. To add a benchmark: write `add_<name>(subparsers)`, whose parser
-sets `run` to a function of the parsed arguments, and list it in `BENCHMARKS`.
+quartile of their CPU seconds and of their wall seconds. To add a benchmark: write `add_<name>(subparsers)`, whose
+parser sets `run` to a function of the parsed arguments, and list it in `BENCHMARKS`.
 """
 
 import argparse
@@ -20,12 +20,13 @@ import numpy as np
 
 from pallas_kernels import expert_ffn, grouped_matmul
 
-
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
 class Timing:
+    """Seconds per call."""
+
     cpu_s: float
     wall_s: float
 
@@ -51,6 +52,7 @@ def compare(contenders: dict[str, Callable[[], Any]], rounds: int, repeats: int)
 
 
 def print_table(title: str, timings: dict[str, Timing], baseline: str, gflop: float) -> None:
+    """One line per contender; `gflop` is the useful work of one call."""
     base = timings[baseline]
     print(f"{title}: lower quartiles, ratios to {baseline!r}")
     print(f"  {'':24}{'CPU ms':>9}{'ratio':>7}{'wall ms':>9}{'ratio':>7}{'GF per CPU s':>14}")
@@ -89,10 +91,14 @@ def _routed_sizes(rng: np.random.Generator, rows: int, num_experts: int, skew: f
     return rng.multinomial(rows, rng.permutation(p / p.sum())).astype(np.int32)
 
 
+def _draw(rng: np.random.Generator, dtype: str, *shape: int) -> jax.Array:
+    return jnp.asarray(rng.normal(size=shape) / np.sqrt(shape[-2]), dtype)
+
+
 def _bench_expert_ffn(args: argparse.Namespace) -> None:
     for E in args.num_experts:
         rng = np.random.default_rng(args.seed)
-        draw = lambda *shape: jnp.asarray(rng.normal(size=shape) / np.sqrt(shape[-2]), args.dtype)
+        draw = functools.partial(_draw, rng, args.dtype)
         R, D, F = args.rows, args.d_model, args.d_ff
         x_RD, dy_RD, sizes_E = draw(R, D), draw(R, D), jnp.asarray(_routed_sizes(rng, R, E, args.skew))
         dense = (dy_RD, x_RD, draw(D, F), draw(D, F), draw(F, D))
@@ -111,6 +117,7 @@ def _bench_expert_ffn(args: argparse.Namespace) -> None:
 
 
 def add_expert_ffn(subparsers: Any) -> None:
+    """The fused expert layer beside a dense one, grouped matmuls in a row, and ragged_dot."""
     parser = subparsers.add_parser("expert_ffn", help="one SwiGLU expert layer, forward and backward")
     parser.add_argument("--rows", type=int, default=4096, help="tokens times experts per token")
     parser.add_argument("--d_model", type=int, default=256)
@@ -136,6 +143,7 @@ BENCHMARKS = (add_expert_ffn,)
 
 
 def main() -> None:
+    """Parses the command line and runs one benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     subparsers = parser.add_subparsers(required=True)
     for add in BENCHMARKS:

@@ -33,7 +33,9 @@ def best(values, K):
     return sorted(range(len(values)), key=lambda e: (-values[e], e))[:K]
 
 
-def top_k(logits_TE, K, *, score="softmax", norm=True, scale=1.0, bias=None, n_group=1, topk_group=1, group_score="top2_sum"):
+def top_k(
+    logits_TE, K, *, score="softmax", norm=True, scale=1.0, bias=None, n_group=1, topk_group=1, group_score="top2_sum"
+):
     """(experts [T, K], gates [T, K]) token by token, from the formulas of the papers."""
     T, E = logits_TE.shape
     experts, gates = np.zeros((T, K), int), np.zeros((T, K))
@@ -132,7 +134,9 @@ def rope(x_H, position, theta):
     return out
 
 
-def attention(x_BSD, q_DNH, k_DMH, v_DMH, o_NHD, sees, positions, theta, qk_norm="none", q_scale=None, k_scale=None, eps=1e-6):
+def attention(
+    x_BSD, q_DNH, k_DMH, v_DMH, o_NHD, sees, positions, theta, qk_norm="none", q_scale=None, k_scale=None, eps=1e-6
+):
     """Query by query, key by key. `sees(b, i, j)`: may query i of row b look at key j?"""
     x, q_w, k_w, v_w, o_w = (np.asarray(a, np.float64) for a in (x_BSD, q_DNH, k_DMH, v_DMH, o_NHD))
     B, S, _ = x.shape
@@ -146,7 +150,7 @@ def attention(x_BSD, q_DNH, k_DMH, v_DMH, o_NHD, sees, positions, theta, qk_norm
         return rms_norm(y, scale, eps) if qk_norm == "head" else y
 
     for b in range(B):
-        turn = lambda y, s: np.stack([rope(h, int(positions[b, s]), theta) for h in y])
+        turn = lambda y, s, b=b: np.stack([rope(h, int(positions[b, s]), theta) for h in y])
         q = [turn(heads(x[b, s], q_w, q_scale), s) for s in range(S)]
         k = [turn(heads(x[b, s], k_w, k_scale), s) for s in range(S)]
         v = [np.einsum("d,dmh->mh", x[b, s], v_w) for s in range(S)]

@@ -108,5 +108,5 @@ def routing_stats(routing: Routing, ctx: RoutingContext) -> dict[str, Stat]:
     if routing.probs is not None:
         probs_TE = jax.lax.stop_gradient(routing.probs)
         entropy_T = -jnp.sum(probs_TE * jnp.log(jnp.maximum(probs_TE, 1e-30)), -1)
-        stats["entropy"] = Stat.mean((entropy_T * weight_T).sum(), weight_T.sum())
+        stats["entropy"] = Stat.mean(jnp.where(weight_T > 0, entropy_T, 0).sum(), weight_T.sum())
     return stats

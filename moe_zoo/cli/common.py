@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
             flags = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
             flag = unknown[0].partition("=")[0]
             raise ConfigError(
-                f"unknown argument {unknown[0]!r}{nearest(flag, flags)} known: {', '.join(flags)}, --config.KEY=VALUE"
+                f"unknown argument {unknown[0]!r}{nearest(flag, flags)}; known: {', '.join(flags)}, --config.KEY=VALUE"
             )
         return arguments, overrides
 

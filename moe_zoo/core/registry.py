@@ -37,7 +37,7 @@ class Registry:
         if name not in self.table:
             where = f"{path}: " if path else ""
             raise ConfigError(
-                f"{where}unknown {self.kind} {name!r}{nearest(name, self.table)} known: {', '.join(self.names())}"
+                f"{where}unknown {self.kind} {name!r}{nearest(name, self.table)}; known: {', '.join(self.names())}"
             )
         module, cls = self.table[name].split(":")
         return getattr(importlib.import_module(module), cls)

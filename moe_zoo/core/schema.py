@@ -67,7 +67,7 @@ def build(cls: type, values: Mapping, path: str = ""):
         if key not in fields:
             known = ", ".join(fields) or "none"
             raise ConfigError(
-                f"unknown key {prefix + str(key)!r}{nearest(key, fields)} keys of {path or 'config'}: {known}"
+                f"unknown key {prefix + str(key)!r}{nearest(key, fields)}; keys of {path or 'config'}: {known}"
             )
     kwargs = {}
     for name, field in fields.items():
@@ -105,6 +105,9 @@ def build_choices(registry: Registry, values, path: str) -> tuple[Choice, ...]:
         values = _literal(values.value)
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path}: expected {{name: settings}}, got {_show(values)}")
+    for name, rest in values.items():
+        if rest is not None and not isinstance(rest, Mapping):
+            raise ConfigError(f"{path}.{name}: expected a section with keys, got {_show(rest)}")
     return tuple(
         build_choice(registry, {"name": name, **(rest or {})}, f"{path}.{name}") for name, rest in values.items()
     )
@@ -139,6 +142,20 @@ def set_path(tree: dict, dotted: str, value, path: str = "config") -> None:
     tree[last] = value
 
 
+def overlay(old: Mapping, new: Mapping) -> dict:
+    """`new` over `old`, section by section. A section that is empty, or names another choice, replaces the old one
+    whole: the old choice's other keys mean nothing to it.
+    """
+    merged = dict(old)
+    for key, value in new.items():
+        section = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(section, Mapping) and value:
+            same = value.get("name", section.get("name")) == section.get("name")
+            value = overlay(section, value) if same else value
+        merged[key] = value
+    return merged
+
+
 def positive(obj, path: str, *names: str, zero: bool = False) -> None:
     """Raises ConfigError unless each named number is > 0 (>= 0 with `zero`)."""
     for name in names:
@@ -168,7 +185,7 @@ def _convert(hint, value, path):
     if origin is Literal:
         value = value.value if isinstance(value, Text) else value
         if value not in args:
-            raise ConfigError(f"{path}: got {value!r}{nearest(value, args)} valid: {', '.join(map(repr, args))}")
+            raise ConfigError(f"{path}: got {value!r}{nearest(value, args)}; valid: {', '.join(map(repr, args))}")
         return value
     if isinstance(value, Text):
         value = value.value if hint is str else _literal(value.value)

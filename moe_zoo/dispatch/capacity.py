@@ -6,7 +6,7 @@ thus depends on earlier tokens of its group only, but the group is the whole bat
 
 import dataclasses
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -34,19 +34,19 @@ class CapacityConfig:
         positive(self, path, "capacity_factor", "eval_capacity_factor")
 
 
+@dataclasses.dataclass(frozen=True)
 class Capacity:
     """A fixed number of places per expert and a batched matmul; overflow is dropped and counted."""
 
-    Config = CapacityConfig
-    decisions = (TokenChoice,)
+    Config: ClassVar = CapacityConfig
+    decisions: ClassVar = (TokenChoice,)
 
-    def __init__(self, config: CapacityConfig = CapacityConfig()):
-        self.config = config
+    config: CapacityConfig = CapacityConfig()
 
     def capacity(self, T: int, K: int, E: int, train: bool) -> int:
         """Places per expert in a group of T tokens."""
         factor = self.config.capacity_factor if train else self.config.eval_capacity_factor
-        return T if factor is None else min(T, math.ceil(factor * K * T / E))
+        return T if factor is None else min(T, math.ceil(round(factor * K * T / E, 6)))
 
     def plan(self, decision: TokenChoice, ctx: RoutingContext) -> RowPlan:
         T, K = decision.experts.shape

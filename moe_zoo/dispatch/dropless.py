@@ -6,7 +6,7 @@ Live rows come first; if they exceed R, the smallest gates are dropped and count
 
 import dataclasses
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,14 +33,14 @@ class DroplessConfig:
         positive(self, path, "row_budget")
 
 
+@dataclasses.dataclass(frozen=True)
 class Dropless:
     """Every choice gets a row, sorted by expert; an optional row budget drops the smallest gates."""
 
-    Config = DroplessConfig
-    decisions = (TokenChoice,)
+    Config: ClassVar = DroplessConfig
+    decisions: ClassVar = (TokenChoice,)
 
-    def __init__(self, config: DroplessConfig = DroplessConfig()):
-        self.config = config
+    config: DroplessConfig = DroplessConfig()
 
     def plan(self, decision: TokenChoice, ctx: RoutingContext) -> RowPlan:
         T, K = decision.experts.shape

@@ -24,7 +24,8 @@ class Head(nnx.Module):
     """The untied output projection."""
 
     def __init__(self, vocab_size: int, hidden_size: int):
-        self.kernel = param((hidden_size, vocab_size), ("embed", "vocab"), fan_in(hidden_size))
+        # small: the first predictions are near uniform, and the loss starts at log V
+        self.kernel = param((hidden_size, vocab_size), ("embed", "vocab"), fan_in(hidden_size, 0.1))
 
     def __call__(self, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
         return x_BSD @ self.kernel[...].astype(x_BSD.dtype)

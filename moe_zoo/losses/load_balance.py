@@ -6,6 +6,7 @@ f is counted before any drop and carries no gradient. L is 1 at perfect balance.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,15 +27,15 @@ class LoadBalanceConfig:
         positive(self, path, "coef", zero=True)
 
 
+@dataclasses.dataclass(frozen=True)
 class LoadBalance:
     """Pulls the share of tokens per expert and the mean router probability together towards uniform."""
 
-    Config = LoadBalanceConfig
+    Config: ClassVar = LoadBalanceConfig
     #: Decision types it can be applied to
-    decisions = (TokenChoice,)
+    decisions: ClassVar = (TokenChoice,)
 
-    def __init__(self, config: LoadBalanceConfig):
-        self.config = config
+    config: LoadBalanceConfig
 
     def __call__(self, routing: Routing, ctx: RoutingContext) -> Float[Array, ""]:
         """The raw loss, without the coefficient."""

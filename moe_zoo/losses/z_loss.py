@@ -4,6 +4,7 @@ Softmax is blind to a constant added to all logits, so nothing else keeps them f
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +25,14 @@ class ZLossConfig:
         positive(self, path, "coef", zero=True)
 
 
+@dataclasses.dataclass(frozen=True)
 class ZLoss:
     """Keeps the router's logits from drifting: squared log-partition, averaged over tokens."""
 
-    Config = ZLossConfig
-    decisions = (TokenChoice, Dense)
+    Config: ClassVar = ZLossConfig
+    decisions: ClassVar = (TokenChoice, Dense)
 
-    def __init__(self, config: ZLossConfig):
-        self.config = config
+    config: ZLossConfig
 
     def __call__(self, routing: Routing, ctx: RoutingContext) -> Float[Array, ""]:
         """The raw loss, without the coefficient."""

@@ -7,14 +7,14 @@
 Every `n*...` becomes one segment, scanned n times.
 """
 
-import copy
 import dataclasses
 import re
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from moe_zoo.blocks.moe import MoEConfig
 from moe_zoo.core.registry import ConfigError, nearest
-from moe_zoo.core.schema import Choice, build, choice, choices, join, positive, set_path, to_dict
+from moe_zoo.core.schema import Choice, build, choice, choices, join, overlay, positive, to_dict
 from moe_zoo.dispatch import DISPATCHERS
 from moe_zoo.experts import EXPERTS
 from moe_zoo.layers.attention import AttentionConfig
@@ -25,6 +25,7 @@ from moe_zoo.losses import LOSSES
 from moe_zoo.routing import ROUTERS
 
 KINDS = ("dense", "moe")
+_WHOLE_MODEL = ("vocab_size", "hidden_size", "layers", "ngram", "tie_word_embeddings", "dtype", "remat", "variants")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +75,11 @@ class ModelConfig:
         if self.shared_expert_gate and not self.shared_expert_size:
             raise ConfigError(f"{join(path, 'shared_expert_gate')}: needs shared_expert_size > 0")
         self._validate_attention(path)
-        self._validate_routing(path)
-        for segment in self.segments(path):
-            for kind in segment.pattern:
-                self.variant(kind, path)
+        kinds = [kind for segment in self.segments(path) for kind in segment.pattern]
+        if any(kind.partition(":")[0] == "moe" for kind in kinds):
+            self._validate_routing(path)
+        for kind in kinds:
+            self.variant(kind, path)
 
     def _validate_attention(self, path: str) -> None:
         D, N = self.hidden_size, self.attention.num_attention_heads
@@ -104,19 +106,22 @@ class ModelConfig:
 
     def variant(self, kind: str, path: str = "model") -> "ModelConfig":
         """The settings of one block kind: `moe:local` is these settings changed by `variants["local"]`."""
-        _, _, name = kind.partition(":")
+        base, _, name = kind.partition(":")
         if not name:
             return self
         if name not in self.variants:
             known = ", ".join(self.variants) or "none declared"
             raise ConfigError(
-                f"{join(path, 'layers')}: unknown variant {name!r}{nearest(name, self.variants)} known: {known}"
+                f"{join(path, 'layers')}: unknown variant {name!r}{nearest(name, self.variants)}; known: {known}"
             )
-        changed = copy.deepcopy(to_dict(self))
-        changed.update(layers="1*moe", variants={})
-        for key, value in _leaves(self.variants[name]):
-            set_path(changed, key, value, f"{join(path, 'variants')}.{name}")
-        return build(ModelConfig, changed, f"{join(path, 'variants')}.{name}")
+        where, settings = f"{join(path, 'variants')}.{name}", self.variants[name]
+        if not isinstance(settings, Mapping):
+            raise ConfigError(f"{where}: expected a section with keys, got {settings!r}")
+        for key in _WHOLE_MODEL:
+            if key in settings:
+                raise ConfigError(f"{where}.{key}: belongs to the whole model; a variant cannot change it")
+        changed = {**to_dict(self), "layers": f"1*{base}", "variants": {}}
+        return build(ModelConfig, overlay(changed, settings), where)
 
     def moe(self) -> MoEConfig:
         return MoEConfig(
@@ -158,18 +163,10 @@ def parse_layers(text: str, path: str) -> tuple[Segment, ...]:
         if repeats < 1 or not pattern:
             raise ConfigError(f"{path}: {match.group(0).strip()!r} has no layer in it")
         for kind in pattern:
-            if kind.partition(":")[0] not in KINDS:
-                raise ConfigError(f"{path}: unknown block {kind!r}{nearest(kind, KINDS)} known: {', '.join(KINDS)}")
+            if kind.partition(":")[0] not in KINDS or kind.endswith(":"):
+                raise ConfigError(f"{path}: unknown block {kind!r}{nearest(kind, KINDS)}; known: {', '.join(KINDS)}")
         segments.append(Segment(pattern, repeats))
         at = match.end()
     if not segments:
         raise ConfigError(f"{path}: no layers; expected e.g. '4*moe'")
     return tuple(segments)
-
-
-def _leaves(tree, prefix=""):
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

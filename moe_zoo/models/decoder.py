@@ -107,8 +107,11 @@ class Decoder(nnx.Module):
         """
         B, S = tokens.shape
         at = None if cache is None else cache["at"]
+        if cache is not None and segment_ids is not None:
+            raise ValueError("segment_ids with a cache: packed documents cannot be continued; decode one per row")
         if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S)) + (0 if at is None else at)
+            fresh = cache is None  # what continues a cache is counted from `at`, padding included
+            positions = _positions(tokens.shape, segment_ids, valid if fresh else None) + (0 if fresh else at)
         flat = lambda x: None if x is None else x.reshape(B * S)
         ctx = RoutingContext(
             batch=B, seq=S, train=train, num_domains=num_domains, step=step, key=key,
@@ -203,6 +206,16 @@ def make_block(config: ModelConfig, kind: str, whole: ModelConfig) -> Block:
     )
 
 
+def _positions(shape, segment_ids, valid) -> Int[Array, "B S"]:
+    """How many valid tokens of its own document come before each token."""
+    ones = jnp.ones(shape, jnp.int32) if valid is None else valid.astype(jnp.int32)
+    before = jnp.cumsum(ones, axis=1) - ones
+    if segment_ids is None:
+        return before
+    opens = jnp.concatenate([jnp.ones_like(ones[:, :1]), jnp.diff(segment_ids, axis=1)], axis=1) != 0
+    return before - jax.lax.cummax(jnp.where(opens, before, 0), axis=1)
+
+
 class _Run:
     """One forward pass: what goes from segment to segment."""
 
@@ -231,8 +244,10 @@ class _Run:
 
         if remat != "none":
             body = jax.checkpoint(body, policy=_REMAT[remat], prevent_cse=False)
+        # unrolled layers are one straight line, in which XLA keeps all that is recomputed: no memory is saved
+        unroll = min(_UNROLL, segment.repeats) if remat == "none" else 1
         (self.x, depth), (auxes, new_caches) = jax.lax.scan(
-            body, (self.x, self.ctx.carry), (blocks, ids, inputs, caches), unroll=min(_UNROLL, segment.repeats)
+            body, (self.x, self.ctx.carry), (blocks, ids, inputs, caches), unroll=unroll
         )
         self.ctx = self.ctx.replace(carry=depth)
         self.caches.append(new_caches)

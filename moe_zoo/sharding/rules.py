@@ -41,7 +41,7 @@ def sharding_of(
             spec.append(None)
             continue
         if axis not in rules:
-            raise ConfigError(f"{name}: unknown logical axis {axis!r}{nearest(axis, rules)} known: {', '.join(rules)}")
+            raise ConfigError(f"{name}: unknown logical axis {axis!r}{nearest(axis, rules)}; known: {', '.join(rules)}")
         mesh_axes = tuple(a for a in rules[axis] if mesh.shape[a] > 1)
         for mesh_axis in mesh_axes:
             if mesh_axis in used:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from moe_zoo.core.registry import ConfigError, nearest
-from moe_zoo.core.schema import Choice, Text, build, choice, join, positive, set_path, to_dict
+from moe_zoo.core.schema import Choice, Text, build, choice, join, overlay, positive, set_path, to_dict
 from moe_zoo.models.config import ModelConfig
 from moe_zoo.sharding.mesh import MeshConfig
 from moe_zoo.train.objective import OBJECTIVES
@@ -196,16 +196,21 @@ def find_config(name: str) -> Path:
     known = {p.stem: p for folder in folders if folder.is_dir() for p in sorted(folder.glob("*.py"))}
     if path.stem in known and path.suffix in ("", ".py"):
         return known[path.stem]
-    raise ConfigError(f"no config file {name!r}{nearest(path.stem, known)} known: {', '.join(known)}")
+    raise ConfigError(f"no config file {name!r}{nearest(path.stem, known)}; known: {', '.join(known)}")
 
 
 def preset(name: str, presets: Mapping[str, object]):
     """`presets[name]`, for config files; raises ConfigError with the nearest name."""
     if name not in presets:
         raise ConfigError(
-            f"unknown preset {name!r}{nearest(name, presets)} known: {', '.join(repr(p) for p in presets)}"
+            f"unknown preset {name!r}{nearest(name, presets)}; known: {', '.join(repr(p) for p in presets)}"
         )
     return presets[name]
+
+
+def extend(spec: str, changes: Mapping) -> dict:
+    """Another config file's settings with `changes` laid over them, for config files."""
+    return overlay(read_config_file(spec), changes)
 
 
 def differences(old: Mapping, new: Mapping, prefix: str = "") -> list[str]:

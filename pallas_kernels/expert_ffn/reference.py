@@ -9,7 +9,8 @@ from jaxtyping import Array
 
 from pallas_kernels import _checks, _groups
 
-_ACTIVATIONS = {
+# jax.nn's functions, not the op's own: an oracle should share no code with what it judges.
+ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": lambda z: jax.nn.gelu(z, approximate=False),
     "gelu_tanh": lambda z: jax.nn.gelu(z, approximate=True),
@@ -28,8 +29,8 @@ def forward(
     *,
     activation: str,
 ) -> Array:
-    # jax.nn's functions, not the op's own: an oracle should share no code with what it judges.
-    act = _ACTIVATIONS[activation]
+    """y (R, D)."""
+    act = ACTIVATIONS[activation]
     starts_E, ends_E = _groups.group_bounds(sizes_L, offset, w_up_EDF.shape[0], x_RD.shape[0])
     member_ER1 = _groups.membership(starts_E, ends_E, x_RD.shape[0])[:, :, None]
     x_ERD = jnp.where(member_ER1, x_RD, 0)
@@ -38,4 +39,5 @@ def forward(
     up_ERF = into(w_up_EDF)
     hidden_ERF = act(up_ERF) if w_gate_EDF is None else act(into(w_gate_EDF)) * up_ERF
     y_RD = jnp.einsum("erf,efd->rd", hidden_ERF.astype(x_RD.dtype), w_down_EFD, preferred_element_type=dtype)
-    return y_RD.astype(x_RD.dtype)
+    # Changes no value: it keeps what the gradient holds in dead rows out of the weights' gradients.
+    return jnp.where(_groups.live_rows(starts_E, ends_E, x_RD.shape[0]), y_RD, 0).astype(x_RD.dtype)

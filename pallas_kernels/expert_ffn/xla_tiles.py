@@ -132,5 +132,5 @@ def _tile_gradients(
     dx_rD = _dot(dup_rF, w.up_DF, (1, 1))
     if dgate_rF is not None:
         dx_rD = dx_rD + _dot(dgate_rF, w.gate_DF, (1, 1))
-    x_Dr, hidden_Fr = _tiles.transposed(x_rD), _tiles.transposed(hidden_rF)
-    return dx_rD, _Weights(_dot(x_Dr, dgate_rF, (1, 0)), _dot(x_Dr, dup_rF, (1, 0)), _dot(hidden_Fr, dy_rD, (1, 0)))
+    x_Dr = _tiles.transposed(x_rD)
+    return dx_rD, _Weights(_dot(x_Dr, dgate_rF, (1, 0)), _dot(x_Dr, dup_rF, (1, 0)), _dot(hidden_rF, dy_rD, (0, 0)))

@@ -23,6 +23,7 @@ def _dims(contract: tuple[int, int], group_dim: int | None) -> jax.lax.RaggedDot
 def matmul(
     lhs_MK: Array, rhs: Array, sizes_L: Array, offset: Array | None, *, transpose_rhs: bool, out_dtype: Any
 ) -> Array:
+    """out (M, N): each row times its group's matrix."""
     starts_G, ends_G = _groups.group_bounds(sizes_L, offset, rhs.shape[0], lhs_MK.shape[0])
     out_MN = jax.lax.ragged_dot_general(
         _to_front(_clean(lhs_MK, starts_G, ends_G), starts_G, offset),

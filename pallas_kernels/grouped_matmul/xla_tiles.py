@@ -20,6 +20,7 @@ def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
 def matmul(
     lhs_MK: Array, rhs: Array, sizes_L: Array, offset: Array | None, *, transpose_rhs: bool, out_dtype: Any
 ) -> Array:
+    """out (M, N): each row times its group's matrix."""
     M, G = lhs_MK.shape[0], rhs.shape[0]
     N = rhs.shape[1 if transpose_rhs else 2]
     out_MN = _varying.zeros_like_varying((M, N), out_dtype, lhs_MK)

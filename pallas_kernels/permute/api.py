@@ -72,7 +72,7 @@ def _take(x_XD: Array, index: Array) -> Array:
     X = x_XD.shape[0]
     if X == 0:
         return _varying.zeros_like_varying((*index.shape, *x_XD.shape[1:]), x_XD.dtype, x_XD)
-    rows = x_XD.at[jnp.minimum(index, X - 1)].get(mode="promise_in_bounds")
+    rows = jnp.asarray(x_XD).at[jnp.minimum(index, X - 1)].get(mode="promise_in_bounds")
     live = (index < X).reshape(index.shape + (1,) * (x_XD.ndim - 1))
     return jnp.where(live, rows, 0)
 

@@ -51,7 +51,9 @@ def test_an_average_weighs_calls_equally_and_an_empty_mean_is_zero():
 
 
 def test_union_adds_losses_of_one_name_and_joins_the_rest():
-    both = Aux({"z": jnp.float32(1), "a": jnp.float32(2)}, {"t": 1}, {"s": Stat.sum(1)}) | Aux({"z": jnp.float32(4)}, {"u": 2}, {"r": Stat.sum(2)})
+    both = Aux({"z": jnp.float32(1), "a": jnp.float32(2)}, {"t": 1}, {"s": Stat.sum(1)}) | Aux(
+        {"z": jnp.float32(4)}, {"u": 2}, {"r": Stat.sum(2)}
+    )
     assert {k: float(v) for k, v in both.losses.items()} == {"z": 5.0, "a": 2.0}
     assert both.terms == {"t": 1, "u": 2} and both.stats.keys() == {"s", "r"}
     assert both.total_loss() == 7.0 and Aux().total_loss() == 0.0

@@ -150,7 +150,9 @@ def test_many_choices_refuse_a_number_in_place_of_settings(settings):
     refused(["run.parts.fancy"], parts={"fancy": settings})
 
 
-@pytest.mark.parametrize("values", [{}, {"part": {"name": "fancy", "glitter": 2.0}, "inner": {"rates": [1, 2]}, "limit": 4, "parts": {}}])
+@pytest.mark.parametrize(
+    "values", [{}, {"part": {"name": "fancy", "glitter": 2.0}, "inner": {"rates": [1, 2]}, "limit": 4, "parts": {}}]
+)
 def test_to_dict_is_the_inverse_of_build_and_fits_json(values):
     built = made(**values)
     again = build(Outer, json.loads(json.dumps(to_dict(built))), "run")
@@ -160,7 +162,9 @@ def test_to_dict_is_the_inverse_of_build_and_fits_json(values):
 
 def test_model_settings_survive_json():
     variants = {"local": {"attention": {"sliding_window": 8}}}
-    built = build(ModelConfig, {"layers": "2*(moe:local moe)", "variants": variants, "router": "switch", "losses": {}}, "model")
+    built = build(
+        ModelConfig, {"layers": "2*(moe:local moe)", "variants": variants, "router": "switch", "losses": {}}, "model"
+    )
     assert build(ModelConfig, json.loads(json.dumps(to_dict(built))), "model") == built
 
 
@@ -191,7 +195,9 @@ def test_text_reads_lists_and_names_of_choices():
     assert made(table={"a": Text("3")}).table == {"a": 3}
 
 
-@pytest.mark.parametrize("name, text", [("flag", "yes"), ("steps", "many"), ("steps", "1.5"), ("rate", "[1]"), ("mode", "1"), ("limit", "x")])
+@pytest.mark.parametrize(
+    "name, text", [("flag", "yes"), ("steps", "many"), ("steps", "1.5"), ("rate", "[1]"), ("mode", "1"), ("limit", "x")]
+)
 def test_text_that_does_not_fit_is_refused(name, text):
     refused([f"run.{name}:"], **{name: Text(text)})
 

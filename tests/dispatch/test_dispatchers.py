@@ -61,7 +61,9 @@ def gradients(cls, config, values, x, gates, experts, out_weights):
     """d sum(y * out_weights) by (weights of the bank, x, gates)."""
 
     def loss(values, x, gates):
-        y, _ = cls(config)(x, TokenChoice(experts, gates, E), P.replace(bank(), values), context(T, batch=B, train=True))
+        y, _ = cls(config)(
+            x, TokenChoice(experts, gates, E), P.replace(bank(), values), context(T, batch=B, train=True)
+        )
         return (y * out_weights).sum()
 
     return jax.grad(loss, (0, 1, 2))(values, x, gates)
@@ -83,7 +85,9 @@ def dense_gradients(values, x, gates, experts, out_weights):
 
 
 def close(ours, theirs, **tolerance):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **{"rtol": 1e-4, "atol": 1e-5, **tolerance}), ours, theirs)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, **{"rtol": 1e-4, "atol": 1e-5, **tolerance}), ours, theirs
+    )
 
 
 NEVER_FULL = CapacityConfig(capacity_factor=float(E))
@@ -114,7 +118,9 @@ def test_experts_without_a_gate_projection(cls, config):
     close(y, naive.moe(x, RAGGED, GATES, bank(gated=False).weights(jnp.float32)))
 
 
-@pytest.mark.parametrize("cls, config", [(Dropless, DroplessConfig(gate_on="input")), (Capacity, CapacityConfig(float(E), gate_on="input"))])
+@pytest.mark.parametrize(
+    "cls, config", [(Dropless, DroplessConfig(gate_on="input")), (Capacity, CapacityConfig(float(E), gate_on="input"))]
+)
 def test_gate_on_the_input_goes_through_the_expert(cls, config):
     x = normal(5, T, D)
     y, _ = moved(cls, config, True, bank(), x, decision(RAGGED))
@@ -165,7 +171,9 @@ def test_evaluation_never_drops_unless_given_a_factor():
     assert dropped(CapacityConfig(4.0, eval_capacity_factor=0.25)) == pytest.approx((T - 2) / T)
 
 
-@pytest.mark.parametrize("T, K, E, factor, places", [(64, 2, 8, 1.25, 20), (10, 1, 4, 1.0, 3), (10, 2, 4, 99.0, 10), (100, 1, 10, 1.1, 11)])
+@pytest.mark.parametrize(
+    "T, K, E, factor, places", [(64, 2, 8, 1.25, 20), (10, 1, 4, 1.0, 3), (10, 2, 4, 99.0, 10), (100, 1, 10, 1.1, 11)]
+)
 def test_capacity_is_the_ceiling_of_its_formula_and_at_most_the_tokens(T, K, E, factor, places):
     assert Capacity(CapacityConfig(factor)).capacity(T, K, E, train=True) == places
 
@@ -242,7 +250,9 @@ def test_low_precision_rows_stay_low_precision(cls, config):
     close(y.astype(jnp.float32), naive.moe(x, RAGGED, GATES, WEIGHTS), rtol=0.05, atol=0.1)
 
 
-@pytest.mark.parametrize("config", [CapacityConfig(0.0), CapacityConfig(1.0, eval_capacity_factor=-1.0), DroplessConfig(row_budget=0.0)])
+@pytest.mark.parametrize(
+    "config", [CapacityConfig(0.0), CapacityConfig(1.0, eval_capacity_factor=-1.0), DroplessConfig(row_budget=0.0)]
+)
 def test_impossible_settings_are_refused(config):
     with pytest.raises(ConfigError, match=r"model\.dispatch\..*> 0"):
         config.validate("model.dispatch")

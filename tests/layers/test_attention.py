@@ -1,5 +1,7 @@
 """Attention against a loop over queries and keys, and its cache against the parallel form."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import naive
@@ -40,7 +42,11 @@ def reference(made, x, view):
         same = segments is None or segments[b, i] == segments[b, j]
         return j <= i and near and same and (valid is None or valid[b, j])
 
-    scales = {} if c.qk_norm == "none" else dict(q_scale=np.asarray(made.q_norm.scale[...]), k_scale=np.asarray(made.k_norm.scale[...]))
+    scales = (
+        {}
+        if c.qk_norm == "none"
+        else dict(q_scale=np.asarray(made.q_norm.scale[...]), k_scale=np.asarray(made.k_norm.scale[...]))
+    )
     weights = [np.asarray(p[...]) for p in (made.q, made.k, made.v, made.o)]
     return naive.attention(x, *weights, sees, positions, c.rope_theta, c.qk_norm, eps=c.norm_eps, **scales)
 
@@ -70,15 +76,12 @@ def check(made, x, view):
 PLAIN = View(jnp.broadcast_to(jnp.arange(9), (2, 9)))
 
 
-@pytest.mark.parametrize("qk_norm", ["none", "head", "full"])
-@pytest.mark.parametrize("kv", [1, 2, 4])
+@pytest.mark.parametrize("qk_norm, kv", [("none", None), ("none", 1), ("head", 2), ("full", 4), ("full", 2)])
 def test_grouped_queries_and_their_norms(qk_norm, kv):
-    if qk_norm == "none" and kv == 1:
-        kv = None  # as many as query heads
     check(attention(qk_norm=qk_norm, num_key_value_heads=kv), normal(0, 2, 9, D), PLAIN)
 
 
-@pytest.mark.parametrize("window", [1, 3, 100])
+@pytest.mark.parametrize("window", [1, 3])
 def test_sliding_window(window):
     check(attention(sliding_window=window, num_key_value_heads=2, rope_theta=100.0), normal(1, 2, 9, D), PLAIN)
 
@@ -93,9 +96,8 @@ def test_left_padding():
     check(attention(), normal(3, 2, 9, D), View(jnp.maximum(jnp.cumsum(valid, 1) - 1, 0), None, valid))
 
 
-@pytest.mark.parametrize("window", [None, 40])
-def test_sequences_of_more_than_one_block(window):
-    made = attention(num_attention_heads=2, num_key_value_heads=1, sliding_window=window)
+def test_sequences_of_more_than_one_block():
+    made = attention(num_attention_heads=2, num_key_value_heads=1, sliding_window=40)
     check(made, normal(4, 1, 145, D), packed((20, 120), S=145))
 
 
@@ -107,8 +109,7 @@ def test_one_block_boundary_is_no_boundary():
     assert (np.abs(a - b).max(-1) > 1e-4)[0, [0, 127, 128, 130]].all()
 
 
-@pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("chunks", [(5, 1, 1, 1, 1), (1, 5, 3), (9,)])
+@pytest.mark.parametrize("window, chunks", [(None, (5, 1, 1, 1, 1)), (3, (1, 5, 3)), (3, (9,))])
 def test_cached_decoding_in_chunks_equals_the_parallel_form_with_left_padding(window, chunks):
     made, x = attention(sliding_window=window, num_key_value_heads=2), normal(6, 2, 9, D)
     valid = jnp.arange(9) >= jnp.array([[0], [3]])
@@ -127,18 +128,27 @@ def test_cached_decoding_in_chunks_equals_the_parallel_form_with_left_padding(wi
 def test_a_query_that_may_see_nothing_averages_all_values():
     q, k, v = normal(7, 1, 2, 3, 4), normal(8, 1, 1, 5, 4), normal(9, 1, 1, 5, 4)
     out = jax.jit(attend)(q, k, v, jnp.zeros((1, 3, 5), bool))
-    np.testing.assert_allclose(out, np.broadcast_to(np.asarray(v).mean(2, keepdims=True), out.shape), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        out, np.broadcast_to(np.asarray(v).mean(2, keepdims=True), out.shape), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_low_precision_softmax_runs_in_float32():
-    """Scores around 100 differ by less than a bfloat16 step; only a wide softmax of bf16 scores stays a distribution."""
-    q, v = jnp.ones((1, 1, 1, 4), jnp.bfloat16), jnp.ones((1, 1, 512, 4), jnp.bfloat16)
-    out = jax.jit(attend)(q, v, v, jnp.ones((1, 1, 512), bool))
-    assert out.dtype == jnp.bfloat16
-    np.testing.assert_allclose(np.asarray(out, np.float32), 1, atol=4e-3)
+    """700 equal scores: a softmax in bfloat16 rounds its exponentials and its sum, and is no distribution any more."""
+    q, k = normal(10, 1, 1, 1, 4).astype(jnp.bfloat16), normal(11, 1, 1, 700, 4).astype(jnp.bfloat16)
+    traced = jax.make_jaxpr(attend)(q, k, k, jnp.ones((1, 1, 700), bool))
+    assert re.findall(r":(\w+)\[[\d,]*\] = exp ", str(traced)) == ["f32"]
+    assert traced.out_avals[0].dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("settings, words", [(dict(num_key_value_heads=3), ["num_key_value_heads", "3", "4"]), (dict(head_dim=5), ["head_dim", "5"]), (dict(sliding_window=0), ["sliding_window", "0"])])
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (dict(num_key_value_heads=3), ["num_key_value_heads", "3", "4"]),
+        (dict(head_dim=5), ["head_dim", "5"]),
+        (dict(sliding_window=0), ["sliding_window", "0"]),
+    ],
+)
 def test_impossible_settings_are_refused_by_name(settings, words):
     with pytest.raises(ConfigError) as error:
         attention(**settings)

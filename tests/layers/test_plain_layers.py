@@ -27,8 +27,12 @@ def test_norms_are_their_formulas_in_the_type_of_their_input(dtype, tolerance):
     a, b = jax.jit(lambda x: (rms(x), layer(x)))(x)
     assert a.dtype == b.dtype == dtype
     x, scale, bias = np.asarray(x, np.float64), np.asarray(layer.scale[...]), np.asarray(layer.bias[...])
-    np.testing.assert_allclose(np.asarray(a, np.float64), naive.rms_norm(x, np.asarray(rms.scale[...]), 1e-3), rtol=tolerance, atol=tolerance)
-    np.testing.assert_allclose(np.asarray(b, np.float64), naive.layer_norm(x, scale, bias, 1e-3), rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(
+        np.asarray(a, np.float64), naive.rms_norm(x, np.asarray(rms.scale[...]), 1e-3), rtol=tolerance, atol=tolerance
+    )
+    np.testing.assert_allclose(
+        np.asarray(b, np.float64), naive.layer_norm(x, scale, bias, 1e-3), rtol=tolerance, atol=tolerance
+    )
 
 
 def test_norm_statistics_of_low_precision_inputs_are_wide():
@@ -52,7 +56,9 @@ def test_rotation_turns_each_pair_by_its_own_angle():
     for b in range(2):
         for s in range(5):
             for n in range(3):
-                np.testing.assert_allclose(out[b, n, s], naive.rope(np.asarray(x[b, n, s]), int(positions[b, s]), 100.0), rtol=1e-4, atol=1e-5)
+                np.testing.assert_allclose(
+                    out[b, n, s], naive.rope(np.asarray(x[b, n, s]), int(positions[b, s]), 100.0), rtol=1e-4, atol=1e-5
+                )
 
 
 def test_products_of_rotated_vectors_depend_on_distance_only():
@@ -72,7 +78,10 @@ def test_rotation_keeps_lengths_and_position_zero_keeps_everything():
 
 @pytest.mark.parametrize("gated", [True, False])
 def test_dense_feed_forward_is_the_formula(gated):
-    made, x = P.materialize(MLP(FeedForwardConfig(gated=gated), hidden_size=D, intermediate_size=7, out_scale=1.0), 0), normal(5, 4, D)
+    made, x = (
+        P.materialize(MLP(FeedForwardConfig(gated=gated), hidden_size=D, intermediate_size=7, out_scale=1.0), 0),
+        normal(5, 4, D),
+    )
     gate = np.asarray(made.w_gate[...]) if gated else None
     expected = naive.ffn(np.asarray(x, np.float64), gate, np.asarray(made.w_up[...]), np.asarray(made.w_down[...]))
     np.testing.assert_allclose(jax.jit(lambda x: made(x))(x), expected, rtol=1e-4, atol=1e-5)

@@ -31,7 +31,9 @@ def counts(experts, valid=None):
 @pytest.mark.parametrize("valid", [None, VALID])
 def test_load_balance_is_the_formula(valid):
     _, experts, probs = case()
-    got = load_balance(jnp.asarray(probs, jnp.float32), counts(experts, valid), None if valid is None else jnp.asarray(valid))
+    got = load_balance(
+        jnp.asarray(probs, jnp.float32), counts(experts, valid), None if valid is None else jnp.asarray(valid)
+    )
     assert float(got) == pytest.approx(naive.load_balance(probs, experts, valid), rel=1e-5)
 
 
@@ -73,7 +75,9 @@ def test_z_loss_sees_a_shift_that_the_probabilities_do_not():
     assert float(z_loss(jnp.zeros((3, E)))) == pytest.approx(np.log(E) ** 2, rel=1e-5)
 
 
-@pytest.mark.parametrize("loss", [lambda z, v: z_loss(z, v), lambda z, v: load_balance(jax.nn.softmax(z), jnp.arange(E), v)])
+@pytest.mark.parametrize(
+    "loss", [lambda z, v: z_loss(z, v), lambda z, v: load_balance(jax.nn.softmax(z), jnp.arange(E), v)]
+)
 def test_padding_changes_neither_value_nor_gradient(loss):
     logits, _, _ = case()
     valid, noisy = jnp.asarray(VALID), np.where(VALID[:, None], logits, 1e3 * logits)

@@ -12,6 +12,7 @@ from naive import context, normal
 from moe_zoo.core import param as P
 from moe_zoo.core.aux import Stat
 from moe_zoo.core.registry import ConfigError
+from moe_zoo.routing.router import linear_logits
 from moe_zoo.routing.top_k import TopK, TopKConfig, select
 
 T, D, E, K = 13, 6, 12, 4
@@ -180,6 +181,9 @@ def test_low_precision_tokens_are_routed_in_float32():
     assert low.decision.gates.dtype == low.logits.dtype == low.probs.dtype == jnp.float32
     np.testing.assert_array_equal(low.decision.gates, wide.decision.gates)
     np.testing.assert_array_equal(low.decision.experts, wide.decision.experts)
+    kernel = normal(13, D, E).astype(jnp.bfloat16)
+    both = jax.jit(lambda x, w: (linear_logits(x, w), linear_logits(x.astype(jnp.float32), w.astype(jnp.float32))))
+    np.testing.assert_array_equal(*both(x, kernel))
 
 
 @pytest.mark.parametrize("loads", [[9, 3, 3, 1], [4, 4, 4, 4], [0, 0, 0, 8]])
