@@ -35,9 +35,12 @@ class Block(nnx.Module):
             if not self.routed:
                 x, aux, carry, router_cache = x + self.ffn(self.ffn_norm(x)), Aux(), ctx.carry, None
             else:
-                ctx = ctx.replace(cache=None if cache is None else cache["router"])
-                y, aux, routing = self.ffn(self.ffn_norm(x), ctx)
-                x, carry, router_cache = x + y, routing.carry, routing.cache
+                name, depth = self.ffn.router_name, ctx.carry
+                router_cache = None if cache is None else cache["router"]
+                mine = ctx.replace(cache=router_cache, carry=depth.get(name), shared=ctx.shared.get(name))
+                y, aux, routing = self.ffn(self.ffn_norm(x), mine)
+                x, router_cache = x + y, routing.cache
+                carry = {**depth, name: routing.carry} if name in depth else depth
         if cache is None:
             return x, aux, None, carry
         new = {"mixer": mixer_cache, "router": router_cache} if self.routed else {"mixer": mixer_cache}

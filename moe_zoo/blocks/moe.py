@@ -13,6 +13,7 @@ from moe_zoo.core.decision import TokenChoice
 from moe_zoo.core.param import fan_in, param
 from moe_zoo.core.schema import Choice
 from moe_zoo.layers.mlp import MLP, FeedForwardConfig
+from moe_zoo.routing.router import Dims
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,7 @@ class MoEConfig:
 
     num_experts: int
     intermediate_size: int
+    vocab_size: int
     router: Choice
     experts: Choice
     dispatch: Choice
@@ -37,7 +39,8 @@ class MoE(nnx.Module):
     def __init__(self, config: MoEConfig, *, hidden_size: int, out_scale: float):
         D, E = hidden_size, config.num_experts
         self.num_experts, self.hidden_size = E, D
-        self.router = config.router.make(num_experts=E, hidden_size=D)
+        self.router = config.router.make(Dims(E, D, config.vocab_size))
+        self.router_name = config.router.name
         self.experts = config.experts.make(
             num_experts=E, hidden_size=D, intermediate_size=config.intermediate_size, out_scale=out_scale
         )

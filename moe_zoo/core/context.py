@@ -15,8 +15,9 @@ from moe_zoo.core.decision import Decision
 class RoutingContext:
     """One per layer call. Token fields are flattened (T = batch * seq). A field that is None was not provided.
 
-    `carry` runs through the depth, `cache` through decoding time; both are the router's own pytrees. `inputs` are
-    per-layer arrays from outside (`router_bias`, `given`), sliced by the scan beside the parameters.
+    `carry` runs through the depth, `cache` through decoding time, `shared` is a module of all layers; a router sees its
+    own pytrees, a block all routers' by name. `inputs` are per-layer arrays from outside (`router_bias`, `given`),
+    sliced by the scan beside the parameters.
     """
 
     batch: int = dataclasses.field(metadata={"static": True})
@@ -33,9 +34,9 @@ class RoutingContext:
     step: Int[Array, ""] | None = None
     layer: Int[Array, ""] | None = None
     key: Any = None
-    carry: Any = None
+    carry: Any = dataclasses.field(default_factory=dict)
     cache: Any = None
-    shared: Any = None
+    shared: Any = dataclasses.field(default_factory=dict)
     inputs: dict[str, Array] = dataclasses.field(default_factory=dict)
 
     def replace(self, **changes) -> "RoutingContext":

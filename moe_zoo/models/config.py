@@ -127,6 +127,7 @@ class ModelConfig:
         return MoEConfig(
             num_experts=self.num_experts,
             intermediate_size=self.moe_intermediate_size,
+            vocab_size=self.vocab_size,
             router=self.router,
             experts=self.experts,
             dispatch=self.dispatch,

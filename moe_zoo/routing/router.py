@@ -1,5 +1,6 @@
 """The contract of a router."""
 
+import dataclasses
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -11,12 +12,22 @@ from moe_zoo.core.context import Routing, RoutingContext
 from moe_zoo.core.decision import TokenChoice
 
 
+@dataclasses.dataclass(frozen=True)
+class Dims:
+    """The sizes around a router."""
+
+    num_experts: int
+    hidden_size: int
+    vocab_size: int = 0
+
+
 class Router(nnx.Module):
     """Maps tokens to a `Decision`.
 
-    A subclass declares `Config` (a frozen dataclass of its own settings), builds its parameters from
-    `(config, num_experts=E, hidden_size=D)`, and implements `__call__`. It sees the global batch: collectives belong
-    to the dispatcher. Router mathematics is float32.
+    A subclass declares `Config` (a frozen dataclass of its own settings), builds its parameters from `(config, dims)`,
+    and implements `__call__`. It sees the global batch: collectives belong to the dispatcher. Router mathematics is
+    float32. Padding (`ctx.valid` False) must change nothing for other tokens; decisions over tokens (`TokenChoice`,
+    `Dense`) are masked by the layer, those that normalise or compete across tokens mask themselves.
     """
 
     Config: ClassVar[type]
@@ -31,6 +42,11 @@ class Router(nnx.Module):
 
     def __call__(self, x_TD: Float[Array, "T D"], ctx: RoutingContext) -> Routing:
         raise NotImplementedError(type(self).__name__)
+
+    @classmethod
+    def make_shared(cls, config: Any, dims: Dims) -> nnx.Module | None:
+        """A module that the routers of all layers share, handed to each as `ctx.shared`."""
+        return None
 
     def init_carry(self, num_tokens: int) -> Any:
         """State handed from each MoE layer's router to the next, per token; None if depth does not matter."""

@@ -15,7 +15,7 @@ from moe_zoo.core.decision import TokenChoice
 from moe_zoo.core.param import Normal, param
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import join, positive
-from moe_zoo.routing.router import Router, at_least_f32, gather_gates, linear_logits
+from moe_zoo.routing.router import Dims, Router, at_least_f32, gather_gates, linear_logits
 from moe_zoo.routing.top_k import select
 
 
@@ -38,9 +38,9 @@ class Switch(Router):
     Config = SwitchConfig
     requires = ("key",)
 
-    def __init__(self, config: SwitchConfig, *, num_experts: int, hidden_size: int):
-        self.config, self.num_experts = config, num_experts
-        self.kernel = param((hidden_size, num_experts), ("embed", "expert_logits"), Normal(config.init_std))
+    def __init__(self, config: SwitchConfig, dims: Dims):
+        self.config, self.num_experts = config, dims.num_experts
+        self.kernel = param((dims.hidden_size, dims.num_experts), ("embed", "expert_logits"), Normal(config.init_std))
 
     def __call__(self, x_TD: Float[Array, "T D"], ctx: RoutingContext) -> Routing:
         eps = self.config.jitter

@@ -23,7 +23,7 @@ from moe_zoo.core.decision import TokenChoice
 from moe_zoo.core.param import Buffer, Constant, Normal, param
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import join, positive
-from moe_zoo.routing.router import Router, gather_gates, linear_logits
+from moe_zoo.routing.router import Dims, Router, gather_gates, linear_logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,13 +78,13 @@ class TopK(Router):
 
     Config = TopKConfig
 
-    def __init__(self, config: TopKConfig, *, num_experts: int, hidden_size: int):
-        self.config, self.num_experts = config, num_experts
-        self.kernel = param((hidden_size, num_experts), ("embed", "expert_logits"), Normal(config.init_std))
+    def __init__(self, config: TopKConfig, dims: Dims):
+        self.config, self.num_experts = config, dims.num_experts
+        self.kernel = param((dims.hidden_size, dims.num_experts), ("embed", "expert_logits"), Normal(config.init_std))
         if config.linear_bias:
-            self.bias = param((num_experts,), ("expert_logits",), Constant(0.0))
+            self.bias = param((dims.num_experts,), ("expert_logits",), Constant(0.0))
         if config.correction_bias:
-            self.correction = param((num_experts,), ("expert_logits",), Constant(0.0), kind=Buffer)
+            self.correction = param((dims.num_experts,), ("expert_logits",), Constant(0.0), kind=Buffer)
 
     def __call__(self, x_TD: Float[Array, "T D"], ctx: RoutingContext) -> Routing:
         c = self.config

@@ -50,7 +50,8 @@ class DataConfig:
 class OptimConfig:
     """`learning_rate` is the peak. Schedules run over the whole training after `warmup_steps`: "cosine" and "linear" to
     `final_fraction` of the peak, "wsd" holds the peak and falls linearly over the last `decay_fraction`, "constant".
-    `weight_decay` applies to matrices only (no norms, biases, embeddings). `clip_norm` None: no clipping.
+    `weight_decay` applies to matrices only (no norms, biases, embeddings). `clip_norm` None: no clipping. `lr_scales`:
+    parameter name pattern -> factor on the rate, such as {"embed.*": 4.0}; the first that matches counts.
     """
 
     name: Literal["adamw", "muon", "lion", "sgd"] = "adamw"
@@ -64,6 +65,7 @@ class OptimConfig:
     b2: float = 0.95
     eps: float = 1e-8
     clip_norm: float | None = 1.0
+    lr_scales: dict[str, float] = dataclasses.field(default_factory=dict, hash=False)
 
     def validate(self, path: str) -> None:
         positive(self, path, "learning_rate", "eps", "clip_norm")

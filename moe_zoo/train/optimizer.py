@@ -1,10 +1,13 @@
 """Optimizers from optax, a learning rate that follows progress, and what decays."""
 
+import fnmatch
+
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from moe_zoo.core.registry import ConfigError
 from moe_zoo.train.config import OptimConfig
 
 
@@ -41,6 +44,15 @@ def make_optimizer(config: OptimConfig, axes: dict[str, tuple]) -> optax.Gradien
         core = _muon(config, axes, decay)
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
     return optax.chain(clip, core)
+
+
+def rate_scales(config: OptimConfig, names) -> dict[str, float]:
+    """Each parameter's factor on the learning rate. Raises ConfigError for a pattern that matches nothing."""
+    for pattern in config.lr_scales:
+        if not any(fnmatch.fnmatch(name, pattern) for name in names):
+            raise ConfigError(f"optim.lr_scales: {pattern!r} matches no parameter; one is {next(iter(names))!r}")
+    first = lambda name: (scale for pattern, scale in config.lr_scales.items() if fnmatch.fnmatch(name, pattern))
+    return {name: next(first(name), 1.0) for name in names}
 
 
 def is_matrix(name: str, axes: tuple) -> bool:

@@ -16,7 +16,7 @@ from moe_zoo.models import Decoder
 from moe_zoo.sharding import batch_sharding, sharding_of
 from moe_zoo.train.config import Config
 from moe_zoo.train.objective import Objective
-from moe_zoo.train.optimizer import learning_rate, make_optimizer, opt_shardings
+from moe_zoo.train.optimizer import learning_rate, make_optimizer, opt_shardings, rate_scales
 
 #: {"trainable", "frozen", "buffers": {path: array}, "opt": optax state, "objective": dict, "step": int32}
 State = dict[str, Any]
@@ -59,6 +59,7 @@ class Trainer:
         self.shardings = {n: sharding_of(mesh, v.logical_axes, v.get_value().shape, n) for n, v in variables.items()}
         self.shapes = {n: v.get_value() for n, v in variables.items()}
         self.tx = make_optimizer(config.optim, {n: variables[n].logical_axes for n in self.partition.trainable})
+        self.rate_scales = rate_scales(config.optim, self.partition.trainable)
         self.state_shardings = self._state_shardings()
         self.batch_sharding = batch_sharding(mesh)
         self.train_step = jax.jit(
@@ -124,7 +125,8 @@ class Trainer:
         norm = optax.tree.norm(gradients)
         rate = learning_rate(self.config.optim, step, progress)
         updates, opt = self.tx.update(gradients, state["opt"], state["trainable"])
-        trainable = jax.tree.map(lambda p, u: p + rate.astype(p.dtype) * u.astype(p.dtype), state["trainable"], updates)
+        move = lambda p, u, scale: p + (rate * scale).astype(p.dtype) * u.astype(p.dtype)
+        trainable = jax.tree.map(move, state["trainable"], updates, self.rate_scales)
         new = {
             "trainable": trainable,
             "frozen": state["frozen"],

@@ -11,6 +11,7 @@ from naive import context, normal
 
 from moe_zoo.core import param as P
 from moe_zoo.core.registry import ConfigError
+from moe_zoo.routing.router import Dims
 from moe_zoo.routing.switch import Switch, SwitchConfig
 
 T, D, E = 64, 5, 6
@@ -18,7 +19,7 @@ T, D, E = 64, 5, 6
 
 @pytest.fixture(scope="module")
 def switch():
-    return P.materialize(Switch(SwitchConfig(jitter=0.3, init_std=1.0), num_experts=E, hidden_size=D), 0)
+    return P.materialize(Switch(SwitchConfig(jitter=0.3, init_std=1.0), Dims(num_experts=E, hidden_size=D)), 0)
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -54,7 +55,7 @@ def test_noise_acts_in_training_only_and_follows_the_key(route):
 
 def test_noise_multiplies_each_input_by_at_most_its_width(route):
     """With the identity as kernel the logits are the noisy inputs themselves."""
-    wide = P.materialize(Switch(SwitchConfig(jitter=0.3), num_experts=D, hidden_size=D), 0)
+    wide = P.materialize(Switch(SwitchConfig(jitter=0.3), Dims(num_experts=D, hidden_size=D)), 0)
     wide = P.replace(wide, {"kernel": jnp.eye(D)})
     factor = route(jnp.ones((T, D)), 2, True, wide).logits
     assert factor.min() >= 0.7 and factor.max() <= 1.3 and factor.std() == pytest.approx(0.6 / 12**0.5, rel=0.15)
@@ -62,7 +63,7 @@ def test_noise_multiplies_each_input_by_at_most_its_width(route):
 
 
 def test_no_noise_is_asked_of_a_jitter_of_zero(route):
-    still = P.materialize(Switch(SwitchConfig(jitter=0.0, init_std=1.0), num_experts=E, hidden_size=D), 0)
+    still = P.materialize(Switch(SwitchConfig(jitter=0.0, init_std=1.0), Dims(num_experts=E, hidden_size=D)), 0)
     x = normal(3, T, D)
     np.testing.assert_array_equal(route(x, 0, True, still).logits, route(x, 0, False, still).logits)
 

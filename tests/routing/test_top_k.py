@@ -12,7 +12,7 @@ from naive import context, normal
 from moe_zoo.core import param as P
 from moe_zoo.core.aux import Stat
 from moe_zoo.core.registry import ConfigError
-from moe_zoo.routing.router import linear_logits
+from moe_zoo.routing.router import Dims, linear_logits
 from moe_zoo.routing.top_k import TopK, TopKConfig, select
 
 T, D, E, K = 13, 6, 12, 4
@@ -24,7 +24,7 @@ def router(E=E, kernel_scale=1.0, bias=None, **settings):
     config = TopKConfig(**{"num_experts_per_tok": K, "init_std": kernel_scale, **settings})
     config.validate("router")
     config.validate_for(E, "router")
-    made = P.materialize(TopK(config, num_experts=E, hidden_size=D), 0)
+    made = P.materialize(TopK(config, Dims(num_experts=E, hidden_size=D)), 0)
     if bias is not None:
         made = P.replace(made, {**P.arrays(made), "correction": jnp.asarray(bias, jnp.float32)})
     return made
