@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from moe_zoo.core.aux import Aux, Stat
 from moe_zoo.core.context import Routing, RoutingContext
-from moe_zoo.core.decision import TokenChoice
+from moe_zoo.core.decision import Decision, Dense, ExpertChoice, Soft, TokenChoice
 from moe_zoo.core.param import fan_in, param
 from moe_zoo.core.schema import Choice
 from moe_zoo.layers.mlp import MLP, FeedForwardConfig
@@ -76,7 +76,7 @@ class MoE(nnx.Module):
         return y_TD
 
     def _losses(self, routing: Routing, ctx: RoutingContext) -> Aux:
-        if routing.logits is None:
+        if "given" in ctx.inputs:  # nothing was routed, so nothing is trained
             return Aux()
         losses, stats = {}, {}
         for name, loss in self.losses:
@@ -98,18 +98,35 @@ class MoE(nnx.Module):
 
 def routing_stats(routing: Routing, ctx: RoutingContext) -> dict[str, Stat]:
     """What every routed layer reports: load per expert, experts per token, router entropy, load per domain."""
-    decision, stats = routing.decision, {}
+    stats = {}
     weight_T = jnp.ones(ctx.batch * ctx.seq, jnp.float32) if ctx.valid is None else ctx.valid.astype(jnp.float32)
-    if isinstance(decision, TokenChoice):
-        stats["load"] = Stat.sum(decision.counts())
-        stats["experts_per_token"] = Stat.mean(decision.live().sum().astype(jnp.float32), weight_T.sum())
+    hits_TE = visits(routing.decision, ctx)
+    if hits_TE is not None:
+        stats["load"] = Stat.sum(hits_TE.sum(0))
+        stats["experts_per_token"] = Stat.mean(hits_TE.sum(), weight_T.sum())
         if ctx.num_domains and ctx.domain is not None:
             # (domains, T) @ (T, E): tokens without a domain (-1) match no row
             domain_XT = (ctx.domain == jnp.arange(ctx.num_domains)[:, None]).astype(jnp.float32)
-            hits_TE = (decision.experts[..., None] == jnp.arange(decision.num_experts)).sum(1).astype(jnp.float32)
             stats["load_by_domain"] = Stat.sum(domain_XT @ hits_TE)
     if routing.probs is not None:
         probs_TE = jax.lax.stop_gradient(routing.probs)
         entropy_T = -jnp.sum(probs_TE * jnp.log(jnp.maximum(probs_TE, 1e-30)), -1)
         stats["entropy"] = Stat.mean(jnp.where(weight_T > 0, entropy_T, 0).sum(), weight_T.sum())
     return stats
+
+
+def visits(decision: Decision, ctx: RoutingContext) -> Float[Array, "T E"] | None:
+    """How much of each expert each token takes: whole visits, or a token's share of an expert's slots in Soft MoE."""
+    T = ctx.batch * ctx.seq
+    if isinstance(decision, TokenChoice):
+        return (decision.experts[..., None] == jnp.arange(decision.num_experts)).sum(1).astype(jnp.float32)
+    if isinstance(decision, Dense):
+        return decision.live().astype(jnp.float32)
+    if isinstance(decision, ExpertChoice):
+        G, E, C = decision.tokens.shape
+        hits_GSE = jnp.zeros((G, T // G + 1, E), jnp.float32)
+        groups, experts = jnp.arange(G)[:, None, None], jnp.arange(E)[None, :, None]
+        return hits_GSE.at[groups, decision.tokens, experts].add(1.0)[:, :-1].reshape(T, E)
+    if isinstance(decision, Soft):
+        return jax.lax.stop_gradient(decision.combine.sum(-1).reshape(T, -1))
+    return None

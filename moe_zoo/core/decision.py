@@ -57,6 +57,10 @@ class ExpertChoice:
     tokens: Int[Array, "G E C"]
     gates: Float[Array, "G E C"]
 
+    def masked(self, valid_T) -> "ExpertChoice":
+        """As it is: the tokens of a group compete, so only the router can leave padding out."""
+        return self
+
 
 @_pytree()
 class Soft:
@@ -65,12 +69,23 @@ class Soft:
     dispatch: Float[Array, "G S E C"]
     combine: Float[Array, "G S E C"]
 
+    def masked(self, valid_T) -> "Soft":
+        """As it is: the tokens of a group share slots, so only the router can leave padding out."""
+        return self
+
 
 @_pytree()
 class Dense:
     """Every expert for every token, weighted."""
 
     gates: Float[Array, "T E"]
+
+    def live(self) -> Bool[Array, "T E"]:
+        return self.gates != 0
+
+    def counts(self) -> Int[Array, "E"]:
+        """Tokens per expert with a non-zero gate, before any drop."""
+        return self.live().sum(0, dtype=jnp.int32)
 
     def masked(self, valid_T) -> "Dense":
         return self if valid_T is None else Dense(jnp.where(valid_T[:, None], self.gates, 0))

@@ -5,7 +5,9 @@ from moe_zoo.core.registry import Registry
 DISPATCHERS = Registry(
     "dispatcher",
     {
-        "dropless": "moe_zoo.dispatch.dropless:Dropless",
         "capacity": "moe_zoo.dispatch.capacity:Capacity",
+        "dropless": "moe_zoo.dispatch.dropless:Dropless",
+        "everywhere": "moe_zoo.dispatch.everywhere:Everywhere",
+        "slots": "moe_zoo.dispatch.slots:Slots",
     },
 )

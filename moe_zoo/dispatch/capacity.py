@@ -66,7 +66,7 @@ class Capacity:
     def __call__(
         self, x_TD: Float[Array, "T D"], decision: TokenChoice, bank, ctx: RoutingContext
     ) -> tuple[Float[Array, "T D"], dict[str, Stat]]:
-        return move(decision, self.plan(decision, ctx), x_TD, bank)
+        return move(decision.live().sum(), self.plan(decision, ctx), x_TD, bank)
 
 
 def places(experts_GTK: Int[Array, "G T K"], E: int) -> Int[Array, "G T K"]:

@@ -14,23 +14,25 @@ from jaxtyping import Array, Float, Int
 
 from moe_zoo.core.aux import Stat
 from moe_zoo.core.context import RoutingContext
-from moe_zoo.core.decision import TokenChoice
+from moe_zoo.core.decision import Dense, TokenChoice
 from moe_zoo.core.schema import positive
 from moe_zoo.dispatch.plan import RowPlan, move
 
 
 @dataclasses.dataclass(frozen=True)
 class DroplessConfig:
-    """`row_budget`: rows per token (R = ceil(row_budget * T)); None gives every choice its row.
+    """`row_budget`: rows per token (R = ceil(row_budget * T)); None gives every choice its row. `max_active`: most
+    experts of one token when the router's gates are dense (ReLU); None: all of them.
 
     `gate_on`: where the gate multiplies, the expert's output (usual) or its input (Llama-4).
     """
 
     row_budget: float | None = None
+    max_active: int | None = None
     gate_on: Literal["output", "input"] = "output"
 
     def validate(self, path: str) -> None:
-        positive(self, path, "row_budget")
+        positive(self, path, "row_budget", "max_active")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Dropless:
     """Every choice gets a row, sorted by expert; an optional row budget drops the smallest gates."""
 
     Config: ClassVar = DroplessConfig
-    decisions: ClassVar = (TokenChoice,)
+    decisions: ClassVar = (TokenChoice, Dense)
 
     config: DroplessConfig = DroplessConfig()
 
@@ -55,9 +57,13 @@ class Dropless:
         return RowPlan(choice_R, slot_N.reshape(T, K), decision.gates, group_sizes_E, E, self.config.gate_on)
 
     def __call__(
-        self, x_TD: Float[Array, "T D"], decision: TokenChoice, bank, ctx: RoutingContext
+        self, x_TD: Float[Array, "T D"], decision: TokenChoice | Dense, bank, ctx: RoutingContext
     ) -> tuple[Float[Array, "T D"], dict[str, Stat]]:
-        return move(decision, self.plan(decision, ctx), x_TD, bank)
+        live = decision.live().sum()
+        if isinstance(decision, Dense):
+            E = decision.gates.shape[-1]
+            decision = decision.top(min(E, self.config.max_active or E))
+        return move(live, self.plan(decision, ctx), x_TD, bank)
 
 
 def sort_by_expert(

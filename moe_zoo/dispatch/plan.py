@@ -11,7 +11,6 @@ from jaxtyping import Array, Float, Int
 
 import pallas_kernels as ops
 from moe_zoo.core.aux import Stat
-from moe_zoo.core.decision import TokenChoice
 
 
 @jax.tree_util.register_dataclass
@@ -64,9 +63,8 @@ class RowPlan:
             return self.combine(y_RD)
 
 
-def move(decision: TokenChoice, plan: RowPlan, x_TD, bank) -> tuple[Float[Array, "T D"], dict[str, Stat]]:
-    """Runs the plan and reports what was dropped on the way."""
-    live = decision.live().sum()
+def move(live: Int[Array, ""], plan: RowPlan, x_TD, bank) -> tuple[Float[Array, "T D"], dict[str, Stat]]:
+    """Runs the plan and reports how many of the `live` choices were dropped on the way."""
     kept = (plan.slot < plan.num_rows).sum()
     stats = {"dropped_fraction": Stat.mean((live - kept).astype(jnp.float32), live.astype(jnp.float32))}
     return plan.run(x_TD, bank), stats

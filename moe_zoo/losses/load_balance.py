@@ -34,6 +34,8 @@ class LoadBalance:
     Config: ClassVar = LoadBalanceConfig
     #: Decision types it can be applied to
     decisions: ClassVar = (TokenChoice,)
+    #: the field of Routing that it is computed from
+    uses: ClassVar = "probs"
 
     config: LoadBalanceConfig
 

@@ -31,6 +31,7 @@ class ZLoss:
 
     Config: ClassVar = ZLossConfig
     decisions: ClassVar = (TokenChoice, Dense)
+    uses: ClassVar = "logits"
 
     config: ZLossConfig
 

@@ -93,12 +93,23 @@ class ModelConfig:
         router, config = self.router.cls, self.router.config
         if hasattr(config, "validate_for"):
             config.validate_for(self.num_experts, join(path, "router"))
-        for part, chosen in [("dispatch", self.dispatch), *((f"losses.{c.name}", c) for c in self.losses)]:
+        for part, registry, chosen in [
+            ("dispatch", DISPATCHERS, self.dispatch),
+            *((f"losses.{c.name}", LOSSES, c) for c in self.losses),
+        ]:
             if router.decision not in chosen.cls.decisions:
-                takes = ", ".join(d.__name__ for d in chosen.cls.decisions)
+                takes = " or ".join(d.__name__ for d in chosen.cls.decisions)
+                fitting = [n for n in registry.names() if router.decision in registry.get(n).decisions]
                 raise ConfigError(
-                    f"{join(path, part)}: {chosen.name!r} takes {takes}, but router {self.router.name!r} decides by "
-                    f"{router.decision.__name__}"
+                    f"{join(path, part)}: {chosen.name!r} takes {takes}, "
+                    f"but router {self.router.name!r} decides by {router.decision.__name__}; "
+                    f"fitting: {', '.join(fitting) or 'none'}"
+                )
+        for chosen in self.losses:
+            if chosen.cls.uses not in router.provides:
+                raise ConfigError(
+                    f"{join(path, 'losses')}.{chosen.name}: needs the router's {chosen.cls.uses}, and router "
+                    f"{self.router.name!r} has none; set model.losses without it"
                 )
 
     def segments(self, path: str = "model") -> tuple["Segment", ...]:

@@ -5,7 +5,13 @@ from moe_zoo.core.registry import Registry
 ROUTERS = Registry(
     "router",
     {
-        "top_k": "moe_zoo.routing.top_k:TopK",
+        "expert_choice": "moe_zoo.routing.expert_choice:ExpertChoice",
+        "hash": "moe_zoo.routing.hashed:Hashed",
+        "recurrent": "moe_zoo.routing.recurrent:Recurrent",
+        "relu": "moe_zoo.routing.relu:ReLU",
+        "smoe_dropout": "moe_zoo.routing.smoe_dropout:SMoEDropout",
+        "soft": "moe_zoo.routing.soft:Soft",
         "switch": "moe_zoo.routing.switch:Switch",
+        "top_k": "moe_zoo.routing.top_k:TopK",
     },
 )

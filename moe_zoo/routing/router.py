@@ -33,6 +33,8 @@ class Router(nnx.Module):
     Config: ClassVar[type]
     #: the type of its decisions; dispatchers and losses say which they take
     decision: ClassVar[type] = TokenChoice
+    #: which of "logits" and "probs" its Routing has; losses say which they use
+    provides: ClassVar[tuple[str, ...]] = ("logits", "probs")
     #: names of RoutingContext fields that must be there; checked when the model is built
     requires: ClassVar[tuple[str, ...]] = ()
     #: a token's decision depends on no later token of its sequence and on no other sequence

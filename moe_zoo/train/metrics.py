@@ -40,7 +40,7 @@ def flatten(stats: dict[str, Any], layer_ids: dict[str, tuple[int, ...]], bytes_
 
 def first_non_finite(line: dict[str, Any]) -> str | None:
     """The first metric that is NaN or infinite, the loss before all others."""
-    for name, value in line.items():
+    for name, value in sorted(line.items(), key=lambda item: item[0] != "loss"):
         if isinstance(value, float) and not math.isfinite(value):
             return name
     return None

@@ -10,7 +10,13 @@ from jaxtyping import Array, Float
 from moe_zoo.core.aux import Stat
 from moe_zoo.core.registry import Registry
 
-OBJECTIVES = Registry("objective", {"next_token": "moe_zoo.train.objective:NextToken"})
+OBJECTIVES = Registry(
+    "objective",
+    {
+        "adaptive_sparsity": "moe_zoo.train.adaptive_sparsity:AdaptiveSparsity",
+        "next_token": "moe_zoo.train.objective:NextToken",
+    },
+)
 
 
 class Objective:
@@ -54,8 +60,13 @@ class NextToken(Objective):
         logits, aux = forward(model, batch, train=True, step=step, key=key)
         nll_BS = cross_entropy(logits, batch["targets"])
         task = jnp.sum(nll_BS * batch["loss_weights"])
-        scalars = {"loss": Stat.sum(task), "router_loss": Stat.sum(aux.total_loss() * fraction)}
-        return task + aux.total_loss() * fraction, {"scalars": scalars, "layers": aux.stats}
+        extra, scalars = self.extra(aux, ostate)
+        scalars |= {"loss": Stat.sum(task), "router_loss": Stat.sum(aux.total_loss() * fraction)}
+        return task + (aux.total_loss() + extra) * fraction, {"scalars": scalars, "layers": aux.stats}
+
+    def extra(self, aux, ostate) -> tuple[Float[Array, ""] | float, dict[str, Stat]]:
+        """What a subclass adds to the loss of a micro-batch, and its statistics."""
+        return 0.0, {}
 
 
 def forward(model, batch: dict[str, Array], **kwargs):

@@ -1,0 +1,348 @@
+"""What every router must keep, present and future: one layer, one decoder, the same questions for all.
+
+A new router is covered by adding a line to CASES.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_zoo.blocks.moe import MoE
+from moe_zoo.core import param as P
+from moe_zoo.core.context import RoutingContext
+from moe_zoo.core.decision import Dense, ExpertChoice, Soft, TokenChoice
+from moe_zoo.core.registry import ConfigError
+from moe_zoo.core.schema import build
+from moe_zoo.models import Decoder, ModelConfig
+from moe_zoo.routing import ROUTERS
+from moe_zoo.sharding import make_mesh
+from moe_zoo.train.config import load_config
+from moe_zoo.train.step import Trainer
+
+B, S, D, E, F = 2, 6, 16, 4, 12
+T = B * S
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A router with the settings, dispatcher and losses it is tried with."""
+
+    router: dict
+    dispatch: str = "dropless"
+    losses: tuple = ("load_balance", "z_loss")
+    objective: str = "next_token"
+
+
+CASES = {
+    "top_k": Case({"name": "top_k"}),
+    "top_k_sigmoid_bias": Case(
+        {"name": "top_k", "score_function": "sigmoid", "correction_bias": True, "bias_update_rate": 0.01}
+    ),
+    "top_k_capacity": Case({"name": "top_k"}, dispatch="capacity"),
+    "switch": Case({"name": "switch", "jitter": 0.0}),
+    "expert_choice_sequence": Case({"name": "expert_choice"}, dispatch="slots", losses=()),
+    "expert_choice_batch": Case({"name": "expert_choice", "group": "batch"}, dispatch="slots", losses=()),
+    "relu": Case({"name": "relu"}, losses=(), objective="adaptive_sparsity"),
+    "relu_everywhere": Case({"name": "relu"}, dispatch="everywhere", losses=(), objective="adaptive_sparsity"),
+    "recurrent": Case({"name": "recurrent", "recurrent_size": 8}),
+    "soft": Case({"name": "soft", "slots_per_expert": 2}, dispatch="slots", losses=()),
+    "smoe_dropout": Case({"name": "smoe_dropout", "k_min": 1, "k_max": 3, "total_steps": 10}, losses=()),
+    "hash": Case({"name": "hash"}, losses=()),
+}
+CAUSAL = [name for name, case in CASES.items() if ROUTERS.get(case.router["name"]).causal]
+
+
+def model_config(name: str, **changes) -> ModelConfig:
+    case = CASES[name]
+    settings = {
+        "vocab_size": 32,
+        "hidden_size": D,
+        "layers": "2*moe",
+        "num_experts": E,
+        "moe_intermediate_size": F,
+        "attention": {"num_attention_heads": 2},
+        "router": {**case.router, **({"init_std": 0.5} if "init_std" in fields(case) else {})},
+        "dispatch": {"name": case.dispatch},
+        "losses": {loss: {} for loss in case.losses},
+    }
+    return build(ModelConfig, {**settings, **changes}, "model")
+
+
+def fields(case: Case) -> set[str]:
+    return {f.name for f in dataclasses.fields(ROUTERS.get(case.router["name"]).Config)}
+
+
+@functools.cache
+def decoder(name: str, seed: int = 0, **changes) -> Decoder:
+    return P.materialize(Decoder(model_config(name, **changes)), seed)
+
+
+@functools.cache
+def layer(name: str) -> tuple[MoE, object]:
+    """(the first routed layer, what its routers share)."""
+    model = decoder(name)
+    block = jax.tree.map(lambda a: a[0], model.segments[0].blocks[0])
+    return block.ffn, dict(model.shared).get(block.ffn.router_name)
+
+
+def context(name: str, batch: int = B, seq: int = S, **changes) -> RoutingContext:
+    moe, shared = layer(name)
+    ids = jnp.asarray(np.random.default_rng(5).integers(0, 32, batch * seq), jnp.int32)
+    carry = moe.router.init_carry(batch * seq)
+    fixed = dict(token_ids=ids, step=jnp.int32(4), key=jax.random.key(0), carry=carry, shared=shared)
+    return RoutingContext(batch=batch, seq=seq, **{**fixed, **changes})
+
+
+def tokens(n: int = T, seed: int = 0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal((n, D)), jnp.float32)
+
+
+def run(name, x_TD, ctx):
+    moe, _ = layer(name)
+    y, aux, routing = moe(x_TD.reshape(ctx.batch, ctx.seq, D), ctx)
+    return y.reshape(x_TD.shape), aux, routing
+
+
+def expert(bank, e: int, x: np.ndarray) -> np.ndarray:
+    gate, up, down = (np.asarray(w[...][e], np.float64) for w in (bank.w_gate, bank.w_up, bank.w_down))
+    g = x @ gate
+    return (g / (1 + np.exp(-g)) * (x @ up)) @ down
+
+
+def naive(decision, bank, x_TD) -> np.ndarray:
+    """The layer's output from its decision, one token and one expert at a time."""
+    x, y = np.asarray(x_TD, np.float64), np.zeros((x_TD.shape[0], D))
+    if isinstance(decision, TokenChoice):
+        for t in range(len(x)):
+            for e, gate in zip(np.asarray(decision.experts[t]), np.asarray(decision.gates[t], np.float64)):
+                if e < E:
+                    y[t] += gate * expert(bank, e, x[t])
+    elif isinstance(decision, Dense):
+        for t in range(len(x)):
+            for e in range(E):
+                y[t] += float(decision.gates[t, e]) * expert(bank, e, x[t])
+    elif isinstance(decision, ExpertChoice):
+        G, _, C = decision.tokens.shape
+        size = len(x) // G
+        for g, e, c in np.ndindex(G, E, C):
+            t = int(decision.tokens[g, e, c])
+            if t < size:
+                y[g * size + t] += float(decision.gates[g, e, c]) * expert(bank, e, x[g * size + t])
+    else:
+        G, size, _, C = decision.dispatch.shape
+        for g, e, c in np.ndindex(G, E, C):
+            rows = slice(g * size, (g + 1) * size)
+            slot = np.asarray(decision.dispatch[g, :, e, c], np.float64) @ x[rows]
+            y[rows] += np.outer(np.asarray(decision.combine[g, :, e, c], np.float64), expert(bank, e, slot))
+    return y
+
+
+def test_every_router_has_a_case():
+    assert {case.router["name"] for case in CASES.values()} == set(ROUTERS.names())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_layer_equals_a_loop_over_tokens_and_experts(name):
+    x = tokens()
+    y, _, routing = run(name, x, context(name))
+    np.testing.assert_allclose(y, naive(routing.decision, layer(name)[0].experts, x), atol=2e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("train", [False, True])
+def test_gates_are_finite_and_weigh_at_least_one_expert_per_used_token(name, train):
+    _, aux, routing = run(name, tokens(), context(name, train=train))
+    decision = routing.decision
+    if isinstance(decision, TokenChoice):
+        assert decision.experts.dtype == jnp.int32
+        assert bool((decision.live().sum(-1) >= 1).all())
+        assert bool(jnp.where(decision.live(), True, decision.gates == 0).all())
+        ids = np.sort(np.asarray(decision.experts), axis=-1)
+        assert not ((ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] < E)).any()  # no expert twice
+    if isinstance(decision, Soft):
+        np.testing.assert_allclose(decision.dispatch.sum(1), 1, atol=1e-5)
+        np.testing.assert_allclose(decision.combine.sum((2, 3)), 1, atol=1e-5)
+    if isinstance(decision, ExpertChoice):
+        for g, e in np.ndindex(*decision.tokens.shape[:2]):
+            assert len(set(np.asarray(decision.tokens[g, e]).tolist())) == decision.tokens.shape[2]
+    for leaf in jax.tree.leaves((decision, aux)):
+        assert bool(jnp.isfinite(leaf.astype(jnp.float32)).all())
+    assert "load" in aux.stats and float(aux.stats["load"].total.sum()) > 0
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_padding_changes_nothing(name):
+    """Two rows with a padded tail: valid tokens as if the tail held anything else, padding gets nothing."""
+    case = CASES[name]
+    valid = np.ones((B, S), bool)
+    valid[:, S - 2 :] = False
+    flat = valid.reshape(-1)
+    x = tokens()
+    other = jnp.where(flat[:, None], x, 7.0 * tokens(seed=9))
+    ctx = context(name, valid=jnp.asarray(flat))
+    (y, aux, _), (z, other_aux, _) = run(name, x, ctx), run(name, other, ctx)
+    np.testing.assert_allclose(y[flat], z[flat], atol=1e-6)
+    np.testing.assert_array_equal(np.asarray(y)[~flat], 0)
+    for a, b in zip(jax.tree.leaves(aux), jax.tree.leaves(other_aux)):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    if case.router["name"] in ("expert_choice", "soft"):
+        return  # capacity and slots follow the padded length
+    short, _, _ = run(name, x[flat], context(name, seq=S - 2, token_ids=ctx.token_ids[flat]))
+    np.testing.assert_allclose(y[flat], short, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if CASES[n].router["name"] not in ("hash",)])
+def test_relabelling_experts_relabels_the_decision_and_leaves_the_output(name):
+    model = decoder(name)
+    order = np.array([2, 0, 3, 1])
+    moved = {}
+    for path, var in P.flat(model).items():
+        value = var.get_value()
+        for axis, kind in enumerate(var.logical_axes):
+            if kind in ("expert", "expert_logits"):
+                value = jnp.take(value, order, axis=axis)
+        moved[path] = value
+    ids = jnp.asarray(np.random.default_rng(1).integers(0, 32, (B, S)), jnp.int32)
+    call = jax.jit(lambda m: m(ids, step=jnp.int32(3)))
+    (a, aux, _), (b, moved_aux, _) = call(model), call(P.replace(model, moved))
+    np.testing.assert_allclose(a, b, atol=2e-5)
+    load = lambda aux: aux.stats["segments.0.blocks.0"]["load"].total
+    np.testing.assert_allclose(np.asarray(load(aux))[:, order], load(moved_aux), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradient_reaches_trained_parameters_and_no_others(name):
+    model = decoder(name)
+    ids = jnp.asarray(np.random.default_rng(1).integers(0, 32, (4, 8)), jnp.int32)
+    trained = {n: v.get_value() for n, v in P.flat(model).items() if not isinstance(v, P.Buffer | P.Frozen)}
+    fixed = {n: v.get_value() for n, v in P.flat(model).items() if n not in trained}
+
+    @jax.jit
+    @jax.grad
+    def gradient(trained):
+        logits, aux, _ = P.replace(model, {**trained, **fixed})(ids, train=True, step=jnp.int32(9), key=jax.random.key(0))
+        return jnp.mean(jnp.sin(logits)) + aux.total_loss()
+
+    for path, g in gradient(trained).items():
+        assert bool(jnp.isfinite(g).all()), path
+        if "ffn" in path or "shared" in path:
+            assert float(jnp.abs(g).max()) > 0, f"no gradient reaches {path}"
+    frozen = {n for n in fixed if ".router." in n}
+    assert all(
+        isinstance(P.flat(model)[n], P.Frozen | P.Buffer) for n in frozen
+    )  # the frozen router's path into x is tested with its own router
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n not in ("hash", "soft")])
+def test_all_tokens_alike_and_a_single_token_work(name):
+    same = jnp.tile(tokens(1), (T, 1))
+    y, _, _ = run(name, same, context(name, token_ids=jnp.zeros(T, jnp.int32)))
+    if name in CAUSAL and "capacity" not in name:
+        np.testing.assert_allclose(y, np.tile(y[:1], (T, 1)), atol=1e-5)
+    one, _, routing = run(name, tokens(1), context(name, batch=1, seq=1))
+    np.testing.assert_allclose(one, naive(routing.decision, layer(name)[0].experts, tokens(1)), atol=2e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_expert_equals_the_dense_network_up_to_its_gate(name):
+    router = CASES[name].router
+    one = {k: 1 for k in ("num_experts_per_tok", "k_min", "k_max") if k in fields(CASES[name])}
+    model = decoder(name, num_experts=1, router=HashableDict({**router, **one}))
+    ids = jnp.asarray(np.random.default_rng(1).integers(0, 32, (B, S)), jnp.int32)
+    logits, _, _ = jax.jit(lambda m: m(ids, step=jnp.int32(3)))(model)
+    assert bool(jnp.isfinite(logits).all())
+
+
+class HashableDict(dict):
+    """For functools.cache."""
+
+    def __hash__(self):
+        return hash(tuple(sorted(self.items())))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bfloat16_is_finite_and_close(name):
+    ids = jnp.asarray(np.random.default_rng(1).integers(0, 32, (B, S)), jnp.int32)
+    call = jax.jit(lambda m: m(ids, step=jnp.int32(3))[0])
+    wide, narrow = call(decoder(name)), call(decoder(name, dtype="bfloat16"))
+    assert bool(jnp.isfinite(narrow).all())
+    # a token whose routing flips may differ: most must not
+    assert float(jnp.median(jnp.abs(wide - narrow))) < 0.05
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_causality_is_as_claimed(name):
+    """Changing the last token changes no earlier logits, exactly where the router says so."""
+    model = decoder(name)
+    rng = np.random.default_rng(2)
+    ids = rng.integers(0, 32, (2, 12)).astype(np.int32)
+    changed = ids.copy()
+    changed[:, -1] = (changed[:, -1] + 5) % 32
+    call = jax.jit(lambda t: model(t, step=jnp.int32(3))[0])
+    difference = float(jnp.abs(call(ids)[:, :-1] - call(changed)[:, :-1]).max())
+    if name in CAUSAL:
+        assert difference < 1e-5
+    else:
+        assert difference > 1e-4
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_cached_decoding_equals_the_parallel_form(name):
+    model = decoder(name)
+    ids = np.random.default_rng(3).integers(0, 32, (2, 7)).astype(np.int32)
+    whole = jax.jit(lambda t: model(t)[0])(ids)
+    step = jax.jit(lambda t, cache: model(t, cache=cache)[::2])
+    cache, parts = model.init_cache(2, 8), []
+    for chunk in (ids[:, :4], ids[:, 4:5], ids[:, 5:6], ids[:, 6:]):
+        logits, cache = step(chunk, cache)
+        parts.append(logits)
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=2e-5)
+
+
+def train_settings(name: str):
+    case = CASES[name]
+    config = load_config("quickstart:tiny")
+    return dataclasses.replace(
+        config,
+        model=model_config(name, vocab_size=264),
+        train=load_config("quickstart:tiny", [("train.objective.name", case.objective)]).train,
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_trains_in_one_compilation_and_nan_shows(name):
+    """Loss falls over a few steps of one program; poisoned weights reach the metrics and are named."""
+    from moe_zoo.train.metrics import first_non_finite, flatten
+
+    config = train_settings(name)
+    trainer = Trainer(config, make_mesh(devices=jax.devices()[:1]), config.train.objective.make())
+    state, losses = trainer.init_state(), []
+    rows = (np.arange(33) * 7 + np.arange(8)[:, None]) % 40
+    batch = {
+        "tokens": rows[:, :-1], "targets": rows[:, 1:], "segment_ids": np.ones((8, 32)),
+        "positions": np.tile(np.arange(32), (8, 1)), "domain": np.zeros((8, 32)),
+    }  # fmt: skip
+    batch = {k: v.astype(np.int32) for k, v in batch.items()} | {"loss_mask": np.ones((8, 32), bool)}
+    for _ in range(6):
+        state, stats = trainer.train_step(state, batch, np.float32(0))
+        losses.append(float(stats["scalars"]["loss"]))
+    assert losses[-1] < losses[0] - 0.15, losses
+    assert trainer.train_step._cache_size() == 1
+    ids = {path: ids for path, _, ids in trainer.abstract.routed()}
+    assert first_non_finite(flatten(jax.device_get(stats), ids, 1.0)) is None
+    state["trainable"]["segments.0.blocks.0.ffn.experts.w_up"] *= np.nan
+    _, stats = trainer.train_step(state, batch, np.float32(0))
+    assert first_non_finite(flatten(jax.device_get(stats), ids, 1.0)) == "loss"
+
+
+def test_a_loss_or_dispatcher_that_does_not_fit_the_router_is_an_error():
+    with pytest.raises(ConfigError, match="'load_balance'.*Dense|Dense.*load_balance"):
+        model_config("relu", losses={"load_balance": {}})
+    with pytest.raises(ConfigError, match="needs the router's logits.*'hash'"):
+        model_config("hash", losses={"z_loss": {}})
+    with pytest.raises(ConfigError, match="'dropless' takes.*expert_choice.*fitting: slots"):
+        model_config("expert_choice_batch", dispatch={"name": "dropless"})
