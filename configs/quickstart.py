@@ -21,14 +21,21 @@ FULL = {
         "layers": "4*moe",
         "num_experts": 8,
         "moe_intermediate_size": 256,
-        "attention": {"num_attention_heads": 4, "qk_norm": "head"},
+        "attention": {"num_attention_heads": 4},
+        "ngram": {"orders": [2, 3, 4, 5, 6], "buckets": 16384},
         "router": {"name": "top_k", "num_experts_per_tok": 2},
     },
-    "data": {"source": "embedded", "seq_len": 256, "batch_size": 8, "eval_stride": 128},
-    "optim": {"name": "adamw", "learning_rate": 4e-3, "schedule": "cosine", "warmup_steps": 100},
-    "train": {"minutes": 4.5},
-    "checkpoint": {"every": 1000},
-    "log": {"every": 20, "eval_every": 500},
+    "data": {"source": "embedded", "seq_len": 128, "batch_size": 16, "eval_stride": 64, "eval_batch_size": 64},
+    "optim": {
+        "name": "muon",
+        "learning_rate": 8e-3,
+        "lr_scales": {"ngram.*": 2.0},
+        "schedule": "cosine",
+        "warmup_steps": 50,
+    },
+    "train": {"minutes": 4.8},
+    "checkpoint": {"every": 500},
+    "log": {"every": 20, "eval_every": 200, "eval_rows": 512},
 }
 
 TINY = {

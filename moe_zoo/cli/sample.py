@@ -26,7 +26,10 @@ def sample(argv: Sequence[str]) -> None:
     from moe_zoo.inference import load
 
     prompts = arguments.prompt or [""]
-    texts = load(arguments.workdir).generate(
+    loaded = load(arguments.workdir)
+    if not loaded.model.causal:
+        raise common.ConfigError(f"router {loaded.config.router.name!r} is not causal: it cannot generate text")
+    texts = loaded.generate(
         prompts, arguments.tokens, temperature=arguments.temperature, top_k=arguments.top_k,
         top_p=arguments.top_p, seed=arguments.seed,
     )  # fmt: skip

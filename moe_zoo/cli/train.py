@@ -39,6 +39,8 @@ def train(argv: Sequence[str]) -> dict[str, Any]:
 
     report = make_report(config, arguments.workdir, run)
     final_table(report)
+    if not report["causal"]:
+        print(f"router {config.model.router.name!r} is not causal: these bits per byte can see the future")
     print(f"go on: sample.py --workdir={arguments.workdir} --prompt='...'   evaluate.py --workdir={arguments.workdir}")
     if arguments.json:
         common.print_json({"workdir": arguments.workdir, "step": run["step"], "finished": True, **report})

@@ -35,8 +35,11 @@ def generate(
 
     Raises ValueError for an empty prompt or settings out of range.
     """
-    if not prompts:
+    if len(prompts) == 0:
         return []
+    if not model.causal:
+        name = model.config.router.name
+        raise ValueError(f"router {name!r} is not causal: tokens depend on later ones, so text cannot be generated")
     if any(len(p) == 0 for p in prompts):
         raise ValueError("an empty prompt: expected at least one id (the beginning-of-text id will do)")
     if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or (top_k is not None and top_k < 1):

@@ -151,6 +151,11 @@ class Decoder(nnx.Module):
                 if block.routed:
                     yield f"segments.{s}.blocks.{p}", block, segment.layer_ids[p]
 
+    @property
+    def causal(self) -> bool:
+        """Whether every router claims that no token depends on later ones; generation makes sense only then."""
+        return all(block.ffn.router.causal for _, block, _ in self.routed())
+
     def after_step(self, stats: dict[str, dict[str, Stat]]) -> dict[str, Array]:
         """New buffer values by path, from the step's statistics per stacked block."""
         new = {}

@@ -27,6 +27,7 @@ def make_report(config: Config, workdir: str | Path, run: dict[str, Any]) -> dic
     column = lambda kind: {name: values[kind] for name, values in compressed.items()}
     report = result | {
         "split": "test",
+        "causal": model.causal,
         "gzip": column("gzip"),
         "xz": column("xz"),
         "tokens_per_second": run["tokens_per_second"],
@@ -43,8 +44,8 @@ def make_report(config: Config, workdir: str | Path, run: dict[str, Any]) -> dic
 
 
 def draw_sample(config: Config, loaded: Loaded) -> dict[str, str] | None:
-    """A continuation of log.sample_prompt, or None if no tokens are asked for."""
-    if not config.log.sample_tokens:
+    """A continuation of log.sample_prompt; None if no tokens are asked for or the model cannot generate."""
+    if not config.log.sample_tokens or not loaded.model.causal:
         return None
     prompt = config.log.sample_prompt
     text = loaded.generate(prompt, config.log.sample_tokens, temperature=config.log.sample_temperature)[0]

@@ -224,7 +224,8 @@ def test_gradient_reaches_trained_parameters_and_no_others(name):
     @jax.jit
     @jax.grad
     def gradient(trained):
-        logits, aux, _ = P.replace(model, {**trained, **fixed})(ids, train=True, step=jnp.int32(9), key=jax.random.key(0))
+        whole = P.replace(model, {**trained, **fixed})
+        logits, aux, _ = whole(ids, train=True, step=jnp.int32(9), key=jax.random.key(0))
         return jnp.mean(jnp.sin(logits)) + aux.total_loss()
 
     for path, g in gradient(trained).items():

@@ -1,0 +1,25 @@
+"""ReMoE on the quickstart's data and size: ReLU gates, two active experts on average, steered sparsity.
+
+Command:  python scripts/train.py --config=configs/remoe.py --workdir=runs/remoe
+Cost:     as the quickstart, at most 5 minutes of training on 2 CPU cores
+Reaches:  unmeasured; the comparison fills it in
+Presets:  "" (the above), "tiny" (20 steps of a very small model: seconds, for tests)
+"""
+
+from ml_collections import ConfigDict
+
+from moe_zoo.train.config import extend
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    return ConfigDict(extend(f"quickstart:{arg}", CHANGES))
+
+
+CHANGES = {
+    "model": {
+        "router": {"name": "relu", "num_experts_per_tok": 2.0},
+        "dispatch": {"name": "dropless"},
+        "losses": {},
+    },
+    "train": {"objective": {"name": "adaptive_sparsity"}},
+}
