@@ -29,7 +29,7 @@ FULL = {
     "optim": {
         "name": "muon",
         "learning_rate": 8e-3,
-        "lr_scales": {"ngram.*": 2.0},
+        "lr_scales": ["ngram.*=2"],
         "schedule": "cosine",
         "warmup_steps": 50,
     },

@@ -32,8 +32,11 @@ def train(argv: Sequence[str]) -> dict[str, Any]:
     from moe_zoo.train.reporting import final_table
 
     run = loop.train(config, arguments.workdir, overwrite=arguments.overwrite)
+    outcome = {"workdir": arguments.workdir, "step": run["step"], "finished": run["finished"]}
     if not run["finished"]:
-        return {"workdir": arguments.workdir, "step": run["step"], "finished": False}
+        if arguments.json:
+            common.print_json(outcome)
+        return outcome
 
     from moe_zoo.train.report import make_report
 
@@ -43,7 +46,7 @@ def train(argv: Sequence[str]) -> dict[str, Any]:
         print(f"router {config.model.router.name!r} is not causal: these bits per byte can see the future")
     print(f"go on: sample.py --workdir={arguments.workdir} --prompt='...'   evaluate.py --workdir={arguments.workdir}")
     if arguments.json:
-        common.print_json({"workdir": arguments.workdir, "step": run["step"], "finished": True, **report})
+        common.print_json(outcome | report)
     return report
 
 

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_zoo.core.aux import Aux
@@ -15,6 +16,8 @@ from moe_zoo.core.decision import Decision
 class RoutingContext:
     """One per layer call. Token fields are flattened (T = batch * seq). A field that is None was not provided.
 
+    `mesh` is for dispatchers; routers see the global view.
+
     `carry` runs through the depth, `cache` through decoding time, `shared` is a module of all layers; a router sees its
     own pytrees, a block all routers' by name. `inputs` are per-layer arrays from outside (`router_bias`, `given`),
     sliced by the scan beside the parameters.
@@ -24,6 +27,7 @@ class RoutingContext:
     seq: int = dataclasses.field(metadata={"static": True})
     train: bool = dataclasses.field(default=False, metadata={"static": True})
     num_domains: int = dataclasses.field(default=0, metadata={"static": True})
+    mesh: Mesh | None = dataclasses.field(default=None, metadata={"static": True})
     valid: Bool[Array, "T"] | None = None
     positions: Int[Array, "T"] | None = None
     segment_ids: Int[Array, "T"] | None = None

@@ -16,7 +16,8 @@ from moe_zoo.core.aux import Stat
 from moe_zoo.core.context import RoutingContext
 from moe_zoo.core.decision import Dense, TokenChoice
 from moe_zoo.core.schema import positive
-from moe_zoo.dispatch.plan import RowPlan, move
+from moe_zoo.dispatch import expert_parallel
+from moe_zoo.dispatch.plan import RowPlan, dropped, move
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +45,11 @@ class Dropless:
 
     config: DroplessConfig = DroplessConfig()
 
-    def plan(self, decision: TokenChoice, ctx: RoutingContext) -> RowPlan:
+    def plan(self, decision: TokenChoice, R: int | None = None) -> RowPlan:
+        """Rows sorted by expert, cut to R (None: T * K)."""
         T, K = decision.experts.shape
-        E, R = decision.num_experts, T * K
-        expert_N = decision.experts.reshape(-1)
-        if self.config.row_budget is not None and self.config.row_budget < K:
-            R = math.ceil(self.config.row_budget * T)
-            expert_N = keep_largest(expert_N, decision.gates.reshape(-1), R, E)
-        order_R, slot_N, group_sizes_E = sort_by_expert(expert_N, E, R)
+        E, R = decision.num_experts, T * K if R is None else R
+        order_R, slot_N, group_sizes_E = sort_by_expert(decision.experts.reshape(-1), E, R)
         live_R = jnp.arange(R) < group_sizes_E.sum()
         choice_R = jnp.where(live_R, order_R, T * K)
         return RowPlan(choice_R, slot_N.reshape(T, K), decision.gates, group_sizes_E, E, self.config.gate_on)
@@ -63,7 +61,22 @@ class Dropless:
         if isinstance(decision, Dense):
             E = decision.gates.shape[-1]
             decision = decision.top(min(E, self.config.max_active or E))
-        return move(live, self.plan(decision, ctx), x_TD, bank)
+        decision, R = self._within_budget(decision)
+        if ctx.mesh is None or ctx.mesh.size == 1:
+            return move(live, self.plan(decision, R), x_TD, bank)
+        # the budget has been kept: which rows a shard gets is data, so its buffer must hold any of them
+        y_TD = expert_parallel.run(ctx.mesh, self.plan, x_TD, decision, bank)
+        return y_TD, dropped(live, decision.live().sum())
+
+    def _within_budget(self, decision: TokenChoice) -> tuple[TokenChoice, int]:
+        """(the decision without the choices that exceed the budget, rows)."""
+        T, K = decision.experts.shape
+        budget = self.config.row_budget
+        if budget is None or budget >= K:
+            return decision, T * K
+        R = math.ceil(budget * T)
+        kept_N = keep_largest(decision.experts.reshape(-1), decision.gates.reshape(-1), R, decision.num_experts)
+        return TokenChoice(kept_N.reshape(T, K), decision.gates, decision.num_experts), R
 
 
 def sort_by_expert(

@@ -65,6 +65,9 @@ class RowPlan:
 
 def move(live: Int[Array, ""], plan: RowPlan, x_TD, bank) -> tuple[Float[Array, "T D"], dict[str, Stat]]:
     """Runs the plan and reports how many of the `live` choices were dropped on the way."""
-    kept = (plan.slot < plan.num_rows).sum()
-    stats = {"dropped_fraction": Stat.mean((live - kept).astype(jnp.float32), live.astype(jnp.float32))}
-    return plan.run(x_TD, bank), stats
+    return plan.run(x_TD, bank), dropped(live, (plan.slot < plan.num_rows).sum())
+
+
+def dropped(live: Int[Array, ""], kept: Int[Array, ""]) -> dict[str, Stat]:
+    """The share of live choices that found no row."""
+    return {"dropped_fraction": Stat.mean((live - kept).astype(jnp.float32), live.astype(jnp.float32))}

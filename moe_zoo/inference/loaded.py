@@ -87,7 +87,7 @@ def load(workdir: str | Path, *, mesh=None, step: int | None = None) -> Loaded:
     step = checkpoints.latest() if step is None else step
     if step is None:
         raise CheckpointError(f"{workdir} has no finished checkpoint yet; train longer, or lower checkpoint.every")
-    model = Decoder(config)
+    model = Decoder(config, mesh)
     abstract = {}
     groups = {name: group for group, names in checkpoints.meta(step)["groups"].items() for name in names}
     variables = P.flat(model)

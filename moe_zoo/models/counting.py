@@ -5,13 +5,17 @@ from moe_zoo.models.decoder import Decoder
 
 
 def count_parameters(model: Decoder, trainable=None) -> dict[str, int]:
-    """{"total", "active", "trainable"}: buffers are not parameters; active counts the experts that a token uses.
+    """{"total", "active", "trainable"}: buffers are not parameters; active counts what one token uses: its experts, and
+    one row of each n-gram table.
 
     `trainable`: paths that are trained; all but frozen ones if None.
     """
     variables = {n: v for n, v in P.flat(model).items() if not isinstance(v, P.Buffer)}
     size = {name: var.get_value().size for name, var in variables.items()}
-    active = dict(size)
+    active = {
+        name: var.get_value().shape[0] * var.get_value().shape[-1] if name == "ngram.tables" else size[name]
+        for name, var in variables.items()
+    }
     for path, block, _ in model.routed():
         share = min(1.0, block.ffn.router.active() / block.ffn.num_experts)
         for name in size:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_zoo.blocks.block import Block
@@ -66,9 +67,10 @@ class SegmentBlocks(nnx.Module):
 class Decoder(nnx.Module):
     """A causal language model. Built abstractly: `core.param.materialize` gives it weights."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, mesh: Mesh | None = None):
+        """`mesh`: where it will run, if on more than one device; dispatchers need to know."""
         D = config.hidden_size
-        self.config = config
+        self.config, self.mesh = config, mesh
         self.embed = Embedding(config.vocab_size, D)
         if config.ngram.orders:
             self.ngram = NgramEmbedding(config.ngram, vocab_size=config.vocab_size, hidden_size=D)
@@ -116,7 +118,7 @@ class Decoder(nnx.Module):
             positions = _positions(tokens.shape, segment_ids, valid if fresh else None) + (0 if fresh else at)
         flat = lambda x: None if x is None else x.reshape(B * S)
         ctx = RoutingContext(
-            batch=B, seq=S, train=train, num_domains=num_domains, step=step, key=key,
+            batch=B, seq=S, train=train, num_domains=num_domains, mesh=self.mesh, step=step, key=key,
             valid=flat(valid), positions=flat(positions), segment_ids=flat(segment_ids),
             token_ids=flat(tokens), domain=flat(domain), carry=self._init_carry(B * S), shared=dict(self.shared),
         )  # fmt: skip

@@ -51,7 +51,7 @@ class OptimConfig:
     """`learning_rate` is the peak. Schedules run over the whole training after `warmup_steps`: "cosine" and "linear" to
     `final_fraction` of the peak, "wsd" holds the peak and falls linearly over the last `decay_fraction`, "constant".
     `weight_decay` applies to matrices only (no norms, biases, embeddings). `clip_norm` None: no clipping. `lr_scales`:
-    parameter name pattern -> factor on the rate, such as {"embed.*": 4.0}; the first that matches counts.
+    "pattern=factor" strings, such as "embed.*=4": the rate of parameters whose name matches; the first one counts.
     """
 
     name: Literal["adamw", "muon", "lion", "sgd"] = "adamw"
@@ -65,14 +65,28 @@ class OptimConfig:
     b2: float = 0.95
     eps: float = 1e-8
     clip_norm: float | None = 1.0
-    lr_scales: dict[str, float] = dataclasses.field(default_factory=dict, hash=False)
+    lr_scales: tuple[str, ...] = ()
 
     def validate(self, path: str) -> None:
         positive(self, path, "learning_rate", "eps", "clip_norm")
         positive(self, path, "warmup_steps", "weight_decay", zero=True)
+        self.rate_factors(path)
         for name in ("decay_fraction", "final_fraction", "b1", "b2"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{join(path, name)}: expected a number in [0, 1], got {getattr(self, name)}")
+
+    def rate_factors(self, path: str = "optim") -> list[tuple[str, float]]:
+        """`lr_scales` as (pattern, factor)."""
+        pairs = []
+        for text in self.lr_scales:
+            pattern, _, factor = text.partition("=")
+            try:
+                pairs.append((pattern, float(factor)))
+            except ValueError:
+                raise ConfigError(
+                    f"{join(path, 'lr_scales')}: {text!r}; expected 'pattern=factor' like 'embed.*=4'"
+                ) from None
+        return pairs
 
 
 @dataclasses.dataclass(frozen=True)

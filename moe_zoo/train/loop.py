@@ -1,5 +1,6 @@
 """The training loop. It reads top to bottom and never asks which router, objective or optimizer is running."""
 
+import collections
 import json
 import os
 import shutil
@@ -75,62 +76,68 @@ def train(
 
     # -- loop ---------------------------------------------------------------------------------------------------------
     steps, limit = config.train.steps, (config.train.minutes or 0) * 60
-    fraction = lambda: min(1.0, step / steps if steps else seconds / limit)
+    fraction = lambda: min(1.0, step / steps if steps else watch.seconds / limit)
+    unfinished = lambda: step < steps if steps else watch.seconds < limit
+    speed = lambda: watch.steps_per_second * tokens_per_step
     tokens_per_step = config.data.batch_size * config.data.seq_len
+    stats = None
     layer_ids = {path: ids for path, _, ids in trainer.abstract.routed()}
-    pending, speed, saved = None, _Speed(tokens_per_step), step
+    watch, saved = _Stopwatch(seconds), step
 
     def save():
-        meta = {"data": data.get_state(), "seconds": seconds, "config": config.to_dict(), "version": code_version()}
+        meta = {
+            "data": data.get_state(),
+            "seconds": watch.seconds,
+            "config": config.to_dict(),
+            "version": code_version(),
+        }
         checkpoints.save(step, state, meta)
 
     with Writers(writers) as log, Progress(steps, config.train.minutes) as progress, _StopSignal() as stop:
         log.truncate_after(step)
         announce(progress, trainer, parts, step)
-        while (step < steps if steps else seconds < limit) and not stop.asked and step != stop_at:
+        while unfinished() and not stop.asked and step != stop_at:
             batch = jax.device_put(next(data), trainer.batch_sharding)
-            begin = time.perf_counter()
             state, stats = trainer.train_step(state, batch, jnp.float32(fraction()))
-            # wait for the step before this one: the clock stays right and the device never idles
-            jax.block_until_ready(pending if pending is not None else stats)
-            if pending is not None:  # the first step compiles; it does not count
-                seconds += speed.tick(begin)
-            pending = stats
+            watch.step(stats)
             step += 1
-            ended = not (step < steps if steps else seconds < limit)
+            ended = not unfinished()
             if step % config.log.every == 0 or ended:
                 line = flatten(jax.device_get(stats), layer_ids, bytes_per_token)
-                line |= {"tokens": step * tokens_per_step, "seconds": seconds, "tokens_per_second": speed.value}
+                line |= {"tokens": step * tokens_per_step, "seconds": watch.seconds, "tokens_per_second": speed()}
                 log.write(step, "train", line)
                 if (bad := first_non_finite(line)) is not None:
                     raise TrainingError(
                         f"step {step}: {bad} is {line[bad]}; the last checkpoint is of step {saved}. "
                         "Try a lower optim.learning_rate, more optim.warmup_steps or a smaller optim.clip_norm"
                     )
-                progress.update(step, fraction(), line, speed.value)
+                progress.update(step, fraction(), line, speed())
             else:
                 progress.update(step, fraction())
-            if step % config.log.eval_every == 0 and not ended:
+            if step % config.log.eval_every == 0 or ended:
+                watch.stop(stats)
                 result = validate(trainer, state, parts["validation"], tokenizer, config)
                 log.write(
                     step, "validation", {"bits_per_byte": result["bits_per_byte"]["overall"], "loss": result["loss"]}
                 )
                 progress.update(step, fraction(), {"validation_bits_per_byte": result["bits_per_byte"]["overall"]})
-                speed.pause()
             if step % config.checkpoint.every == 0 and not ended:
+                watch.stop(stats)
                 save()
                 saved = step
-                speed.pause()
+        if stats is not None:
+            watch.stop(stats)
         if saved != step or latest is None:
             save()
         checkpoints.wait()
-        finished = not (step < steps if steps else seconds < limit)
+        finished = not unfinished()
         if not finished:
             progress.print(f"stopped at step {step}, saved; the same command goes on from there")
     checkpoints.close()
     return {
-        "trainer": trainer, "state": state, "parts": parts, "tokenizer": tokenizer, "step": step, "seconds": seconds,
-        "tokens_per_second": step * tokens_per_step / seconds if seconds else None, "finished": finished,
+        "trainer": trainer, "state": state, "parts": parts, "tokenizer": tokenizer, "step": step,
+        "seconds": watch.seconds,
+        "tokens_per_second": step * tokens_per_step / watch.seconds if watch.seconds else None, "finished": finished,
     }  # fmt: skip
 
 
@@ -209,22 +216,45 @@ def code_version() -> str:
     return moe_zoo.__version__ + (f"+{commit}" if commit else "")
 
 
-class _Speed:
-    """Seconds between steps, without pauses for validation and saving; tokens per second over the recent past."""
+class _Stopwatch:
+    """Seconds of training: from the end of one step to the end of the next. It stands still while the first step
+    compiles, while validating and while saving.
+    """
 
-    def __init__(self, tokens_per_step: int):
-        self._tokens, self._last, self.value = tokens_per_step, None, None
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self._compiled, self._since, self._pending = False, None, None
+        self._laps: collections.deque[float] = collections.deque(maxlen=50)
 
-    def tick(self, begin: float) -> float:
+    @property
+    def steps_per_second(self) -> float:
+        """Over the last laps; 0 before the first."""
+        return len(self._laps) / sum(self._laps) if self._laps else 0.0
+
+    def step(self, stats) -> None:
+        """A step has been dispatched. Waits for the one before it, so that the device never idles."""
+        if not self._compiled:
+            jax.block_until_ready(stats)
+            self._compiled = True
+        elif self._since is None:
+            self._since = time.perf_counter()
+            self._pending = stats
+        else:
+            self._lap(self._pending)
+            self._pending = stats
+
+    def stop(self, stats) -> None:
+        """Waits for the last step, counts it, and stands still until the next."""
+        if self._since is not None:
+            self._lap(stats)
+        self._since = self._pending = None
+
+    def _lap(self, stats) -> None:
+        jax.block_until_ready(stats)
         now = time.perf_counter()
-        elapsed = now - (begin if self._last is None else self._last)
-        self._last = now
-        recent = self._tokens / max(elapsed, 1e-9)
-        self.value = recent if self.value is None else 0.95 * self.value + 0.05 * recent
-        return elapsed
-
-    def pause(self) -> None:
-        self._last = None
+        self._laps.append(now - self._since)
+        self.seconds += now - self._since
+        self._since = now
 
 
 class _StopSignal:

@@ -48,10 +48,11 @@ def make_optimizer(config: OptimConfig, axes: dict[str, tuple]) -> optax.Gradien
 
 def rate_scales(config: OptimConfig, names) -> dict[str, float]:
     """Each parameter's factor on the learning rate. Raises ConfigError for a pattern that matches nothing."""
-    for pattern in config.lr_scales:
+    factors = config.rate_factors()
+    for pattern, _ in factors:
         if not any(fnmatch.fnmatch(name, pattern) for name in names):
             raise ConfigError(f"optim.lr_scales: {pattern!r} matches no parameter; one is {next(iter(names))!r}")
-    first = lambda name: (scale for pattern, scale in config.lr_scales.items() if fnmatch.fnmatch(name, pattern))
+    first = lambda name: (factor for pattern, factor in factors if fnmatch.fnmatch(name, pattern))
     return {name: next(first(name), 1.0) for name in names}
 
 

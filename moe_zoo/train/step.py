@@ -53,7 +53,7 @@ class Trainer:
 
     def __init__(self, config: Config, mesh: Mesh, objective: Objective):
         self.config, self.mesh, self.objective = config, mesh, objective
-        self.abstract = Decoder(config.model)
+        self.abstract = Decoder(config.model, mesh)
         self.partition = partition(self.abstract, config.train.freeze)
         variables = P.flat(self.abstract)
         self.shardings = {n: sharding_of(mesh, v.logical_axes, v.get_value().shape, n) for n, v in variables.items()}

@@ -53,6 +53,9 @@ def moved(cls, config, train, bank, x, choice):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def planned(cls, config, choice):
+    if cls is Dropless:
+        dispatcher = cls(config)
+        return dispatcher.plan(*dispatcher._within_budget(choice))
     return cls(config).plan(choice, context(T, batch=B, train=True))
 
 

@@ -1,0 +1,125 @@
+"""One step on each mesh axis alone and mixed against one device: loss and every gradient."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_zoo.core.schema import build
+from moe_zoo.models import ModelConfig
+from moe_zoo.sharding import MeshConfig, make_mesh
+from moe_zoo.train.config import load_config
+from moe_zoo.train.step import Trainer
+
+MESHES = {
+    "data": MeshConfig(data=8),
+    "fsdp": MeshConfig(data=1, fsdp=8),
+    "expert": MeshConfig(data=1, expert=8),
+    "tensor": MeshConfig(data=2, tensor=4),
+    "mixed": MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
+}
+ROUTERS = {
+    "top_k": ({"name": "top_k"}, "dropless", ("load_balance", "z_loss"), "next_token"),
+    "top_k_capacity": ({"name": "top_k"}, "capacity", ("load_balance",), "next_token"),
+    "sigmoid_bias": (
+        {"name": "top_k", "score_function": "sigmoid", "correction_bias": True, "bias_update_rate": 0.01},
+        "dropless", (), "next_token",
+    ),
+    "switch": ({"name": "switch"}, "capacity", ("load_balance",), "next_token"),
+    "expert_choice": ({"name": "expert_choice", "group": "batch"}, "slots", (), "next_token"),
+    "relu_budget": ({"name": "relu"}, "dropless", (), "adaptive_sparsity"),
+    "recurrent": ({"name": "recurrent", "recurrent_size": 8}, "dropless", ("load_balance",), "next_token"),
+    "soft": ({"name": "soft", "slots_per_expert": 2}, "slots", (), "next_token"),
+    "smoe_dropout": ({"name": "smoe_dropout"}, "dropless", (), "next_token"),
+    "hash": ({"name": "hash"}, "dropless", (), "next_token"),
+}  # fmt: skip
+EVERY_ROUTER = [(router, mesh) for router in ROUTERS for mesh in (MESHES if router == "top_k" else ("mixed",))]
+
+
+def settings(router: str):
+    chosen, dispatch, losses, objective = ROUTERS[router]
+    budget = {"row_budget": 3.0} if router == "relu_budget" else {}
+    model = build(
+        ModelConfig,
+        {
+            "vocab_size": 264, "hidden_size": 32, "layers": "1*dense 1*moe", "intermediate_size": 64, "num_experts": 8,
+            "moe_intermediate_size": 16, "shared_expert_size": 16, "attention": {"num_attention_heads": 4},
+            "router": chosen, "dispatch": {"name": dispatch, **budget}, "losses": {name: {} for name in losses},
+        },
+        "model",
+    )  # fmt: skip
+    base = load_config("quickstart:tiny", [("train.objective.name", objective), ("optim.warmup_steps", "0")])
+    return dataclasses.replace(base, model=model)
+
+
+@functools.cache
+def batch(B: int = 8, S: int = 16):
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 256, (B, S + 1)).astype(np.int32)
+    segments = np.where(np.arange(S) < rng.integers(4, S, (B, 1)), 1, 2).astype(np.int32)
+    segments[0, -3:] = 0  # padding
+    return {
+        "tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": segments,
+        "positions": np.tile(np.arange(S, dtype=np.int32), (B, 1)), "domain": np.zeros((B, S), np.int32),
+        "loss_mask": segments > 0,
+    }  # fmt: skip
+
+
+def gradients(router: str, mesh_config: MeshConfig | None):
+    """(loss and router losses, {path: gradient}, load) of one step from the initial state."""
+    config = settings(router)
+    mesh = make_mesh(devices=jax.devices()[:1]) if mesh_config is None else make_mesh(mesh_config)
+    trainer = Trainer(config, mesh, config.train.objective.make())
+    state = trainer.init_state()
+    if config.train.objective.name == "adaptive_sparsity":
+        state["objective"]["coefficient"] += 0.5  # so that the penalty counts
+    data = dict(batch())
+    weights = data.pop("loss_mask").astype(np.float32)
+    data["loss_weights"] = weights / weights.sum()
+    data = jax.device_put(data, trainer.batch_sharding)
+    step = jax.jit(trainer._gradients, in_shardings=(trainer.state_shardings, trainer.batch_sharding, None, None))
+    grads, stats = jax.device_get(step(state, data, jnp.int32(3), jax.random.key(0)))
+    scalars = {name: stat.value() for name, stat in stats["scalars"].items()}
+    return scalars, grads, stats["layers"]["segments.1.blocks.0"]["load"].total
+
+
+@functools.cache
+def alone(router: str):
+    return gradients(router, None)
+
+
+@pytest.mark.parametrize("router, mesh", EVERY_ROUTER)
+def test_loss_and_gradients_equal_one_device(router, mesh):
+    scalars, grads, load = gradients(router, MESHES[mesh])
+    expected_scalars, expected, expected_load = alone(router)
+    for name, value in expected_scalars.items():
+        np.testing.assert_allclose(scalars[name], value, rtol=1e-5, err_msg=name)
+    np.testing.assert_allclose(load, expected_load, atol=1e-4)
+    assert grads.keys() == expected.keys()
+    for path, value in expected.items():
+        scale = max(float(np.abs(value).max()), 1e-3)
+        np.testing.assert_allclose(grads[path], value, atol=1e-5 * scale + 1e-7, err_msg=path)
+
+
+@pytest.mark.parametrize("mesh", ["expert", "mixed"])
+def test_no_device_holds_more_than_its_shard(mesh):
+    config = settings("top_k")
+    trainer = Trainer(config, make_mesh(MESHES[mesh]), config.train.objective.make())
+    state = trainer.init_state()
+    up = state["trainable"]["segments.1.blocks.0.ffn.experts.w_up"]
+    assert {shard.data.size for shard in up.addressable_shards} == {up.size // 8}
+    moments = [x for x in jax.tree.leaves(state["opt"]) if getattr(x, "shape", None) == up.shape]
+    assert moments and all({s.data.size for s in m.addressable_shards} == {up.size // 8} for m in moments)
+
+
+def test_initial_values_do_not_depend_on_the_mesh():
+    config = settings("top_k")
+    states = [
+        Trainer(config, make_mesh(MESHES[mesh]), config.train.objective.make()).init_state()
+        for mesh in ("data", "mixed")
+    ]
+    for path, value in states[0]["trainable"].items():
+        np.testing.assert_array_equal(value, states[1]["trainable"][path], err_msg=path)
