@@ -8,6 +8,8 @@ work. Weights are gathered over `fsdp` just before use (their gradient is the re
 hidden width, whose partial products are summed.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
@@ -21,8 +23,18 @@ from moe_zoo.sharding import DEFAULT_RULES, sharding_of
 def run(mesh: Mesh, plan, x_TD: Float[Array, "T D"], decision: TokenChoice, bank) -> Float[Array, "T D"]:
     """The bank's output for every token, computed where the experts live.
 
-    `plan(decision)` makes the RowPlan of a decision over the shard's own experts; T must divide over the batch axes.
+    `plan(decision)` makes the RowPlan of a decision over the shard's own experts. T tokens that do not divide over the
+    batch axes (a prompt, a decoded token) are filled up with tokens that go nowhere.
     """
+    T, K = decision.experts.shape
+    fill = -T % math.prod(mesh.shape[axis] for axis in DEFAULT_RULES["batch"])
+    if fill:
+        nowhere = TokenChoice(
+            jnp.concatenate([decision.experts, jnp.full((fill, K), decision.num_experts, jnp.int32)]),
+            jnp.concatenate([decision.gates, jnp.zeros((fill, K), decision.gates.dtype)]),
+            decision.num_experts,
+        )
+        return run(mesh, plan, jnp.concatenate([x_TD, jnp.zeros((fill, x_TD.shape[1]), x_TD.dtype)]), nowhere, bank)[:T]
     batch = PartitionSpec(DEFAULT_RULES["batch"])
     variables = P.flat(bank)
     specs = {name: _spec(mesh, name, var) for name, var in variables.items()}
