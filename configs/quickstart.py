@@ -2,7 +2,7 @@
 
 Command:  python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart
 Cost:     at most 5 minutes of training on 2 CPU cores
-Reaches:  see docs/zoo/top_k.md
+Reaches:  1.66 test bits per byte overall (gzip -9: 1.82) on Python 3.11.7; docs/zoo/top_k.md has the table
 Presets:  "" (the above), "tiny" (20 steps of a very small model: seconds, for tests)
 """
 

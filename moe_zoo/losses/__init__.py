@@ -5,7 +5,9 @@ from moe_zoo.core.registry import Registry
 LOSSES = Registry(
     "loss",
     {
+        "chunk_sparsity": "moe_zoo.losses.chunk_sparsity:ChunkSparsity",
         "load_balance": "moe_zoo.losses.load_balance:LoadBalance",
+        "locality": "moe_zoo.losses.locality:Locality",
         "z_loss": "moe_zoo.losses.z_loss:ZLoss",
     },
 )

@@ -5,6 +5,7 @@ from moe_zoo.core.registry import Registry
 ROUTERS = Registry(
     "router",
     {
+        "block_ffn": "moe_zoo.routing.block_ffn:BlockFFN",
         "expert_choice": "moe_zoo.routing.expert_choice:ExpertChoice",
         "hash": "moe_zoo.routing.hashed:Hashed",
         "recurrent": "moe_zoo.routing.recurrent:Recurrent",

@@ -48,6 +48,7 @@ CASES = {
     "expert_choice_batch": Case({"name": "expert_choice", "group": "batch"}, dispatch="slots", losses=()),
     "relu": Case({"name": "relu"}, losses=(), objective="adaptive_sparsity"),
     "relu_everywhere": Case({"name": "relu"}, dispatch="everywhere", losses=(), objective="adaptive_sparsity"),
+    "block_ffn": Case({"name": "block_ffn"}, losses=("locality", "chunk_sparsity")),
     "recurrent": Case({"name": "recurrent", "recurrent_size": 8}),
     "soft": Case({"name": "soft", "slots_per_expert": 2}, dispatch="slots", losses=()),
     "smoe_dropout": Case({"name": "smoe_dropout", "k_min": 1, "k_max": 3, "total_steps": 10}, losses=()),
@@ -119,22 +120,22 @@ def naive(decision, bank, x_TD) -> np.ndarray:
     if isinstance(decision, TokenChoice):
         for t in range(len(x)):
             for e, gate in zip(np.asarray(decision.experts[t]), np.asarray(decision.gates[t], np.float64)):
-                if e < E:
+                if e < decision.num_experts:
                     y[t] += gate * expert(bank, e, x[t])
     elif isinstance(decision, Dense):
         for t in range(len(x)):
-            for e in range(E):
+            for e in range(decision.gates.shape[1]):
                 y[t] += float(decision.gates[t, e]) * expert(bank, e, x[t])
     elif isinstance(decision, ExpertChoice):
-        G, _, C = decision.tokens.shape
+        G, num_experts, C = decision.tokens.shape
         size = len(x) // G
-        for g, e, c in np.ndindex(G, E, C):
+        for g, e, c in np.ndindex(G, num_experts, C):
             t = int(decision.tokens[g, e, c])
             if t < size:
                 y[g * size + t] += float(decision.gates[g, e, c]) * expert(bank, e, x[g * size + t])
     else:
-        G, size, _, C = decision.dispatch.shape
-        for g, e, c in np.ndindex(G, E, C):
+        G, size, num_experts, C = decision.dispatch.shape
+        for g, e, c in np.ndindex(G, num_experts, C):
             rows = slice(g * size, (g + 1) * size)
             slot = np.asarray(decision.dispatch[g, :, e, c], np.float64) @ x[rows]
             y[rows] += np.outer(np.asarray(decision.combine[g, :, e, c], np.float64), expert(bank, e, slot))
@@ -249,13 +250,18 @@ def test_all_tokens_alike_and_a_single_token_work(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_one_expert_equals_the_dense_network_up_to_its_gate(name):
-    router = CASES[name].router
-    one = {k: 1 for k in ("num_experts_per_tok", "k_min", "k_max") if k in fields(CASES[name])}
-    model = decoder(name, num_experts=1, router=HashableDict({**router, **one}))
-    ids = jnp.asarray(np.random.default_rng(1).integers(0, 32, (B, S)), jnp.int32)
-    logits, _, _ = jax.jit(lambda m: m(ids, step=jnp.int32(3)))(model)
-    assert bool(jnp.isfinite(logits).all())
+@pytest.mark.parametrize("num_experts", [1, E], ids=["one_expert", "all_experts"])
+def test_one_expert_and_all_experts_equal_the_loop(name, num_experts):
+    """E = 1, and K = E where there is a K."""
+    K = [k for k in ("num_experts_per_tok", "expected_active", "k_min", "k_max") if k in fields(CASES[name])]
+    settings = {**CASES[name].router, **{k: num_experts for k in K}}
+    model = decoder(name, num_experts=num_experts, router=HashableDict(settings))
+    block = jax.tree.map(lambda a: a[0], model.segments[0].blocks[0])
+    ctx = context(name, shared=dict(model.shared).get(block.ffn.router_name))
+    y, _, routing = block.ffn(tokens().reshape(B, S, D), ctx)
+    np.testing.assert_allclose(y.reshape(T, D), naive(routing.decision, block.ffn.experts, tokens()), atol=2e-5)
+    if isinstance(routing.decision, TokenChoice) and K:
+        np.testing.assert_array_equal(routing.decision.counts(), T)
 
 
 class HashableDict(dict):

@@ -31,6 +31,7 @@ ROUTERS = {
     "switch": ({"name": "switch"}, "capacity", ("load_balance",), "next_token"),
     "expert_choice": ({"name": "expert_choice", "group": "batch"}, "slots", (), "next_token"),
     "relu_budget": ({"name": "relu"}, "dropless", (), "adaptive_sparsity"),
+    "block_ffn": ({"name": "block_ffn", "init_std": 0.5}, "dropless", ("locality", "chunk_sparsity"), "next_token"),
     "recurrent": ({"name": "recurrent", "recurrent_size": 8}, "dropless", ("load_balance",), "next_token"),
     "soft": ({"name": "soft", "slots_per_expert": 2}, "slots", (), "next_token"),
     "smoe_dropout": ({"name": "smoe_dropout"}, "dropless", (), "next_token"),
@@ -71,40 +72,58 @@ def batch(B: int = 8, S: int = 16):
     }  # fmt: skip
 
 
-def gradients(router: str, mesh_config: MeshConfig | None):
-    """(loss and router losses, {path: gradient}, load) of one step from the initial state."""
+POINTS = 5  # of training, three steps apart
+
+
+def trainer_on(router: str, mesh_config: MeshConfig | None) -> Trainer:
     config = settings(router)
     mesh = make_mesh(devices=jax.devices()[:1]) if mesh_config is None else make_mesh(mesh_config)
-    trainer = Trainer(config, mesh, config.train.objective.make())
-    state = trainer.init_state()
-    if config.train.objective.name == "adaptive_sparsity":
-        state["objective"]["coefficient"] += 0.5  # so that the penalty counts
+    return Trainer(config, mesh, config.train.objective.make())
+
+
+def gradients(trainer: Trainer, states):
+    """For each state: (loss and router losses, {path: gradient}, load) of the same batch."""
     data = dict(batch())
     weights = data.pop("loss_mask").astype(np.float32)
     data["loss_weights"] = weights / weights.sum()
     data = jax.device_put(data, trainer.batch_sharding)
     step = jax.jit(trainer._gradients, in_shardings=(trainer.state_shardings, trainer.batch_sharding, None, None))
-    grads, stats = jax.device_get(step(state, data, jnp.int32(3), jax.random.key(0)))
-    scalars = {name: stat.value() for name, stat in stats["scalars"].items()}
-    return scalars, grads, stats["layers"]["segments.1.blocks.0"]["load"].total
+    results = []
+    for state in states:
+        state = jax.device_put(state, trainer.state_shardings)
+        grads, stats = jax.device_get(step(state, data, jnp.int32(3), jax.random.key(0)))
+        scalars = {name: stat.value() for name, stat in stats["scalars"].items()}
+        results.append((scalars, grads, stats["layers"]["segments.1.blocks.0"]["load"].total))
+    return results
 
 
 @functools.cache
 def alone(router: str):
-    return gradients(router, None)
+    """(states at five points of training on one device, what `gradients` says of each)."""
+    trainer = trainer_on(router, None)
+    state, states = trainer.init_state(), []
+    if trainer.config.train.objective.name == "adaptive_sparsity":
+        state["objective"]["coefficient"] += 0.5  # so that the penalty counts
+    for point in range(POINTS):
+        states.append(jax.device_get(state))
+        for _ in range(3 if point < POINTS - 1 else 0):
+            state, _ = trainer.train_step(state, batch(), np.float32(0))
+    return states, gradients(trainer, states)
 
 
 @pytest.mark.parametrize("router, mesh", EVERY_ROUTER)
-def test_loss_and_gradients_equal_one_device(router, mesh):
-    scalars, grads, load = gradients(router, MESHES[mesh])
-    expected_scalars, expected, expected_load = alone(router)
-    for name, value in expected_scalars.items():
-        np.testing.assert_allclose(scalars[name], value, rtol=1e-5, err_msg=name)
-    np.testing.assert_allclose(load, expected_load, atol=1e-4)
-    assert grads.keys() == expected.keys()
-    for path, value in expected.items():
-        scale = max(float(np.abs(value).max()), 1e-3)
-        np.testing.assert_allclose(grads[path], value, atol=1e-5 * scale + 1e-7, err_msg=path)
+def test_loss_and_gradients_equal_one_device_at_five_points_of_training(router, mesh):
+    states, expected = alone(router)
+    for (scalars, grads, load), (one_scalars, one_grads, one_load) in zip(
+        gradients(trainer_on(router, MESHES[mesh]), states), expected, strict=True
+    ):
+        for name, value in one_scalars.items():
+            np.testing.assert_allclose(scalars[name], value, rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(load, one_load, atol=1e-4)
+        assert grads.keys() == one_grads.keys()
+        for path, value in one_grads.items():
+            scale = max(float(np.abs(value).max()), 1e-3)
+            np.testing.assert_allclose(grads[path], value, atol=1e-5 * scale + 1e-7, err_msg=path)
 
 
 @pytest.mark.parametrize("mesh", ["expert", "mixed"])
