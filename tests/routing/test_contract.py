@@ -312,7 +312,7 @@ def test_cached_decoding_equals_the_parallel_form(name):
 
 def train_settings(name: str):
     case = CASES[name]
-    config = load_config("quickstart:tiny")
+    config = load_config("quickstart:tiny", [("optim.warmup_steps", "0")])
     return dataclasses.replace(
         config,
         model=model_config(name, vocab_size=264),
@@ -337,7 +337,7 @@ def test_it_trains_in_one_compilation_and_nan_shows(name):
     for _ in range(6):
         state, stats = trainer.train_step(state, batch, np.float32(0))
         losses.append(float(stats["scalars"]["loss"]))
-    assert losses[-1] < losses[0] - 0.15, losses
+    assert losses[-1] < losses[0] - 0.1, losses
     assert trainer.train_step._cache_size() == 1
     ids = {path: ids for path, _, ids in trainer.abstract.routed()}
     assert first_non_finite(flatten(jax.device_get(stats), ids, 1.0)) is None

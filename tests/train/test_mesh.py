@@ -31,7 +31,10 @@ ROUTERS = {
     "switch": ({"name": "switch"}, "capacity", ("load_balance",), "next_token"),
     "expert_choice": ({"name": "expert_choice", "group": "batch"}, "slots", (), "next_token"),
     "relu_budget": ({"name": "relu"}, "dropless", (), "adaptive_sparsity"),
-    "block_ffn": ({"name": "block_ffn", "init_std": 0.5}, "dropless", ("locality", "chunk_sparsity"), "next_token"),
+    # at the paper's alpha of 100 the locality loss magnifies float32 rounding beyond the tolerance
+    "block_ffn": (
+        {"name": "block_ffn", "init_std": 0.5}, "dropless", {"locality": {"alpha": 10.0}, "chunk_sparsity": {}}, "next_token",
+    ),
     "recurrent": ({"name": "recurrent", "recurrent_size": 8}, "dropless", ("load_balance",), "next_token"),
     "soft": ({"name": "soft", "slots_per_expert": 2}, "slots", (), "next_token"),
     "smoe_dropout": ({"name": "smoe_dropout"}, "dropless", (), "next_token"),
@@ -51,7 +54,7 @@ def settings(router: str, **changes):
             "moe_intermediate_size": 16, "shared_expert_size": 16,
             "attention": {"num_attention_heads": 4},
             "router": chosen, "dispatch": {"name": dispatch, **budget},
-            "losses": {name: {} for name in losses}, **changes,
+            "losses": losses if isinstance(losses, dict) else {name: {} for name in losses}, **changes,
         },
         "model",
     )  # fmt: skip
