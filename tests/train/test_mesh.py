@@ -33,7 +33,8 @@ ROUTERS = {
     "relu_budget": ({"name": "relu"}, "dropless", (), "adaptive_sparsity"),
     # at the paper's alpha of 100 the locality loss magnifies float32 rounding beyond the tolerance
     "block_ffn": (
-        {"name": "block_ffn", "init_std": 0.5}, "dropless", {"locality": {"alpha": 10.0}, "chunk_sparsity": {}}, "next_token",
+        {"name": "block_ffn", "init_std": 0.5}, "dropless",
+        {"locality": {"alpha": 10.0}, "chunk_sparsity": {}}, "next_token",
     ),
     "recurrent": ({"name": "recurrent", "recurrent_size": 8}, "dropless", ("load_balance",), "next_token"),
     "soft": ({"name": "soft", "slots_per_expert": 2}, "slots", (), "next_token"),
