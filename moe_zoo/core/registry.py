@@ -14,9 +14,9 @@ class ConfigError(ValueError):
 
 
 def nearest(given: str, known) -> str:
-    """`", did you mean 'x'?"` for the known name closest to `given`, or an empty string."""
+    """`" (did you mean 'x'?)"` for the known name closest to `given`, or an empty string."""
     close = difflib.get_close_matches(str(given), [str(k) for k in known], n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else ""
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 class Registry:

@@ -13,9 +13,10 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from moe_zoo.core.registry import nearest
 from moe_zoo.data.corpus import Corpus, Document, build_corpus
 from moe_zoo.data.embedded import load_embedded
-from moe_zoo.data.errors import DataError, nearest
+from moe_zoo.data.errors import DataError
 from moe_zoo.data.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)

@@ -8,7 +8,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int, UInt16
 
-from moe_zoo.data.errors import DataError, nearest
+from moe_zoo.core.registry import nearest
+from moe_zoo.data.errors import DataError
 
 # Embedding tables are sharded over the vocabulary, so its size has to divide by small powers of two.
 VOCAB_MULTIPLE = 8

@@ -211,6 +211,6 @@ def test_set_path_makes_sections_and_refuses_to_enter_a_value():
 
 
 def test_registry_answers_an_unknown_name_with_the_nearest_and_lists_first_docstring_lines():
-    with pytest.raises(ConfigError, match="run.x: unknown part 'plane', did you mean 'plain'"):
+    with pytest.raises(ConfigError, match="run.x: unknown part 'plane' .did you mean 'plain'"):
         PARTS.get("plane", "run.x")
     assert PARTS.lines() == {"fancy": "A fancy part.", "plain": "A plain part."}

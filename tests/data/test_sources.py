@@ -82,7 +82,7 @@ def test_nothing_there(source, message):
 
 def test_missing_file_suggests_a_neighbour(tmp_path):
     (tmp_path / "shakespeare.txt").write_text(LONG)
-    with pytest.raises(DataError, match="Did you mean 'shakespeare.txt'"):
+    with pytest.raises(DataError, match="did you mean 'shakespeare.txt'"):
         load_corpus(tmp_path / "shakespere.txt", TOKENIZER)
 
 

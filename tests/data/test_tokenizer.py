@@ -32,7 +32,7 @@ def test_special_ids():
 
 
 def test_unknown_name_suggests():
-    with pytest.raises(DataError, match="Did you mean 'bytes'"):
+    with pytest.raises(DataError, match="did you mean 'bytes'"):
         load_tokenizer("byte")
 
 
