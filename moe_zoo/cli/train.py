@@ -53,3 +53,7 @@ def train(argv: Sequence[str]) -> dict[str, Any]:
 def main() -> None:
     """The process: parses sys.argv, exits with its code."""
     sys.exit(common.run(train))
+
+
+if __name__ == "__main__":
+    main()
