@@ -1,7 +1,8 @@
 """Dropless dispatch (MegaBlocks, arXiv 2211.15841): rows sorted by expert, group sizes as data, nothing padded.
 
 With a row budget the number of rows R is smaller than T*K: for routers whose tokens use a varying number of experts.
-Live rows come first; if they exceed R, the smallest gates are dropped and counted.
+Live rows come first; if they exceed R, the smallest gates are dropped and counted. What is dropped then depends on the
+whole batch, later tokens too: a budget that drops anything is not causal, and decoding, which drops nothing, differs.
 """
 
 import dataclasses
@@ -61,14 +62,14 @@ class Dropless:
         if isinstance(decision, Dense):
             E = decision.gates.shape[-1]
             decision = decision.top(min(E, self.config.max_active or E))
-        decision, R = self._within_budget(decision)
+        decision, R = self.within_budget(decision)
         if ctx.mesh is None or ctx.mesh.size == 1:
             return move(live, self.plan(decision, R), x_TD, bank)
         # the budget has been kept: which rows a shard gets is data, so its buffer must hold any of them
         y_TD = expert_parallel.run(ctx.mesh, self.plan, x_TD, decision, bank)
         return y_TD, dropped(live, decision.live().sum())
 
-    def _within_budget(self, decision: TokenChoice) -> tuple[TokenChoice, int]:
+    def within_budget(self, decision: TokenChoice) -> tuple[TokenChoice, int]:
         """(the decision without the choices that exceed the budget, rows)."""
         T, K = decision.experts.shape
         budget = self.config.row_budget

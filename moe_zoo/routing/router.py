@@ -43,7 +43,8 @@ class Router(nnx.Module):
     num_experts: int
 
     def __call__(self, x_TD: Float[Array, "T D"], ctx: RoutingContext) -> Routing:
-        raise NotImplementedError(type(self).__name__)
+        """The decision for every token, and what losses and analysis need. The one method a router must write."""
+        raise NotImplementedError(f"router {type(self).__name__} does not define __call__")
 
     @classmethod
     def make_shared(cls, config: Any, dims: Dims) -> nnx.Module | None:

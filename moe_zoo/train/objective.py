@@ -39,7 +39,7 @@ class Objective:
         `batch["loss_weights"]` sum to 1 over the whole step, and `fraction` is this micro-batch's share of it: the sum
         of the micro-batches' losses is the loss of the step however it is cut.
         """
-        raise NotImplementedError(type(self).__name__)
+        raise NotImplementedError(f"objective {type(self).__name__} does not define loss")
 
     def update(self, ostate, stats) -> dict[str, Array]:
         """The next state, given the statistics of the whole step."""

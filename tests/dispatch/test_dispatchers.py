@@ -55,7 +55,7 @@ def moved(cls, config, train, bank, x, choice):
 def planned(cls, config, choice):
     if cls is Dropless:
         dispatcher = cls(config)
-        return dispatcher.plan(*dispatcher._within_budget(choice))
+        return dispatcher.plan(*dispatcher.within_budget(choice))
     return cls(config).plan(choice, context(T, batch=B, train=True))
 
 

@@ -163,7 +163,7 @@ def test_a_token_without_an_active_expert_gets_zero_and_a_budget_drops_the_small
     gates = gates.at[3].set(0.0)
     live = int((gates > 0).sum())
     dispatcher = Dropless(DroplessConfig(row_budget=1.0))
-    choice, R = dispatcher._within_budget(Dense(gates).top(E))
+    choice, R = dispatcher.within_budget(Dense(gates).top(E))
     assert R == T < live
     kept = np.asarray(choice.dense().gates)
     assert (kept != 0).sum() == R and not kept[3].any()
