@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: quickstart test meshes lint clean
+.PHONY: quickstart test meshes kernels lint clean
 
 quickstart: $(VENV)/.installed
 	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart --overwrite
@@ -14,6 +14,11 @@ test: $(VENV)/.installed-test
 # every router on every mesh axis alone and mixed: about ten minutes
 meshes: $(VENV)/.installed-test
 	MOE_ZOO_ALL_MESHES=1 $(BIN)/python -m pytest tests/train/test_mesh.py --dist load
+
+# the TPU kernels for every generation and shape, compiled and simulated without a TPU, against their bars: about an hour
+# the first time; an interrupted run goes on where it stopped
+kernels: $(VENV)/.installed-test
+	JAX_PLATFORMS=cpu $(BIN)/python scripts/bench.py kernels --tpu-static
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -3,8 +3,9 @@
     python scripts/bench.py expert_ffn --num_experts 8 64
 
 Timings of shared machines move; contenders are therefore run in turn, round after round, and compared by the lower
-quartile of their CPU seconds and of their wall seconds. To add a benchmark: write `add_<name>(subparsers)`, whose
-parser sets `run` to a function of the parsed arguments, and list it in `BENCHMARKS`.
+quartile of their CPU seconds and of their wall seconds. `kernels` (bench_kernels.py) simulates and needs no such care.
+To add a benchmark: write `add_<name>(subparsers)`, whose parser sets `run` to a function of the parsed arguments, and
+list it in `BENCHMARKS`.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from bench_kernels import add_kernels
 
 from pallas_kernels import expert_ffn, grouped_matmul
 
@@ -139,7 +141,7 @@ def _add_common(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespa
     parser.set_defaults(run=run)
 
 
-BENCHMARKS = (add_expert_ffn,)
+BENCHMARKS = (add_expert_ffn, add_kernels)
 
 
 def main() -> None:

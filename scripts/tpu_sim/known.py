@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from tpu_sim.machine import LARGEST_TABLE
 
@@ -41,12 +42,14 @@ class PallasCall:
 def pallas_calls(fn: Callable, args: tuple, known: Mapping[int, Any]) -> tuple[list[PallasCall], list[np.ndarray]]:
     """(the function's Pallas calls, all small integer arrays met on the way). `known`: values by flat input index."""
     jaxpr = jax.make_jaxpr(fn)(*args)
+    # what no result needs (a forward pass, in a gradient) is not compiled either
+    needed, _ = dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars), instantiate=True)
     inputs = [
         np.asarray(known[i]) if i in known else None if isinstance(a, jax.ShapeDtypeStruct) else np.asarray(a)
         for i, a in enumerate(jax.tree.leaves(args))
     ]
     walk = _Walk()
-    walk.run(jaxpr.jaxpr, jaxpr.consts, inputs)
+    walk.run(needed, jaxpr.consts, inputs)
     return walk.calls, walk.tables
 
 

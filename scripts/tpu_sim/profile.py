@@ -156,7 +156,7 @@ def _variant(
     """Simulates all kernels on one variant's inputs."""
     from tpu_sim.known import pallas_calls
 
-    figures: dict[str, Any] = {}
+    figures: dict[str, Any] = {name: variant.get(name) for name in ("useful_flops", "min_bytes")}
     flops, least_bytes = variant.get("useful_flops"), variant.get("min_bytes") or 0
     if flops or least_bytes:
         compute_s = (flops or 0) / (generation.peak_flops * cores)
