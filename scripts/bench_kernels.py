@@ -12,6 +12,7 @@ a decision it could not follow.
 """
 
 import argparse
+import collections
 import hashlib
 import importlib.metadata
 import json
@@ -79,8 +80,8 @@ def rows_of(case: Case, generation: str, result: dict) -> list[dict[str, Any]]:
     name = {"op": case.op, "shape": case.shape, "pass": case.pass_name, "generation": generation}
     name["implementation"] = case.implementation
     if not result["ok"]:
-        not_written = result["error"].startswith("NotImplementedError")
-        return [{**name, "routing": "multinomial", "error": result["error"], "not_written": not_written}]
+        not_available = result["error"].startswith("NotImplementedError")
+        return [{**name, "routing": "multinomial", "error": result["error"], "not_available": not_available}]
     common = {
         "side_kernels": result["xla_side_kernels"]["count"],
         "vmem_mib": (result["vmem_peak_bytes"] or 0) / 2**20,
@@ -106,7 +107,7 @@ def _simulated(variant: dict) -> dict[str, Any]:
         "sim_ms": variant["sim_seconds"] * 1e3,
         "over_roofline": variant["sim_seconds"] / variant["roofline_s"],
         "issued_over_useful": total("issued_flops") / useful if useful else None,
-        "bytes_over_least": total("hbm_read", "hbm_write") / least,
+        "bytes_over_least": total("hbm_read", "hbm_write", "vmem_operand_bytes") / least,
         "core_imbalance": max(max(k["cores_cycles"]) / min(k["cores_cycles"]) for k in kernels),
         "doubtful": total("unknown_decisions", "unmatched_waits") > 0,
     }
@@ -136,17 +137,20 @@ def table(rows: list[dict], markdown: bool) -> str:
 
 def _cells(row: dict) -> list[str]:
     if row.get("error"):
-        reason = "not written" if row.get("not_written") else row["error"].replace("|", "/").replace("\n", " ")[:60]
-        return [reason, *[""] * (len(_COLUMNS) - 1)]
+        reason = "not available" if row.get("not_available") else row["error"].replace("|", "/").replace("\n", " ")
+        return [reason[:60], *[""] * (len(_COLUMNS) - 1)]
     cells = ["" if row.get(key) is None else form.format(row[key]) for key, _, form in _COLUMNS]
     return [cells[0] + ("?" if row["doubtful"] else ""), *cells[1:]]
 
 
 def verdict_table(verdicts: list[dict], markdown: bool) -> str:
-    """One line per bar and case."""
+    """One line per bar and case, and how many there are of each verdict; of what is not available only the number."""
     value = lambda v: "" if v["value"] is None else f"{v['value']:.3f}".rstrip("0").rstrip(".")
     lines = [["case", "bar", "value", "verdict"]]
-    return _render([*lines, *([v["case"], v["bar"], value(v), v["verdict"]] for v in verdicts)], markdown)
+    lines += [[v["case"], v["bar"], value(v), v["verdict"]] for v in verdicts if v["verdict"] != "not available"]
+    counts = collections.Counter(v["verdict"] for v in verdicts)
+    summary = "bars: " + ", ".join(f"{n} {verdict}" for verdict, n in counts.items())
+    return (f"{_render(lines, markdown)}\n\n" if len(lines) > 1 else "") + summary
 
 
 def _render(lines: list[list[str]], markdown: bool) -> str:

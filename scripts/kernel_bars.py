@@ -42,8 +42,8 @@ class Bar:
         return self.limits.get(row["generation"], self.limits.get(""))
 
     def verdict(self, row: dict, limit: float) -> str:
-        if row.get("not_written"):
-            return "not written"
+        if row.get("not_available"):
+            return "not available"
         value = row.get(self.metric)
         return "pass" if value is not None and (value >= limit if self.at_least else value <= limit) else "FAIL"
 
@@ -88,7 +88,7 @@ BARS = (
 
 
 def judge(rows: list[dict]) -> list[dict[str, Any]]:
-    """One verdict per bar and row that it speaks of: "pass", "FAIL", or "not written" for a kernel yet to come."""
+    """One verdict per bar and row that it speaks of: "pass", "FAIL", or "not available" for what a kernel refuses."""
     return [
         {"case": _name(row), "bar": bar.text(limit), "value": row.get(bar.metric), "verdict": bar.verdict(row, limit)}
         for row in rows

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 from tpu_sim import profile
@@ -80,4 +81,5 @@ def _profile_here(args: argparse.Namespace, settings: dict[str, str]) -> dict:
     except Exception as error:  # the parent prints it; the other cases go on
         text = str(error)
         short = text if len(text) <= 900 else f"{text[:600]} ... {text[-300:]}"
-        return _failure(args.generation, f"{type(error).__name__}: {short}")
+        where = [f"{f.filename}:{f.lineno} {f.name}" for f in traceback.extract_tb(error.__traceback__)[-6:]]
+        return {**_failure(args.generation, f"{type(error).__name__}: {short}"), "where": where}

@@ -5,7 +5,7 @@ evaluated on the CPU as far as the known inputs go.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -39,9 +39,11 @@ class PallasCall:
     operands: list[Operand]
 
 
-def pallas_calls(fn: Callable, args: tuple, known: Mapping[int, Any]) -> tuple[list[PallasCall], list[np.ndarray]]:
-    """(the function's Pallas calls, all small integer arrays met on the way). `known`: values by flat input index."""
-    jaxpr = jax.make_jaxpr(fn)(*args)
+def pallas_calls(jaxpr: Any, args: tuple, known: Mapping[int, Any]) -> tuple[list[PallasCall], list[np.ndarray]]:
+    """(the Pallas calls of a closed jaxpr, all small integer arrays met on the way).
+
+    `known`: values by flat index into `args`; those of `args` that are arrays are known too.
+    """
     # what no result needs (a forward pass, in a gradient) is not compiled either
     needed, _ = dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars), instantiate=True)
     inputs = [

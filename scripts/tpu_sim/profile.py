@@ -11,6 +11,7 @@ arrays, and meta a dict:
 import glob
 import importlib
 import json
+import math
 import os
 import re
 import time
@@ -49,23 +50,22 @@ def environment(dump: str) -> dict[str, str]:
 def profile(target: str, settings: dict[str, str], generation_name: str, dump: str, limit_s: float) -> dict:
     """The figures of one case on one generation; `dump` is an empty folder, also named in LIBTPU_INIT_ARGS."""
     generation = GENERATIONS[generation_name]
-    os.environ["TPU_SIM_GENERATION"] = generation_name  # for kernels that ask which TPU they are built for
     module, function = target.split(":")
     fn, args, meta = (*getattr(importlib.import_module(module), function)(**settings), {})[:3]
-    figures, cores = _compile(fn, args, generation)
+    figures, jaxpr, cores = _compile(fn, args, generation)
     figures["vmem_peak_bytes"] = _vmem_peak(dump)
     programs, side = _programs(dump)
     figures["xla_side_kernels"] = {"count": len(side), "bundles_static": sum(side.values())}
     figures["kernels"] = [_static_figures(name, program, generation) for name, program in programs.items()]
     figures["variants"] = {
-        name: _variant(fn, args, variant, programs, generation, cores, limit_s)
+        name: _variant(jaxpr, args, variant, programs, generation, cores, limit_s)
         for name, variant in (meta.get("variants") or {"": meta}).items()
     }
     return {"generation": generation_name, "ok": True, **figures}
 
 
-def _compile(fn: Callable, args: tuple, generation: Generation) -> tuple[dict, int]:
-    """(XLA's own figures, cores that share the program)."""
+def _compile(fn: Callable, args: tuple, generation: Generation) -> tuple[dict, Any, int]:
+    """(XLA's own figures, the closed jaxpr, cores that share the program)."""
     import jax
     import numpy as np
     from jax.experimental import topologies
@@ -73,10 +73,13 @@ def _compile(fn: Callable, args: tuple, generation: Generation) -> tuple[dict, i
 
     topology = topologies.get_topology_desc(platform="tpu", topology_name=generation.topology)
     device = topology.devices[0]
-    sharding = NamedSharding(Mesh(np.array([device]), ("x",)), PartitionSpec())
+    mesh = Mesh(np.array([device]), ("x",))
+    sharding = NamedSharding(mesh, PartitionSpec())
     begun = time.monotonic()
     jitted = jax.jit(fn, in_shardings=jax.tree.map(lambda _: sharding, tuple(args)), out_shardings=sharding)
-    compiled = jitted.lower(*args).compile()
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # kernels may ask which TPU they are built for
+        traced = jitted.trace(*args)
+        compiled = traced.lower().compile()
     seconds = time.monotonic() - begun
     cost, memory, hlo = compiled.cost_analysis() or {}, compiled.memory_analysis(), compiled.as_text()
     entry = Counter(re.findall(r"= \S+(?:\{[^}]*\})? ([a-z\-]+)\(", hlo[hlo.find("\nENTRY") :]))
@@ -90,7 +93,7 @@ def _compile(fn: Callable, args: tuple, generation: Generation) -> tuple[dict, i
         "temp_bytes": getattr(memory, "temp_size_in_bytes", None),
         "entry_ops": {op: n for op, n in entry.most_common() if op not in _UNINTERESTING},
     }
-    return figures, cores
+    return figures, traced.jaxpr, cores
 
 
 def _vmem_peak(dump: str) -> int | None:
@@ -151,7 +154,7 @@ def _static_figures(name: str, program: Any, generation: Generation) -> dict:
 
 
 def _variant(
-    fn: Callable, args: tuple, variant: dict, programs: dict, generation: Generation, cores: int, limit_s: float
+    jaxpr: Any, args: tuple, variant: dict, programs: dict, generation: Generation, cores: int, limit_s: float
 ) -> dict:
     """Simulates all kernels on one variant's inputs."""
     from tpu_sim.known import pallas_calls
@@ -163,7 +166,7 @@ def _variant(
         memory_s = least_bytes / (generation.hbm_bytes_per_s * cores)
         figures["roofline_s"] = max(compute_s, memory_s)
         figures["bound"] = "compute" if compute_s >= memory_s else "memory"
-    calls, tables = pallas_calls(fn, args, variant.get("concrete", {}))
+    calls, tables = pallas_calls(jaxpr, args, variant.get("concrete", {}))
     matched, unmatched = _match(calls, tables, programs, variant.get("by_shape", {}))
     if unmatched:
         figures["unmatched_calls"] = unmatched
@@ -214,6 +217,17 @@ def _program_of(call_name: str, wanted: list, programs: dict) -> str | None:
     return None
 
 
+def _vmem_operand_bytes(program: Any) -> int:
+    """Of operands that XLA keeps in VMEM: where they come from or go to HBM, the kernel has no part in it."""
+    bits = {hlo: int(re.search(r"\d+", hlo).group()) for hlo in _HLO_DTYPES.values() if hlo != "pred"}
+    sizes = (
+        bits.get(dtype, 8) * math.prod(int(d) for d in dims.split(",") if d) // 8
+        for kind, dtype, dims in program.operands.values()
+        if kind == "vmem"
+    )
+    return sum(sizes)
+
+
 def _kernel_figures(
     name: str, program: Any, operands: list, generation: Generation, cores: int, limit_s: float
 ) -> dict:
@@ -237,6 +251,7 @@ def _kernel_figures(
         "mxu_busy": round(busy, 3),
         "hbm_read": read,
         "hbm_write": written,
+        "vmem_operand_bytes": _vmem_operand_bytes(program),
         "onchip_dma": slowest.bytes["on_chip"],
         "dma_count": dict(slowest.dmas),
         "dma_stall_cycles": round(slowest.dma_stall),
