@@ -74,6 +74,9 @@ BARS = (
     Bar(_MATMUL, "side_kernels", {"": 0}, passes=("fwd", "dlhs")),
     Bar(_MATMUL, "bundles", _BUNDLES),
     Bar(_MATMUL, "compile_s", {"": 60}),
+    Bar("route_top_k", "bytes_over_least", {"": 1.10}),
+    Bar("route_top_k", "side_kernels", {"": 0}),
+    Bar("route_top_k", "bundles", _BUNDLES),
     *(
         Bar(
             _MATMUL,

@@ -195,6 +195,24 @@ def _megablox_ffn(s: Shape) -> Callable:
     return ffn
 
 
+# --- route_top_k ------------------------------------------------------------------------------------------------------
+
+
+def _our_routing(s: Shape) -> tuple:
+    """Logits in, ids, gates, positions and counts out, all as their neighbours' layout has them: tokens along lanes.
+
+    Nothing in it depends on the routing.
+    """
+    T, K = s.tokens, s.experts_per_token
+
+    def route(logits_ET):
+        routes = ops.route_top_k(logits_ET.T, K, renormalize=True, implementation=OURS)
+        return routes.experts.T, routes.gates.T, routes.positions.T, routes.counts
+
+    meta = {"min_bytes": 4 * (T * s.E + 3 * T * K + s.E)}
+    return route, (_array(s.E, T, dtype=jnp.float32),), {"variants": {"multinomial": meta}}
+
+
 # --- the table -------------------------------------------------------------------------------------------------------
 
 #: op -> (implementation, pass) -> builder. Passes: fwd; dlhs and drhs, the gradients of rows and weights.
@@ -208,5 +226,6 @@ BUILDERS: dict[str, dict[tuple[str, str], Callable[[Shape], tuple]]] = {
         (PEER, "drhs"): _matmul_case(_megablox_drhs, "drhs"),
     },
     "expert_ffn": {(OURS, "fwd"): _ffn_case(_our_ffn), (PEER, "fwd"): _ffn_case(_megablox_ffn)},
+    "route_top_k": {(OURS, "fwd"): _our_routing},
 }
 PASSES = ("fwd", "dlhs", "drhs")

@@ -70,8 +70,8 @@ def route_top_k(
       implementation: "reference", "xla", "pallas_tpu" (one launch), "pallas_tpu_interpret" (the same kernel, slowly, on
         any platform: for tests), or None to choose by platform: "pallas_tpu" on TPU where its limits allow, else "xla".
 
-    Ties go to the lower id. A NaN score is chosen last and never twice; its gate is NaN. -inf counts as the least finite
-    number.
+    Ties go to the lower id. A NaN score is chosen last and never twice; its gate is NaN. A biased score of -inf counts
+    as the least finite number.
 
     Raises:
       ValueError, TypeError: shapes, dtypes or settings that don't fit, or an unknown implementation.

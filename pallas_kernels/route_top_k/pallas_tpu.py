@@ -14,7 +14,6 @@ second pass of the grid over the ids, which stay in VMEM, makes the positions.
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -28,8 +27,9 @@ from pallas_kernels.route_top_k import scoring
 _LANES, _SUBLANES = 128, 8
 #: Positions are exact sums in float32 up to here.
 _MOST_CHOICES = 1 << 24
-_VMEM_FOR_IDS = 4 << 20
-_MOST_EXPERTS = 2048
+_MOST_EXPERTS = 1024
+#: Of VMEM: for a block of scores, and for each of what a second pass needs (all ids, a carry per k).
+_BLOCK_BYTES, _SECOND_PASS_BYTES = 1 << 20, 4 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +62,11 @@ def refusal(shape: tuple[int, int], dtype: Any, settings: scoring.Settings) -> s
         return f"it holds the scores of at most {_MOST_EXPERTS} experts at once"
     if T * settings.k > _MOST_CHOICES:
         return f"it counts at most {_MOST_CHOICES} choices"
-    ids_bytes = 4 * T * _round_up(settings.k, _SUBLANES)
-    if settings.priority == "choice" and settings.k > 1 and ids_bytes > _VMEM_FOR_IDS:
-        return f'with priority "choice" its ids must fit into {_VMEM_FOR_IDS >> 20} MiB of VMEM'
+    ids_bytes, carry_bytes = 4 * T * _round_up(settings.k, _SUBLANES), 4 * settings.k * E * _strip(E)
+    if settings.priority == "choice" and settings.k > 1 and max(ids_bytes, carry_bytes) > _SECOND_PASS_BYTES:
+        return (
+            f'with priority "choice", T * k ids and k * E counts may take {_SECOND_PASS_BYTES >> 20} MiB of VMEM each'
+        )
     return None
 
 
@@ -93,7 +95,7 @@ def _strip(E: int) -> int:
 def _call(logits_TE: Array, bias_E: Array | None, valid_T: Array | None, settings: scoring.Settings, interpret: Any):
     (T, E), K = logits_TE.shape, settings.k
     strip = min(_strip(E), _round_up(T, _LANES))
-    block = strip * max(1, min(4, T // strip))
+    block = strip * max(1, min(4, T // strip, _BLOCK_BYTES // (4 * E * strip)))
     static = _Static(settings, T, E, block, strip, bias_E is not None, valid_T is not None)
     n = static.blocks
     # in a second pass, blocks of the first stay where they are
@@ -129,7 +131,10 @@ def _call(logits_TE: Array, bias_E: Array | None, valid_T: Array | None, setting
 
 
 def _scratch(static: _Static) -> list:
-    """carry: earlier choices per expert (and k, where k decides); counts of the row form; bias as a column; ids."""
+    """Earlier choices per expert (and k, if it decides); counts as a row; bias as a column; ids, all of them if needed.
+
+    Ids are float32 here: vector units before v6e have no integer minimum.
+    """
     E, K = static.E, static.settings.k
     scratch = [
         pltpu.VMEM((K if static.two_passes else 1, E, static.strip), jnp.float32),
@@ -137,9 +142,8 @@ def _scratch(static: _Static) -> list:
     ]
     if static.has_bias:
         scratch.append(pltpu.VMEM((E, static.strip), jnp.float32))
-    if static.two_passes:
-        scratch.append(pltpu.VMEM((static.blocks * static.block // static.strip, K, static.strip), jnp.int32))
-    return scratch
+    strips = static.blocks * static.block // static.strip if static.two_passes else 1
+    return [*scratch, pltpu.VMEM((strips, K, static.strip), jnp.float32)]
 
 
 def _cost(static: _Static, logit_bytes: int) -> pl.CostEstimate:
@@ -159,7 +163,7 @@ def _kernel(static: _Static, *refs: Any) -> None:
     take = lambda present=True: next(refs) if present else None
     logits, bias, valid = take(), take(static.has_bias), take(static.has_valid)
     experts, gates, counts, positions, scores = take(), take(), take(), take(), take(static.settings.return_scores)
-    carry, count_row, bias_column, ids = take(), take(), take(static.has_bias), take(static.two_passes)
+    carry, count_row, bias_column, ids = take(), take(), take(static.has_bias), take()
     phase, i = pl.program_id(0), pl.program_id(1)
 
     @pl.when((phase == 0) & (i == 0))
@@ -170,10 +174,12 @@ def _kernel(static: _Static, *refs: Any) -> None:
             bias_column[...] = _as_column(bias[...], static.strip)
 
     def for_each_strip(body: Any) -> None:
-        def step(s: Array, nothing: None) -> None:
-            body(i * (static.block // static.strip) + s, pl.ds(pl.multiple_of(s * static.strip, static.strip), static.strip))
+        strips = static.block // static.strip
 
-        jax.lax.fori_loop(0, static.block // static.strip, step, None)
+        def step(s: Array, _: None) -> None:
+            body(i * strips + s, pl.ds(pl.multiple_of(s * static.strip, static.strip), static.strip))
+
+        jax.lax.fori_loop(0, strips, step, None)
 
     @pl.when(phase == 0)
     def _():
@@ -185,15 +191,17 @@ def _kernel(static: _Static, *refs: Any) -> None:
             if valid is not None:
                 live_1W &= valid[:, lanes] != 0
             key_EW = scores_EW if bias is None else scores_EW + bias_column[...]
-            taken_EW = _select(static, key_EW, scores_EW, live_1W, experts, gates, lanes)
+            at = number if static.two_passes else 0
+            taken_EW = _select(static, key_EW, scores_EW, live_1W, ids.at[at], gates.at[:, lanes])
+            experts[:, lanes] = ids[at].astype(jnp.int32)
             count_row[...] += _row_counts(taken_EW)
             if static.two_passes:
-                ids[number] = experts[:, lanes]
-                for_each_k(static, lambda k: _add(carry, k, _ones_times(_hits(ids[number, pl.ds(k, 1)], static.E))))
-            else:
-                earlier_EW = carry[0] + _earlier(taken_EW)
-                carry[0] += _ones_times(taken_EW)
-                for_each_k(static, lambda k: _place(positions, experts, k, lanes, earlier_EW))
+                _for_each_k(static, lambda k, _: _add(carry, k, _ones_times(_hits(_row(ids.at[at], k), static.E))))
+                return
+            earlier_EW = carry[0] + _earlier(taken_EW)
+            carry[0] += _ones_times(taken_EW)
+            _for_each_k(static, lambda k, _: _place(ids.at[0], k, earlier_EW))
+            positions[:, lanes] = ids[0].astype(jnp.int32)
 
         for_each_strip(strip)
 
@@ -212,25 +220,24 @@ def _kernel(static: _Static, *refs: Any) -> None:
     @pl.when(phase == 1)
     def _():
         def strip(number: Array, lanes: Any) -> None:
-            def place(k: Array) -> None:
-                expert_1W = ids[number, pl.ds(k, 1)]
-                hit_EW = _hits(expert_1W, static.E)
-                position_1W = _sum_where(hit_EW, carry[k] + _earlier(hit_EW))
-                positions[pl.ds(k, 1), lanes] = position_1W.astype(jnp.int32)
+            def place(k: Any, _: None) -> None:
+                hit_EW = _hits(_row(ids.at[number], k), static.E)
+                _place(ids.at[number], k, carry[k] + _earlier(hit_EW))
                 _add(carry, k, _ones_times(hit_EW))
 
-            for_each_k(static, place)
+            _for_each_k(static, place)
+            positions[:, lanes] = ids[number].astype(jnp.int32)
 
         for_each_strip(strip)
 
 
-def for_each_k(static: _Static, body: Any) -> None:
-    """Unrolled for the usual few experts per token."""
-    if static.settings.k <= 8:
-        for k in range(static.settings.k):
-            body(k)
-    else:
-        jax.lax.fori_loop(0, static.settings.k, lambda k, nothing: body(k), None)
+def _for_each_k(static: _Static, body: Any, carry: Any = None) -> Any:
+    """carry = body(k, carry) for every k; unrolled for the usual few experts per token."""
+    if static.settings.k > 8:
+        return jax.lax.fori_loop(0, static.settings.k, body, carry)
+    for k in range(static.settings.k):
+        carry = body(k, carry)
+    return carry
 
 
 def _scores(logits_EW: Array, score_function: scoring.ScoreFunction) -> Array:
@@ -240,43 +247,54 @@ def _scores(logits_EW: Array, score_function: scoring.ScoreFunction) -> Array:
     return exp_EW / jnp.sum(exp_EW, axis=0, keepdims=True)
 
 
-def _select(static: _Static, key_EW, scores_EW, live_1W, experts, gates, lanes) -> Array:
-    """Writes the ids and gates of a strip; returns which experts its live tokens take."""
+def _select(static: _Static, key_EW: Array, scores_EW: Array, live_1W: Array, ids: Any, gates: Any) -> Array:
+    """Writes the ids and gates (K, W) of a strip; returns which experts its live tokens take."""
     settings, E = static.settings, static.E
     least = jnp.finfo(jnp.float32).min
     key_EW = jnp.where(jnp.isnan(key_EW), least, jnp.maximum(key_EW, least))
-    expert_EW = jax.lax.broadcasted_iota(jnp.int32, key_EW.shape, 0)
+    expert_EW = _expert_iota(key_EW.shape)
 
     def choose(k: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         key_EW, total_1W = carry
         best_1W = jnp.max(key_EW, axis=0, keepdims=True)
-        chosen_1W = jnp.min(jnp.where(key_EW == best_1W, expert_EW, E), axis=0, keepdims=True)
+        chosen_1W = jnp.min(jnp.where(key_EW == best_1W, expert_EW, float(E)), axis=0, keepdims=True)
         hit_EW = expert_EW == chosen_1W
-        gate_1W = _sum_where(hit_EW, scores_EW)
-        experts[pl.ds(k, 1), lanes] = jnp.where(live_1W, chosen_1W, E)
-        gates[pl.ds(k, 1), lanes] = gate_1W
+        if static.has_bias:
+            gate_1W = _sum_where(hit_EW, scores_EW)
+        else:  # the key is the score, which is never negative
+            gate_1W = jnp.where(best_1W == least, jnp.nan, best_1W)
+        _put_row(ids, k, jnp.where(live_1W, chosen_1W, float(E)))
+        _put_row(gates, k, gate_1W)
         return jnp.where(hit_EW, -jnp.inf, key_EW), total_1W + gate_1W
 
-    carry = key_EW, jnp.zeros_like(key_EW[:1])
-    if settings.k <= 8:
-        for k in range(settings.k):
-            carry = choose(k, carry)
-    else:
-        carry = jax.lax.fori_loop(0, settings.k, choose, carry)
-    key_EW, total_1W = carry
-    gates_KW = gates[:, lanes]
+    key_EW, total_1W = _for_each_k(static, choose, (key_EW, jnp.zeros_like(key_EW[:1])))
+    gates_KW = gates[...]
     if settings.renormalize:
         gates_KW = gates_KW / (total_1W + scoring.EPSILON)
-    gates[:, lanes] = jnp.where(live_1W, gates_KW * settings.scale, 0.0)
+    gates[...] = jnp.where(live_1W, gates_KW * settings.scale, 0.0)
     return (key_EW == -jnp.inf) & live_1W
 
 
-def _place(positions, experts, k, lanes, earlier_EW) -> None:
-    hit_EW = _hits(experts[pl.ds(k, 1), lanes], earlier_EW.shape[0])
-    positions[pl.ds(k, 1), lanes] = _sum_where(hit_EW, earlier_EW).astype(jnp.int32)
+def _place(ids: Any, k: Any, earlier_EW: Array) -> None:
+    """Puts the position of choice k in the place of its id."""
+    _put_row(ids, k, _sum_where(_hits(_row(ids, k), earlier_EW.shape[0]), earlier_EW))
 
 
-def _add(carry, k, value_EW) -> None:
+def _row(rows: Any, k: Any) -> Array:
+    """Row k. A traced k may lie anywhere within a sublane tile, which only a mask can address."""
+    if isinstance(k, int):
+        return rows[k : k + 1]
+    return _sum_where(jax.lax.broadcasted_iota(jnp.int32, rows.shape, 0) == k, rows[...])
+
+
+def _put_row(rows: Any, k: Any, row_1W: Array) -> None:
+    if isinstance(k, int):
+        rows[k : k + 1] = row_1W
+    else:
+        rows[...] = jnp.where(jax.lax.broadcasted_iota(jnp.int32, rows.shape, 0) == k, row_1W, rows[...])
+
+
+def _add(carry: Any, k: Any, value_EW: Array) -> None:
     carry[k] += value_EW
 
 
@@ -284,8 +302,12 @@ def _lane_iota(width: int) -> Array:
     return jax.lax.broadcasted_iota(jnp.int32, (1, width), 1)
 
 
+def _expert_iota(shape: tuple[int, int]) -> Array:
+    return jax.lax.broadcasted_iota(jnp.int32, shape, 0).astype(jnp.float32)
+
+
 def _hits(expert_1W: Array, E: int) -> Array:
-    return jax.lax.broadcasted_iota(jnp.int32, (E, expert_1W.shape[1]), 0) == expert_1W
+    return _expert_iota((E, expert_1W.shape[1])) == expert_1W
 
 
 def _sum_where(hit_EW: Array, value_EW: Array) -> Array:
