@@ -68,7 +68,8 @@ def route_top_k(
         then all second ones, as capacity limits give places (GShard).
       return_scores: also return the scores of all experts.
       implementation: "reference", "xla", "pallas_tpu" (one launch), "pallas_tpu_interpret" (the same kernel, slowly, on
-        any platform: for tests), or None to choose by platform: "pallas_tpu" on TPU where its limits allow, else "xla".
+        any platform: for tests), or None: "pallas_tpu" on TPU, inside a shard_map over all mesh axes, within the kernel's
+        limits; else "xla". (XLA cannot partition a kernel, and outside of shard_map it may have to.)
 
     Ties go to the lower id. A NaN score is chosen last and never twice; its gate is NaN. A biased score of -inf counts
     as the least finite number.
@@ -94,7 +95,9 @@ def route_top_k(
     operands = _varying.same_varying(logits_TE, bias_E, valid_T)
     if implementation == "reference":
         return TopKRoutes(*reference.route(*operands, settings=settings))
-    return TopKRoutes(*_route(settings, implementation or ("xla" if refusal else None), *operands))
+    if implementation is None and (refusal or not _inside_shard_map()):
+        implementation = "xla"
+    return TopKRoutes(*_route(settings, implementation, *operands))
 
 
 def expert_positions(
@@ -121,6 +124,11 @@ def expert_positions(
     _check_choice("priority", priority, scoring.PRIORITIES)
     implementation = _choose.check_implementation(op, implementation, shapes, tuple(_POSITIONS)) or "xla"
     return _POSITIONS[implementation](experts_TK, num_experts=num_experts, priority=priority)
+
+
+def _inside_shard_map() -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and set(mesh.manual_axes) == set(mesh.axis_names)
 
 
 def _check(logits_TE: Array, k: int, bias_E: Array | None, valid_T: Array | None, shapes: str) -> None:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels.route_top_k import scoring
+from pallas_kernels.route_top_k import reference, scoring
 
 #: Choices per block: within one every pair is compared, across blocks counts are summed. Up to 32, and over the middle
 #: dim, XLA's CPU compiler makes vector code of both (jaxlib 0.10.2 and 0.12): ten times faster than at 64.
@@ -29,6 +29,8 @@ def route(logits_TE: Array, bias_E: Array | None, valid_T: Array | None, *, sett
 def positions(experts_TK: Array, *, num_experts: int, priority: scoring.Priority) -> tuple[Array, Array]:
     """(choices per expert, earlier choices of the same expert)."""
     (T, K), E = experts_TK.shape, num_experts
+    if experts_TK.size == 0:
+        return reference.positions(experts_TK, num_experts=E, priority=priority)
     ids_N = (experts_TK.T if priority == "choice" else experts_TK).reshape(-1).astype(jnp.int32)
     ids_Bb = jnp.pad(ids_N, (0, -ids_N.size % _BLOCK), constant_values=E).reshape(-1, _BLOCK)
     is_earlier_bb = jnp.arange(_BLOCK)[:, None] < jnp.arange(_BLOCK)

@@ -253,16 +253,16 @@ def test_shard_map(implementation, check_vma):
 
 
 @functools.cache
-def tpu_mesh(topology):
+def tpu_mesh(topology, devices=1):
     pytest.importorskip("libtpu")
     from jax.experimental import topologies
 
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    return Mesh(np.array(devices[:2]), ("data",))
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    return Mesh(np.array(topology.devices[:devices]), ("data",))
 
 
-def compiled(topology, function, *args, spec=P()):
-    sharding = NamedSharding(tpu_mesh(topology), spec)
+def compiled(mesh, function, *args, spec=P()):
+    sharding = NamedSharding(mesh, spec)
     jitted = jax.jit(function, in_shardings=jax.tree.map(lambda _: sharding, args))
     return jitted.lower(*args).compile().as_text()
 
@@ -285,29 +285,31 @@ def test_compiles_for_tpu(topology, shape, dtype, settings, extras):
     route = lambda logits, bias, valid: route_top_k(
         logits, k, selection_bias_E=bias, valid_T=valid, implementation="pallas_tpu", **settings
     )
-    assert "tpu_custom_call" in compiled(topology, route, jax.ShapeDtypeStruct((T, E), dtype), bias, valid)
+    assert "tpu_custom_call" in compiled(tpu_mesh(topology), route, jax.ShapeDtypeStruct((T, E), dtype), bias, valid)
 
 
-def test_none_chooses_the_kernel_on_tpu_and_it_stands_alone():
+def test_the_kernel_stands_alone():
     """One launch between the router's matmul and whatever comes next: no copy, no sort, no scatter."""
     arrays = jax.ShapeDtypeStruct((1024, 256), jnp.bfloat16), jax.ShapeDtypeStruct((256, 64), jnp.bfloat16)
 
     def route(x, w):
-        routes = route_top_k((x @ w).astype(jnp.float32), 8)
+        routes = route_top_k((x @ w).astype(jnp.float32), 8, implementation="pallas_tpu")
         return routes.experts.T, routes.gates.T, routes.positions.T, routes.counts
 
-    text = compiled("v5e:2x2", route, *arrays)
+    text = compiled(tpu_mesh("v5e:2x2"), route, *arrays)
     entry = text[text.index("\nENTRY") :]
     assert entry.count("tpu_custom_call") == 1
     assert not any(f" {op}(" in entry for op in ("copy", "transpose", "sort", "scatter", "reduce"))
 
 
-def test_compiles_for_tpu_inside_shard_map():
-    mesh = tpu_mesh("v5e:2x2")
-    route = lambda logits: route_top_k(logits, 2, implementation="pallas_tpu")
-    specs = {"in_specs": P("data"), "out_specs": P("data"), "check_vma": True}
-    text = compiled("v5e:2x2", jax.shard_map(route, mesh=mesh, **specs), draw(1, 256, 8), spec=P("data"))
-    assert "tpu_custom_call" in text
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_none_chooses_the_kernel_where_nothing_is_partitioned(check_vma):
+    """XLA cannot partition a kernel: outside shard_map, on a mesh of several devices, it would refuse to compile."""
+    mesh, logits = tpu_mesh("v5e:2x2", devices=2), draw(1, 256, 8)
+    route = lambda logits: route_top_k(logits, 2)
+    local = jax.shard_map(route, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=check_vma)
+    assert "tpu_custom_call" in compiled(mesh, local, logits, spec=P("data"))
+    assert "tpu_custom_call" not in compiled(mesh, route, logits, spec=P("data"))
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -316,7 +318,7 @@ def test_compiles_for_tpu_inside_shard_map():
 def test_errors_name_what_was_given():
     logits = draw(1, 4, 6)
     with pytest.raises(
-        ValueError, match=r"k must lie in \[1, E\] = \[1, 6\], got 7. Given: logits float32\[4,6\], k 7"
+        ValueError, match=r"k must lie in \[1, E\] = \[1, 6\], got 7. Given: logits float32\[4, 6\], k 7"
     ):
         route_top_k(logits, 7)
     with pytest.raises(ValueError, match=r"score_function must be one of softmax, sigmoid, got 'relu'"):
