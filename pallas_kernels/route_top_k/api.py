@@ -4,6 +4,7 @@ Dims: T tokens, E experts, K experts per token.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from pallas_kernels.route_top_k.scoring import Priority, ScoreFunction, Settings
 _OP = "route_top_k"
 _ROUTE = {"xla": xla.route, "pallas_tpu": pallas_tpu.route, "pallas_tpu_interpret": pallas_tpu.route_interpreted}
 _POSITIONS = {"reference": reference.positions, "xla": xla.positions}
+_ROWS = {"reference": reference.rows, "xla": xla.rows}
 _AVAILABLE = ("reference", *_ROUTE)
 
 
@@ -68,8 +70,8 @@ def route_top_k(
         then all second ones, as capacity limits give places (GShard).
       return_scores: also return the scores of all experts.
       implementation: "reference", "xla", "pallas_tpu" (one launch), "pallas_tpu_interpret" (the same kernel, slowly, on
-        any platform: for tests), or None: "pallas_tpu" on TPU, inside a shard_map over all mesh axes, within the kernel's
-        limits; else "xla". (XLA cannot partition a kernel, and outside of shard_map it may have to.)
+        any platform: for tests), or None: "pallas_tpu" on TPU, inside a shard_map over all mesh axes, where the
+        kernel's limits allow it; else "xla". (XLA cannot partition a kernel, and outside shard_map it may have to.)
 
     Ties go to the lower id. A NaN score is chosen last and never twice; its gate is NaN. A biased score of -inf counts
     as the least finite number.
@@ -85,8 +87,8 @@ def route_top_k(
     valid_T = None if valid_T is None else jnp.asarray(valid_T)
     shapes = _checks.describe(logits=logits_TE, selection_bias=bias_E, valid=valid_T) + f", k {k}"
     _check(logits_TE, k, bias_E, valid_T, shapes)
-    _check_choice("score_function", score_function, scoring.SCORE_FUNCTIONS)
-    _check_choice("priority", priority, scoring.PRIORITIES)
+    _check_choice(_OP, "score_function", score_function, scoring.SCORE_FUNCTIONS)
+    _check_choice(_OP, "priority", priority, scoring.PRIORITIES)
     implementation = _choose.check_implementation(_OP, implementation, shapes, _AVAILABLE)
     settings = Settings(k, score_function, renormalize, float(scale), priority, return_scores)
     refusal = pallas_tpu.refusal(logits_TE.shape, logits_TE.dtype, settings)
@@ -109,21 +111,37 @@ def expert_positions(
     and have position 0. A token may name an expert more than once.
 
     Args:
-      experts_TK: ids from 0 to num_experts.
+      experts_TK: ids from 0 to num_experts, integers.
       num_experts: E.
       priority: as in route_top_k; with "token" the choices of one token come in the order of k.
       implementation: "reference", "xla", or None: "xla".
 
     Raises ValueError, TypeError for arguments that don't fit.
     """
-    op = "expert_positions"
+    _check_choice("expert_positions", "priority", priority, scoring.PRIORITIES)
+    run = _for_ids("expert_positions", _POSITIONS, experts_TK, implementation)
+    return run(num_experts=num_experts, priority=priority)
+
+
+def expert_rows(
+    experts_TK: Int[Array, "T K"], num_experts: int, *, implementation: str | None = None
+) -> tuple[Int[Array, " E"], Int[Array, "T K"]]:
+    """(choices per expert, row of each choice when all are sorted by expert), without sorting.
+
+    The sort is stable, choices in the order of t, then k; num_experts means no expert and gives row T * K. Arguments
+    and errors as in expert_positions.
+    """
+    return _for_ids("expert_rows", _ROWS, experts_TK, implementation)(num_experts=num_experts)
+
+
+def _for_ids(op: str, table: dict, experts_TK: Array, implementation: str | None) -> Callable:
+    """The implementation, given the checked ids."""
     experts_TK = jnp.asarray(experts_TK)
     shapes = _checks.describe(experts=experts_TK)
     _checks.check_rank(op, "experts", experts_TK, "T K")
     _checks.check_integer(op, "experts", experts_TK, shapes)
-    _check_choice("priority", priority, scoring.PRIORITIES)
-    implementation = _choose.check_implementation(op, implementation, shapes, tuple(_POSITIONS)) or "xla"
-    return _POSITIONS[implementation](experts_TK, num_experts=num_experts, priority=priority)
+    implementation = _choose.check_implementation(op, implementation, shapes, tuple(table)) or "xla"
+    return functools.partial(table[implementation], experts_TK)
 
 
 def _inside_shard_map() -> bool:
@@ -146,9 +164,9 @@ def _check(logits_TE: Array, k: int, bias_E: Array | None, valid_T: Array | None
             raise TypeError(f"{_OP}: valid must be a bool array, got {valid_T.dtype}. Given: {shapes}")
 
 
-def _check_choice(name: str, given: str, known: tuple[str, ...]) -> None:
+def _check_choice(op: str, name: str, given: str, known: tuple[str, ...]) -> None:
     if given not in known:
-        raise ValueError(f"{_OP}: {name} must be one of {', '.join(known)}, got {given!r}")
+        raise ValueError(f"{op}: {name} must be one of {', '.join(known)}, got {given!r}")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -30,3 +30,10 @@ def positions(experts_TK: Array, *, num_experts: int, priority: scoring.Priority
     earlier_N = ((jnp.cumsum(onehot_NE, axis=0, dtype=jnp.int32) - onehot_NE) * onehot_NE).sum(1, dtype=jnp.int32)
     positions_TK = earlier_N.reshape(K, T).T if priority == "choice" else earlier_N.reshape(T, K)
     return onehot_NE.sum(0, dtype=jnp.int32), positions_TK
+
+
+def rows(experts_TK: Array, *, num_experts: int) -> tuple[Array, Array]:
+    """(choices per expert, rank of each choice when sorted by expert)."""
+    counts_E, positions_TK = positions(experts_TK, num_experts=num_experts, priority="token")
+    starts_E = jnp.append(jnp.cumsum(counts_E, dtype=jnp.int32) - counts_E, experts_TK.size)
+    return counts_E, starts_E[experts_TK] + positions_TK

@@ -1,6 +1,7 @@
 """route_top_k and expert_positions against a loop over tokens, in values and gradients."""
 
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import expert_positions, route_top_k
+from pallas_kernels import expert_positions, expert_rows, route_top_k
 from pallas_kernels.route_top_k import pallas_tpu, scoring
 
 FAST = ["reference", "xla"]
@@ -57,6 +58,23 @@ def check_routes(got, expected, rtol=1e-5):
             np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-7, err_msg=name)
         else:
             np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+@functools.cache
+def tpu_mesh(topology, devices=1):
+    pytest.importorskip("libtpu")
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    return Mesh(np.array(topology.devices[:devices]), ("data",))
+
+
+def compiled(mesh, function, *args, spec=P()):
+    sharding = NamedSharding(mesh, spec)
+    jitted = jax.jit(function, in_shardings=jax.tree.map(lambda _: sharding, args))
+    # the cache could not load it again: there is no such device
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
+        return jitted.lower(*args).compile().as_text()
 
 
 # (T, E, k): E beside a lane and a sublane tile, k = 1, k = E, one token, one expert, T beside a block
@@ -215,13 +233,30 @@ def test_positions_of_given_ids(implementation, priority, T, K, E):
     assert counts.dtype == positions.dtype == np.int32
 
 
-def test_positions_make_rows():
-    """offset of the expert + position is a one-to-one map to rows sorted by expert."""
+@pytest.mark.parametrize("implementation", FAST)
+@pytest.mark.parametrize(("T", "K", "E"), [(40, 3, 4), (1, 1, 1), (65, 1, 300), (0, 2, 3)])
+def test_rows_are_a_stable_sort(implementation, T, K, E):
+    experts = np.random.default_rng(T).integers(0, E + 1, (T, K)).astype(np.int32)
+    counts, rows = expert_rows(experts, E, implementation=implementation)
+    order = np.argsort(experts.reshape(-1), kind="stable")
+    expected = np.empty(T * K, int)
+    expected[order] = np.arange(T * K)
+    np.testing.assert_array_equal(rows, np.where(experts < E, expected.reshape(T, K), T * K))
+    np.testing.assert_array_equal(counts, np.bincount(experts.reshape(-1), minlength=E + 1)[:E])
+
+
+def test_positions_make_the_same_rows():
     routes = route_top_k(draw(1, 100, 8), 3, valid_T=np.arange(100) % 5 != 0)
-    counts = np.asarray(routes.counts)
-    offsets = np.append(np.cumsum(counts) - counts, 0)
-    rows = (offsets[routes.experts] + routes.positions)[np.asarray(routes.experts) < 8]
-    np.testing.assert_array_equal(np.sort(rows), np.arange(240))
+    counts, rows = expert_rows(routes.experts, 8)
+    starts = np.append(np.cumsum(counts) - counts, 300)
+    np.testing.assert_array_equal(starts[routes.experts] + routes.positions, rows)
+
+
+def test_the_tpu_looks_nothing_up():
+    """No gather, sort or scatter on a TPU, where they are slow, also without the kernel."""
+    ids = jax.ShapeDtypeStruct((64, 2), jnp.int32)
+    text = compiled(tpu_mesh("v5e:2x2"), lambda ids: expert_rows(ids, 16), ids)
+    assert not any(f" {op}(" in text for op in ("gather", "sort", "scatter"))
 
 
 @pytest.mark.parametrize("implementation", ["xla", "pallas_tpu_interpret", None])
@@ -250,21 +285,6 @@ def test_shard_map(implementation, check_vma):
 
 
 # --- ahead of time, for a TPU ---------------------------------------------------------------------------------------
-
-
-@functools.cache
-def tpu_mesh(topology, devices=1):
-    pytest.importorskip("libtpu")
-    from jax.experimental import topologies
-
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    return Mesh(np.array(topology.devices[:devices]), ("data",))
-
-
-def compiled(mesh, function, *args, spec=P()):
-    sharding = NamedSharding(mesh, spec)
-    jitted = jax.jit(function, in_shardings=jax.tree.map(lambda _: sharding, args))
-    return jitted.lower(*args).compile().as_text()
 
 
 AOT = [
