@@ -3,7 +3,6 @@
 import dataclasses
 
 DMA_LATENCY_S = 0.6e-6
-DMA_GRANULE_BYTES = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +20,7 @@ class Generation:
     mxu_width: int
     mxu_cycles: int
     delay_slots: int
+    dma_granule_bytes: int = 32
 
     @property
     def flops_per_issue(self) -> int:
@@ -34,7 +34,7 @@ class Generation:
 
 
 GENERATIONS = {
-    "v4": Generation("v4:2x2x1", 2, 275e12 / 2, 1.23e12 / 2, 4, 128, 16, 4),
+    "v4": Generation("v4:2x2x1", 2, 275e12 / 2, 1.23e12 / 2, 4, 128, 16, 4, dma_granule_bytes=512),
     "v5e": Generation("v5e:2x2", 1, 197e12, 8.2e11, 4, 128, 16, 4),
     "v5p": Generation("v5p:2x2x1", 2, 459e12 / 2, 2.46e12 / 2, 4, 128, 16, 4),
     "v6e": Generation("v6e:2x2", 1, 918e12, 1.64e12, 2, 256, 8, 4),

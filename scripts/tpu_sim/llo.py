@@ -5,7 +5,7 @@ import re
 
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|\d+)\s+(?:[A-Z]{2}\s*)?:(?:\s*>)*\s*\{", re.M)
 _COMMENT = re.compile(r"/\*(.*?)\*/", re.S)
-_REGION = re.compile(r"Start region (\d+)|Start/End empty region (\d+)")
+_REGION = re.compile(r"Start region (\d+)|Start/End empty region (\d+)|End region (\d+)")
 _DMA_SIZE = re.compile(r"/\*size_in_granules=\*/([^,]+),")
 _DMA_KIND = re.compile(r"/\* (\w+-to-\w+) \*/")
 _CORE_ID = re.compile(r"sld \[smem:\[(#allocation\d+)\]\]\s*/\* (?:megacore )?core id")
@@ -43,16 +43,23 @@ def core_id_allocation(text: str) -> str | None:
 
 
 def parse(text: str) -> tuple[list[Bundle], dict[int, int]]:
-    """(bundles, first bundle of each region)."""
+    """(bundles, first bundle of each region).
+
+    An empty region may go unmarked. The one that is skipped to when a condition fails has the number after that of the
+    body, and lies where the body ends.
+    """
     starts = [m.start() for m in _BUNDLE.finditer(text)] + [len(text)]
-    bundles, region_start = [], {}
+    bundles, region_start, after_region = [], {}, {}
     for i, (begin, end) in enumerate(zip(starts, starts[1:])):
         chunk = text[begin:end]
         for comment in _COMMENT.findall(chunk):
-            for opened, empty in _REGION.findall(comment):
-                region_start[int(opened or empty)] = i
+            for opened, empty, closed in _REGION.findall(comment):
+                if closed:
+                    after_region[int(closed)] = i + 1
+                else:
+                    region_start[int(opened or empty)] = i
         bundles.append(_bundle(chunk))
-    return bundles, region_start
+    return bundles, {region + 1: at for region, at in after_region.items()} | region_start
 
 
 def _bundle(chunk: str) -> Bundle:

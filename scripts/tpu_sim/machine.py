@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tpu_sim.generations import DMA_GRANULE_BYTES, DMA_LATENCY_S, Generation
+from tpu_sim.generations import DMA_LATENCY_S, Generation
 from tpu_sim.program import Program
 from tpu_sim.scalar import ADDRESS, OPERAND_BASE, OPERAND_BITS
 
@@ -25,6 +25,7 @@ class Machine:
         self._written: dict[str, int] = {}
         self._writes = 0
         self.bytes_per_cycle = generation.hbm_bytes_per_s / generation.clock_hz
+        self._granule_bytes = generation.dma_granule_bytes
         self.dma_latency = DMA_LATENCY_S * generation.clock_hz
         self.cycles = 0.0
         self.hbm_free, self.last_write = 0.0, 0.0
@@ -59,7 +60,7 @@ class Machine:
         if granules is None:
             self.unknown_decisions += 1
             return
-        size = granules * DMA_GRANULE_BYTES
+        size = granules * self._granule_bytes
         if kind.endswith("to_smem"):
             self._load_table(source, target)
             landed = self.cycles + self.dma_latency
