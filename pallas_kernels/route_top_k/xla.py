@@ -1,7 +1,9 @@
 """Vectorised jnp: XLA's top-k, and positions from counts per block of choices. No sort of the choices, no scatter.
 
-Dims as in api.py; N = T * K choices in order of priority, as B blocks of b.
+Dims as in api.py; B blocks of b choices, in order of priority.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,8 @@ from pallas_kernels.route_top_k import scoring
 #: Choices per block: within one every pair is compared, across blocks counts are summed. Up to 32, and over the middle
 #: dim, XLA's CPU compiler makes vector code of both (jaxlib 0.10.2 and 0.12): ten times faster than at 64.
 _BLOCK = 32
+#: On a TPU: rows per block, as wide as its smallest matrix unit.
+_MATMUL_BLOCK = 128
 
 
 def route(logits_TE: Array, bias_E: Array | None, valid_T: Array | None, *, settings: scoring.Settings) -> tuple:
@@ -43,27 +47,48 @@ def _ranks(experts_TK: Array, E: int, priority: scoring.Priority, from_expert_st
     T, K = experts_TK.shape
     if experts_TK.size == 0:
         return jnp.zeros(E, jnp.int32), jnp.zeros((T, K), jnp.int32)
-    ids_N = (experts_TK.T if priority == "choice" else experts_TK).reshape(-1).astype(jnp.int32)
-    ids_Bb = jnp.pad(ids_N, (0, -ids_N.size % _BLOCK), constant_values=E).reshape(-1, _BLOCK)
-    is_earlier_bb = jnp.arange(_BLOCK)[:, None] < jnp.arange(_BLOCK)
-    same_Bbb = (ids_Bb[:, :, None] == ids_Bb[:, None, :]) & is_earlier_bb
-    counts_BE = (ids_Bb[:, :, None] == jnp.arange(E, dtype=jnp.int32)).sum(1, dtype=jnp.int32)
+    # X rows of J choices, earlier ones first
+    experts_XJ = (experts_TK.T.reshape(-1, 1) if priority == "choice" else experts_TK).astype(jnp.int32)
+    by_pairs, by_matmul = (functools.partial(f, E=E, start=from_expert_start) for f in (_by_pairs, _by_matmul))
+    counts_E, ranks_XJ = jax.lax.platform_dependent(experts_XJ, tpu=by_matmul, default=by_pairs)
+    return counts_E, ranks_XJ.reshape(K, T).T if priority == "choice" else ranks_XJ
+
+
+def _blocks(rows: Array, size: int, fill: int) -> Array:
+    padding = ((0, -rows.shape[0] % size), *[(0, 0)] * (rows.ndim - 1))
+    return jnp.pad(rows, padding, constant_values=fill).reshape(-1, size, *rows.shape[1:])
+
+
+def _starts(counts_BE: Array, from_expert_start: bool) -> tuple[Array, Array]:
+    """(counts of all blocks, rank of each block's first choice of each expert)."""
     ends_BE = jnp.cumsum(counts_BE, axis=0, dtype=jnp.int32)
     counts_E = ends_BE[-1]  # summing counts_BE once more would make XLA count once more
     starts_BE = ends_BE - counts_BE
-    if from_expert_start:
-        starts_BE = starts_BE + (jnp.cumsum(counts_E, dtype=jnp.int32) - counts_E)
-    ranks_Bb = same_Bbb.sum(1, dtype=jnp.int32) + _look_up(starts_BE, ids_Bb)
-    ranks_N = ranks_Bb.reshape(-1)[: T * K]
-    return counts_E, ranks_N.reshape(K, T).T if priority == "choice" else ranks_N.reshape(T, K)
+    return counts_E, starts_BE + (jnp.cumsum(counts_E, dtype=jnp.int32) - counts_E) if from_expert_start else starts_BE
 
 
-def _look_up(values_BE: Array, ids_Bb: Array) -> Array:
-    """values[b, id], anything where the id is E. Indexing is fast on CPUs and slow on TPUs."""
-    index = lambda values_BE, ids_Bb: jnp.take_along_axis(values_BE, ids_Bb, axis=1, mode="clip")
+def _by_pairs(experts_XJ: Array, *, E: int, start: bool) -> tuple[Array, Array]:
+    """Within a block all pairs of choices are compared."""
+    ids_Bb = _blocks(experts_XJ.reshape(-1), _BLOCK, fill=E)
+    is_earlier_bb = jnp.arange(_BLOCK)[:, None] < jnp.arange(_BLOCK)
+    same_Bbb = (ids_Bb[:, :, None] == ids_Bb[:, None, :]) & is_earlier_bb
+    counts_BE = (ids_Bb[:, :, None] == jnp.arange(E, dtype=jnp.int32)).sum(1, dtype=jnp.int32)
+    counts_E, starts_BE = _starts(counts_BE, start)
+    ranks_Bb = same_Bbb.sum(1, dtype=jnp.int32) + jnp.take_along_axis(starts_BE, ids_Bb, axis=1, mode="clip")
+    return counts_E, ranks_Bb.reshape(-1)[: experts_XJ.size].reshape(experts_XJ.shape)
 
-    def compare(values_BE: Array, ids_Bb: Array) -> Array:
-        hit_BbE = ids_Bb[..., None] == jnp.arange(values_BE.shape[1], dtype=jnp.int32)
-        return jnp.where(hit_BbE, values_BE[:, None, :], 0).sum(2, dtype=jnp.int32)
 
-    return jax.lax.platform_dependent(values_BE, ids_Bb, tpu=compare, default=index)
+def _by_matmul(experts_XJ: Array, *, E: int, start: bool) -> tuple[Array, Array]:
+    """For TPUs, where indexing is slow and a product is not: one-hot rows times a triangle, exact in float32."""
+    hit_XJE = experts_XJ[..., None] == jnp.arange(E, dtype=jnp.int32)
+    hits_BbE = _blocks(hit_XJE.sum(1, dtype=jnp.bfloat16), _MATMUL_BLOCK, fill=0)
+    is_earlier_bb = jnp.arange(_MATMUL_BLOCK)[:, None] > jnp.arange(_MATMUL_BLOCK)
+    earlier_BbE = jnp.einsum(
+        "ij,bje->bie", is_earlier_bb.astype(jnp.bfloat16), hits_BbE, preferred_element_type=jnp.float32
+    ).astype(jnp.int32)
+    counts_E, starts_BE = _starts(hits_BbE.sum(1, dtype=jnp.float32).astype(jnp.int32), start)
+    earlier_XE = (earlier_BbE + starts_BE[:, None]).reshape(-1, E)[: experts_XJ.shape[0]]
+    ranks_XJ = jnp.where(hit_XJE, earlier_XE[:, None], 0).sum(2, dtype=jnp.int32)
+    same_XJJ = experts_XJ[:, :, None] == experts_XJ[:, None, :]
+    is_earlier_JJ = jnp.arange(experts_XJ.shape[1])[:, None] > jnp.arange(experts_XJ.shape[1])
+    return counts_E, ranks_XJ + (same_XJJ & is_earlier_JJ).sum(2, dtype=jnp.int32)

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import expert_positions, expert_rows, route_top_k
-from pallas_kernels.route_top_k import pallas_tpu, scoring
+from pallas_kernels.route_top_k import pallas_tpu, scoring, xla
 
 FAST = ["reference", "xla"]
 
@@ -243,6 +243,17 @@ def test_rows_are_a_stable_sort(implementation, T, K, E):
     expected[order] = np.arange(T * K)
     np.testing.assert_array_equal(rows, np.where(experts < E, expected.reshape(T, K), T * K))
     np.testing.assert_array_equal(counts, np.bincount(experts.reshape(-1), minlength=E + 1)[:E])
+
+
+@pytest.mark.parametrize("start", [False, True])
+@pytest.mark.parametrize(("T", "K", "E"), [(300, 3, 4), (1, 1, 1), (65, 1, 300)])
+def test_the_way_of_tpus_ranks_alike(T, K, E, start):
+    """Run on a CPU; for real experts only."""
+    experts = jnp.asarray(np.random.default_rng(T).integers(0, E + 1, (T, K)), jnp.int32)
+    counts, ranks = xla._by_matmul(experts, E=E, start=start)
+    expected_counts, expected_ranks = xla._by_pairs(experts, E=E, start=start)
+    np.testing.assert_array_equal(counts, expected_counts)
+    np.testing.assert_array_equal(np.where(experts < E, ranks, 0), np.where(experts < E, expected_ranks, 0))
 
 
 def test_positions_make_the_same_rows():
