@@ -89,7 +89,8 @@ def route_top_k(
     _check(logits_TE, k, bias_E, valid_T, shapes)
     _check_choice(_OP, "score_function", score_function, scoring.SCORE_FUNCTIONS)
     _check_choice(_OP, "priority", priority, scoring.PRIORITIES)
-    implementation = _choose.check_implementation(_OP, implementation, shapes, _AVAILABLE)
+    if implementation is not None:
+        _choose.check_implementation(_OP, implementation, shapes, _AVAILABLE)
     settings = Settings(k, score_function, renormalize, float(scale), priority, return_scores)
     refusal = pallas_tpu.refusal(logits_TE.shape, logits_TE.dtype, settings)
     if implementation in ("pallas_tpu", "pallas_tpu_interpret") and refusal:
@@ -140,8 +141,8 @@ def _for_ids(op: str, table: dict, experts_TK: Array, implementation: str | None
     shapes = _checks.describe(experts=experts_TK)
     _checks.check_rank(op, "experts", experts_TK, "T K")
     _checks.check_integer(op, "experts", experts_TK, shapes)
-    implementation = _choose.check_implementation(op, implementation, shapes, tuple(table)) or "xla"
-    return functools.partial(table[implementation], experts_TK)
+    name = _choose.check_implementation(op, implementation or "xla", shapes, tuple(table))
+    return functools.partial(table[name], experts_TK)
 
 
 def _inside_shard_map() -> bool:
@@ -172,7 +173,10 @@ def _check_choice(op: str, name: str, given: str, known: tuple[str, ...]) -> Non
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _route(settings, implementation, logits_TE, bias_E, valid_T):
     table = {name: functools.partial(function, settings=settings) for name, function in _ROUTE.items()}
-    return _choose.run(implementation, table, logits_TE, bias_E, valid_T)
+    if implementation is None:
+        platforms = {"tpu": table["pallas_tpu"], "default": table["xla"]}
+        return jax.lax.platform_dependent(logits_TE, bias_E, valid_T, **platforms)
+    return table[implementation](logits_TE, bias_E, valid_T)
 
 
 def _forward(settings, implementation, logits_TE, bias_E, valid_T):
