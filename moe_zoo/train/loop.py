@@ -68,7 +68,7 @@ def train(
         step, seconds = latest, meta["seconds"]
         data.set_state(meta["data"])
     else:
-        state = trainer.init_state()
+        state = trainer.init_state(parts["train"].token_counts(config.model.vocab_size))
     (workdir / "config.json").write_text(json.dumps(config.to_dict() | {"corpus": corpus.fingerprint}, indent=2))
     writers = [JsonlWriter(workdir / "metrics.jsonl")]
     if config.log.tensorboard:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -73,19 +74,22 @@ class Trainer:
     def replicated(self):
         return NamedSharding(self.mesh, PartitionSpec())
 
-    def init_state(self) -> State:
-        """Fresh weights, drawn on the host and placed shard by shard; zero moments."""
-        model = P.materialize(
-            self.abstract, self.config.train.seed, lambda var, path, x: jax.device_put(x, self.shardings[path])
-        )
-        values = P.arrays(model)
+    def init_state(self, counts_V: np.ndarray | None = None) -> State:
+        """Fresh weights, drawn on the host and placed shard by shard; zero moments.
+
+        `counts_V`: how often each token id occurs in the training data, for routers that ask (`Router.from_corpus`).
+        """
+        fitted = {} if counts_V is None else self.abstract.from_corpus(counts_V)
+        place = lambda var, path, x: jax.device_put(fitted.get(path, x).astype(x.dtype), self.shardings[path])
+        values = P.arrays(P.materialize(self.abstract, self.config.train.seed, place))
         state = {
             group: {n: values[n] for n in getattr(self.partition, group)}
             for group in ("trainable", "frozen", "buffers")
         }
         make_opt = jax.jit(self.tx.init, out_shardings=self.state_shardings["opt"])
         state["opt"] = make_opt(state["trainable"])
-        state["objective"] = jax.device_put(self.objective.init_state(), self.replicated)
+        # jitted, so that equal values are separate buffers: the state is donated
+        state["objective"] = jax.jit(self.objective.init_state, out_shardings=self.replicated)()
         state["step"] = jax.device_put(jnp.zeros((), jnp.int32), self.replicated)
         return state
 
