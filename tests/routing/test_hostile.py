@@ -181,7 +181,7 @@ def test_a_token_without_an_active_expert_gets_zero_and_a_budget_drops_the_small
 def test_scheduled_coefficient_follows_windows_of_the_loss():
     """Against the schedule in plain Python: windows, ratio, least growth, cap, linear way to the new value."""
     start, every, growth, cap = 12, 4, 1.025, 4.0
-    losses = 2.0 ** np.interp(np.arange(60), [0, 30, 59], [0, -2, 2]) * np.random.default_rng(0).uniform(0.9, 1.1, 60)
+    losses = 2.0 ** np.interp(np.arange(60), [0, 30, 59], [0, -1, 3]) * np.random.default_rng(0).uniform(0.9, 1.1, 60)
     objective = ScheduledLoss(ScheduledLossConfig(start=start, every=every, growth=growth, cap=cap))
     state, scales = objective.init_state(), []
     update = jax.jit(objective.update)
