@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from moe_zoo.sharding import make_mesh
 from moe_zoo.train.config import RESUMABLE, Config, differences
 from moe_zoo.train.evaluate import evaluate
 from moe_zoo.train.guard import explain
-from moe_zoo.train.log_writers import JsonlWriter, TensorBoardWriter, Writers
+from moe_zoo.train.log_writers import JsonlWriter, TensorBoardWriter, Writer, Writers
 from moe_zoo.train.metrics import first_non_finite, flatten
 from moe_zoo.train.progress import Progress
 from moe_zoo.train.step import Trainer
@@ -33,11 +34,19 @@ class TrainingError(RuntimeError):
 
 
 def train(
-    config: Config, workdir: str | Path, *, overwrite: bool = False, stop_at: int | None = None
+    config: Config,
+    workdir: str | Path,
+    *,
+    overwrite: bool = False,
+    stop_at: int | None = None,
+    begin_from: Mapping[str, jax.Array] | None = None,
+    writers: Sequence[Writer] = (),
 ) -> dict[str, Any]:
     """Trains to the end of `config`, or goes on where the run in `workdir` stopped.
 
-    `stop_at` ends early at that step as a SIGTERM would. Returns {"trainer", "state", "parts", "tokenizer", "step",
+    `stop_at` ends early at that step as a SIGTERM would. `begin_from`: weights by path for a fresh run (fine-tuning);
+    parameters that are not in it are drawn. `writers`: further loggers (`log_writers.Writer`), which get every line of
+    metrics that metrics.jsonl gets. Returns {"trainer", "state", "parts", "tokenizer", "step",
     "seconds", "tokens_per_second", "finished"}.
     """
     workdir = Path(workdir).absolute()
@@ -69,9 +78,10 @@ def train(
         step, seconds = latest, meta["seconds"]
         data.set_state(meta["data"])
     else:
-        state = trainer.init_state(parts["train"].token_counts(config.model.vocab_size))
+        counts = None if begin_from else parts["train"].token_counts(config.model.vocab_size)
+        state = trainer.init_state(counts, begin_from)
     (workdir / "config.json").write_text(json.dumps(config.to_dict() | {"corpus": corpus.fingerprint}, indent=2))
-    writers = [JsonlWriter(workdir / "metrics.jsonl")]
+    writers = [JsonlWriter(workdir / "metrics.jsonl"), *writers]
     if config.log.tensorboard:
         writers.append(TensorBoardWriter(workdir / "tensorboard", resume_step=step if step else None))
 
@@ -96,7 +106,7 @@ def train(
 
     with Writers(writers) as log, Progress(steps, config.train.minutes) as progress, _StopSignal() as stop:
         log.truncate_after(step)
-        announce(progress, trainer, parts, step)
+        announce(progress, trainer, parts, step, begin_from)
         while unfinished() and not stop.asked and step != stop_at:
             batch = jax.device_put(next(data), trainer.batch_sharding)
             state, stats = trainer.train_step(state, batch, jnp.float32(fraction()))
@@ -183,8 +193,8 @@ def prepare_workdir(workdir: Path, config: Config, fingerprint: str, overwrite: 
         raise ConfigError(f"--workdir {workdir}: cannot write there ({error.strerror})") from error
 
 
-def announce(progress: Progress, trainer: Trainer, parts, step: int) -> None:
-    """What is about to run, in three lines."""
+def announce(progress: Progress, trainer: Trainer, parts, step: int, begin_from) -> None:
+    """What is about to run, in three lines; and where the weights come from, if they are given."""
     counts = count_parameters(trainer.abstract, trainer.partition.trainable)
     config = trainer.config
     domains = len(parts["train"].domains)
@@ -198,6 +208,10 @@ def announce(progress: Progress, trainer: Trainer, parts, step: int) -> None:
         f"data {config.data.source}: {size['train']:.1f} MB train, {size['validation']:.2f} validation, "
         f"{size['test']:.2f} test, {plural(domains, 'domain')}, split by document"
     )
+    if begin_from and not step:
+        fresh = sorted(trainer.shapes.keys() - begin_from.keys())
+        drawn = f"; drawn fresh: {', '.join(fresh[:5])}{', ...' * (len(fresh) > 5)}" if fresh else ""
+        progress.print(f"weights given for {len(trainer.shapes) - len(fresh)} of {len(trainer.shapes)} arrays{drawn}")
     where = plural(trainer.mesh.devices.size, f"{jax.devices()[0].platform} device")
     begin = f"goes on from step {step}" if step else "starts"
     progress.print(f"{begin} on {where}, jax {jax.__version__}; the first step compiles")

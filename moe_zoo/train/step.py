@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -75,14 +76,27 @@ class Trainer:
     def replicated(self):
         return NamedSharding(self.mesh, PartitionSpec())
 
-    def init_state(self, counts_V: np.ndarray | None = None) -> State:
+    def init_state(
+        self, counts_V: np.ndarray | None = None, given: Mapping[str, jax.Array | np.ndarray] | None = None
+    ) -> State:
         """Fresh weights, drawn on the host and placed shard by shard; zero moments.
 
         `counts_V`: how often each token id occurs in the training data, for routers that ask (`Router.from_corpus`).
+        `given`: values by path to begin from instead; raises ConfigError where a shape differs.
         """
         fitted = {} if counts_V is None else self.abstract.from_corpus(counts_V)
-        place = lambda var, path, x: jax.device_put(fitted.get(path, x).astype(x.dtype), self.shardings[path])
-        values = P.arrays(P.materialize(self.abstract, self.config.train.seed, place))
+        given = fitted | dict(given or {})
+        for path in given.keys() & self.shapes.keys():
+            if given[path].shape != self.shapes[path].shape:
+                raise ConfigError(
+                    f"{path}: the weights to begin from have shape {list(given[path].shape)}, the model's settings ask "
+                    f"for {list(self.shapes[path].shape)}"
+                )
+        # no alias: the state is donated, and the caller keeps what it gave
+        place = lambda var, path, x: jax.device_put(
+            x.astype(self.shapes[path].dtype), self.shardings[path], may_alias=False if path in given else None
+        )
+        values = P.arrays(P.materialize(self.abstract, self.config.train.seed, place, given))
         state = {
             group: {n: values[n] for n in getattr(self.partition, group)}
             for group in ("trainable", "frozen", "buffers")
