@@ -20,7 +20,9 @@ from moe_zoo.core.schema import positive
 
 @dataclasses.dataclass(frozen=True)
 class ChunkSparsityConfig:
-    """`coef` (paper: starts at 5e-2 and is scheduled; here constant) and the chunk `length` (64)."""
+    """`coef` per layer and the chunk `length` (64). Layers add up here; the paper averages them, with 5e-2 on the mean
+    at the start: its coefficient is `coef` times the number of layers. It is scheduled there and constant here.
+    """
 
     coef: float = 5e-2
     length: int = 64
