@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: quickstart test meshes lint clean
+.PHONY: quickstart test meshes torture lint clean
 
 quickstart: $(VENV)/.installed
 	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart --overwrite
@@ -14,6 +14,10 @@ test: $(VENV)/.installed-test
 # every router on every mesh axis alone and mixed: about ten minutes
 meshes: $(VENV)/.installed-test
 	MOE_ZOO_ALL_MESHES=1 $(BIN)/python -m pytest tests/train/test_mesh.py --dist load
+
+# twenty kills at random moments; a few minutes
+torture: $(VENV)/.installed
+	$(BIN)/python scripts/torture.py --kills=20
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

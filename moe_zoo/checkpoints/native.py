@@ -2,7 +2,7 @@
 
 workdir/config.json           every setting, defaults written out
 workdir/checkpoints/<step>/   params: trainable, frozen, buffers by path
-                              train:  optimizer, objective, step
+                              train:  optimizer, objective, guard, step
                               meta:   data position of the last consumed batch, seconds trained, versions
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 PARAMS = ("trainable", "frozen", "buffers")
-_TRAIN = ("opt", "objective", "step")
+_TRAIN = ("opt", "objective", "guard", "step")
 
 
 class CheckpointError(ValueError):

@@ -90,6 +90,10 @@ class Corpus:
         counts = np.bincount(self.domain_ids, np.diff(self.offsets) + 1, minlength=len(self.domains))
         return {name: int(total) for name, total in zip(self.domains, counts, strict=True)}
 
+    def token_counts(self, vocab_size: int) -> Int[np.ndarray, " V"]:
+        """Returns how often each token id occurs."""
+        return np.bincount(self.tokens, minlength=vocab_size)
+
     def select(self, keep: Bool[np.ndarray, " N"] | Int[np.ndarray, " M"]) -> "Corpus":
         """Returns the corpus of the documents in `keep` (a mask, or indices in the wanted order)."""
         index = np.flatnonzero(keep) if np.asarray(keep).dtype == bool else np.asarray(keep, np.int64)

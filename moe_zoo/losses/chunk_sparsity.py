@@ -20,8 +20,8 @@ from moe_zoo.core.schema import positive
 
 @dataclasses.dataclass(frozen=True)
 class ChunkSparsityConfig:
-    """`coef` per layer and the chunk `length` (64). Layers add up here; the paper averages them, with 5e-2 on the mean
-    at the start: its coefficient is `coef` times the number of layers. It is scheduled there and constant here.
+    """`coef` (paper: begins at 5e-2 on the mean over layers; the objective `scheduled_loss` moves it) and the chunk
+    `length` (64).
     """
 
     coef: float = 5e-2

@@ -16,6 +16,7 @@ from moe_zoo.core.registry import ConfigError, nearest
 from moe_zoo.core.schema import Choice, Text, build, choice, join, overlay, positive, set_path, to_dict
 from moe_zoo.models.config import ModelConfig
 from moe_zoo.sharding.mesh import MeshConfig
+from moe_zoo.train.guard import GuardConfig
 from moe_zoo.train.objective import OBJECTIVES
 
 
@@ -93,7 +94,8 @@ class OptimConfig:
 class TrainConfig:
     """Exactly one of `steps` and `minutes` ends the run. With `minutes`, schedules follow the clock (from the first
     step after compiling), so such a run can be resumed but not repeated bit for bit. `accumulation`: micro-batches per
-    step, each of data.batch_size / accumulation rows. `freeze`: parameter name patterns that are not trained.
+    step, each of data.batch_size / accumulation rows. `freeze`: parameter name patterns that are not trained. `guard`:
+    which steps are skipped, and how many may be.
     """
 
     steps: int | None = None
@@ -102,6 +104,7 @@ class TrainConfig:
     seed: int = 0
     freeze: tuple[str, ...] = ()
     objective: Choice = choice(OBJECTIVES, "next_token")
+    guard: GuardConfig = GuardConfig()
 
     def validate(self, path: str) -> None:
         positive(self, path, "steps", "minutes", "accumulation")

@@ -21,6 +21,7 @@ from moe_zoo.models.counting import count_parameters
 from moe_zoo.sharding import make_mesh
 from moe_zoo.train.config import RESUMABLE, Config, differences
 from moe_zoo.train.evaluate import evaluate
+from moe_zoo.train.guard import explain
 from moe_zoo.train.log_writers import JsonlWriter, TensorBoardWriter, Writers
 from moe_zoo.train.metrics import first_non_finite, flatten
 from moe_zoo.train.progress import Progress
@@ -68,7 +69,7 @@ def train(
         step, seconds = latest, meta["seconds"]
         data.set_state(meta["data"])
     else:
-        state = trainer.init_state()
+        state = trainer.init_state(parts["train"].token_counts(config.model.vocab_size))
     (workdir / "config.json").write_text(json.dumps(config.to_dict() | {"corpus": corpus.fingerprint}, indent=2))
     writers = [JsonlWriter(workdir / "metrics.jsonl")]
     if config.log.tensorboard:
@@ -103,13 +104,17 @@ def train(
             step += 1
             ended = not unfinished()
             if step % config.log.every == 0 or ended:
-                line = flatten(jax.device_get(stats), layer_ids, bytes_per_token)
+                host = jax.device_get(stats)
+                line = flatten(host, layer_ids, bytes_per_token)
                 line |= {"tokens": step * tokens_per_step, "seconds": watch.seconds, "tokens_per_second": speed()}
                 log.write(step, "train", line)
-                if (bad := first_non_finite(line)) is not None:
+                if line["skipped_in_a_row"] >= config.train.guard.max_skipped:
+                    why = explain(step, line, host["gradient_norms"], trainer.names)
+                    raise TrainingError(f"{why}; the last checkpoint is of step {saved}")
+                if (bad := first_non_finite(line)) is not None and not line["skipped_in_a_row"]:
                     raise TrainingError(
-                        f"step {step}: {bad} is {line[bad]}; the last checkpoint is of step {saved}. "
-                        "Try a lower optim.learning_rate, more optim.warmup_steps or a smaller optim.clip_norm"
+                        f"step {step}: {bad} is {line[bad]}, though loss and gradient are finite; the last checkpoint "
+                        f"is of step {saved}"
                     )
                 progress.update(step, fraction(), line, speed())
             else:
