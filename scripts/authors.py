@@ -24,7 +24,7 @@ import flax.linen
 import jax
 import jax.numpy as jnp
 import numpy as np
-from checkout import Checkout, Config, Idle, Missing, UnitVectors, lenient, numpy, tensor, torch
+from checkout import Checkout, Config, Idle, Missing, UnitVectors, difference, gates, lenient, numpy, tensor, torch
 
 from moe_zoo.core import param
 from moe_zoo.core.aux import Stat
@@ -38,6 +38,7 @@ from moe_zoo.routing import ROUTERS
 from moe_zoo.routing.recurrent import GRU
 from moe_zoo.routing.router import Dims
 from moe_zoo.train.adaptive_sparsity import AdaptiveSparsity, AdaptiveSparsityConfig
+from moe_zoo.train.scheduled_loss import ScheduledLoss, ScheduledLossConfig
 
 B, S, D, E, K, V = 2, 64, 32, 16, 4, 500
 T = B * S
@@ -69,20 +70,6 @@ def spread(experts_TK, gates_TK) -> np.ndarray:
     dense_TE = np.zeros((T, E + 1))
     np.put_along_axis(dense_TE, np.asarray(experts_TK), np.asarray(gates_TK, np.float64), axis=1)
     return dense_TE[:, :E]
-
-
-def difference(ours, theirs) -> float:
-    """The largest absolute difference."""
-    a, b = numpy(ours).astype(np.float64), numpy(theirs).astype(np.float64)
-    if a.shape != b.shape or not b.any():
-        raise ValueError(f"nothing to compare: shapes {a.shape} and {b.shape}, theirs non-zero: {b.any()}")
-    return float(np.abs(a - b).max())
-
-
-def gates(ours_TE, theirs_TE, name: str = "") -> dict[str, float]:
-    """Differences of two gate matrices, and of which of their entries are set."""
-    chosen = ((numpy(ours_TE) != 0) != (numpy(theirs_TE) != 0)).sum()
-    return {f"{name}choices": int(chosen), f"{name}gates": difference(ours_TE, theirs_TE)}
 
 
 def soft(vmoe: Checkout) -> dict[str, float]:
@@ -270,7 +257,10 @@ def relu(remoe: Checkout) -> dict[str, float]:
 
 
 def block_ffn(checkout: Checkout) -> dict[str, float]:
-    """Gates, both losses and their gradients. The first sequence has two documents, the second padding."""
+    """Gates, both losses, their gradients, and the coefficient of the second over 600 steps.
+
+    The first sequence has two documents, the second ends in padding.
+    """
     folder = "pretrain/cpm/dragonfly"
     bmt = Idle(DistributedModule=torch.nn.Module, DistributedParameter=lambda t, **k: torch.nn.Parameter(t))
     losses = checkout.run(f"{folder}/activation_context.py", "ActivationContext", bmt=bmt).ActivationContext
@@ -304,7 +294,15 @@ def block_ffn(checkout: Checkout) -> dict[str, float]:
         out |= gates(routing.decision.gates, result[0][0, :, :E])
         out[name] = difference(value, result[place])
         out[f"its gradient ({name})"] = difference(gradient.T, there.moe_router.w_gate.grad)
-    return out
+    classes = ("BaseValueScheduler", "LinearScheduler", "AdaptiveLinearScheduler")
+    schedule = checkout.run("pretrain/cpm/training_utils/value_scheduler.py", *classes, ABC=ABC, bmt=bmt)
+    schedule = schedule.AdaptiveLinearScheduler(1.0, 0, 40, 20, max_factor=1.3, min_factor=1.025)
+    objective, scales = ScheduledLoss(ScheduledLossConfig(start=40, every=20, cap=1.3)), []
+    state = objective.init_state()
+    for step, loss in enumerate(1 + np.sin(np.arange(600) / 50) / 2 + normal(5, 600, scale=0.1), 1):
+        scales.append([float(state["scale"]), schedule.step(step, loss, True)])
+        state = objective.update(state, {"layers": {"moe": {"chunk_sparsity": Stat.average(jnp.float32(loss))}}})
+    return out | {"coefficient": difference(*np.transpose(scales))}
 
 
 def smoe_dropout(checkout: Checkout) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Single definitions out of git checkouts of other people's repositories, executed beside stubs; for `authors.py`."""
+"""For `authors.py`: single definitions out of git checkouts, run beside stubs, and how far two arrays are apart."""
 
 import __future__
 
@@ -97,3 +97,17 @@ class UnitVectors(list):
 
     def __getitem__(self, e):
         return lambda x_RD: torch.eye(x_RD.shape[1])[e].expand(x_RD.shape)
+
+
+def difference(ours, theirs) -> float:
+    """The largest absolute difference."""
+    a, b = numpy(ours).astype(np.float64), numpy(theirs).astype(np.float64)
+    if a.shape != b.shape or not b.any():
+        raise ValueError(f"nothing to compare: shapes {a.shape} and {b.shape}, theirs non-zero: {b.any()}")
+    return float(np.abs(a - b).max())
+
+
+def gates(ours_TE, theirs_TE, name: str = "") -> dict[str, float]:
+    """Differences of two gate matrices, and of which of their entries are set."""
+    chosen = ((numpy(ours_TE) != 0) != (numpy(theirs_TE) != 0)).sum()
+    return {f"{name}choices": int(chosen), f"{name}gates": difference(ours_TE, theirs_TE)}
