@@ -296,10 +296,10 @@ def block_ffn(checkout: Checkout) -> dict[str, float]:
         out[f"its gradient ({name})"] = difference(gradient.T, there.moe_router.w_gate.grad)
     classes = ("BaseValueScheduler", "LinearScheduler", "AdaptiveLinearScheduler")
     schedule = checkout.run("pretrain/cpm/training_utils/value_scheduler.py", *classes, ABC=ABC, bmt=bmt)
-    schedule = schedule.AdaptiveLinearScheduler(1.0, 0, 40, 20, max_factor=1.3, min_factor=1.025)
-    objective, scales = ScheduledLoss(ScheduledLossConfig(start=40, every=20, cap=1.3)), []
+    schedule = schedule.AdaptiveLinearScheduler(1.0, 0, 40, 20, max_factor=1.1, min_factor=1.025)
+    objective, scales = ScheduledLoss(ScheduledLossConfig(start=40, every=20, cap=1.1)), []
     state = objective.init_state()
-    for step, loss in enumerate(1 + np.sin(np.arange(600) / 50) / 2 + normal(5, 600, scale=0.1), 1):
+    for step, loss in enumerate(1 + np.sin(np.arange(600) / 50) / 8 + normal(5, 600, scale=0.1), 1):
         scales.append([float(state["scale"]), schedule.step(step, loss, True)])
         state = objective.update(state, {"layers": {"moe": {"chunk_sparsity": Stat.average(jnp.float32(loss))}}})
     return out | {"coefficient": difference(*np.transpose(scales))}
