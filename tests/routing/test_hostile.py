@@ -124,6 +124,13 @@ def test_every_expert_takes_exactly_its_best_tokens(group):
             np.testing.assert_allclose(np.sort(routing.decision.gates[g, e]), np.sort(probs[g, best, e]), rtol=1e-6)
 
 
+def test_capacity_is_not_rounded_up_by_the_error_of_a_product():
+    """1.1 * 100 / 10 is 11 and a little more in floating point."""
+    router = made(ExpertChoice(ExpertChoiceConfig(capacity_factor=1.1), Dims(10, D, 50)))
+    x = jnp.ones((100, D))
+    assert router(x, RoutingContext(batch=1, seq=100)).decision.tokens.shape == (1, 10, 11)
+
+
 def test_padding_is_never_chosen_and_coverage_counts_valid_tokens():
     router = made(ExpertChoice(ExpertChoiceConfig(capacity_factor=4.0), DIMS))
     valid = (np.arange(T) % S) < 3
@@ -227,6 +234,16 @@ def test_slots_and_tokens_are_convex_mixtures_and_length_does_not_matter():
 
 
 # -- SMoE-Dropout -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("low,high,total", [(2, 12, 1000), (8, 16, 1000), (3, 4, 2), (1, 16, 997), (5, 5, 7)])
+def test_number_of_experts_rounds_halves_to_even_at_every_step(low, high, total):
+    """Step 650 of 1000 from 2 to 12 is 6.5 on the way, which rounds to 6 and in float32 products to 7."""
+    router = made(SMoEDropout(SMoEDropoutConfig(k_min=low, k_max=high, total_steps=total), Dims(16, D, 50)))
+    steps = np.arange(total + 3)
+    got = jax.vmap(lambda step: router.k(context(train=True, step=step)))(jnp.asarray(steps, jnp.int32))
+    expected = [low + round((high - low) * min(int(step), total) / total) for step in steps]
+    np.testing.assert_array_equal(got, expected)
 
 
 def test_number_of_experts_follows_the_step_and_sets_are_nested():
