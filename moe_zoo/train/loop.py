@@ -86,7 +86,7 @@ def train(
         if config.log.tensorboard:
             writers.append(TensorBoardWriter(workdir / "tensorboard", resume_step=step if step else None))
 
-        # -- loop ---------------------------------------------------------------------------------------------------------
+        # -- loop -----------------------------------------------------------------------------------------------------
         steps, limit = config.train.steps, (config.train.minutes or 0) * 60
         fraction = lambda: min(1.0, step / steps if steps else watch.seconds / limit)
         unfinished = lambda: step < steps if steps else watch.seconds < limit
@@ -126,10 +126,8 @@ def train(
                         why = explain(step, line, host["gradient_norms"], trainer.names)
                         raise TrainingError(f"{why}; the last checkpoint is of step {saved}")
                     if (bad := first_non_finite(line)) is not None and not line["skipped_in_a_row"]:
-                        raise TrainingError(
-                            f"step {step}: {bad} is {line[bad]}, though loss and gradient are finite; the last checkpoint "
-                            f"is of step {saved}"
-                        )
+                        why = f"step {step}: {bad} is {line[bad]}, though loss and gradient are finite"
+                        raise TrainingError(f"{why}; the last checkpoint is of step {saved}")
                     progress.update(step, fraction(), line, speed())
                 else:
                     progress.update(step, fraction())
@@ -157,8 +155,8 @@ def train(
         checkpoints.close()
         return {
             "trainer": trainer, "state": state, "parts": parts, "tokenizer": tokenizer, "step": step,
-            "seconds": watch.seconds,
-            "tokens_per_second": step * tokens_per_step / watch.seconds if watch.seconds else None, "finished": finished,
+            "seconds": watch.seconds, "finished": finished,
+            "tokens_per_second": step * tokens_per_step / watch.seconds if watch.seconds else None,
         }  # fmt: skip
 
 
