@@ -8,6 +8,7 @@ workdir/checkpoints/<step>/   params: trainable, frozen, buffers by path
 
 import contextlib
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ class Checkpoints:
         # orbax is half a second to import and only runs need it; a relative path would fail silently in its thread
         import orbax.checkpoint as ocp
 
-        # it warns of every item that it has not been asked for yet
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # orbax warns of every item that it has not been asked for yet; and of a failed save the first error is raised,
+        # the traces of all others would only bury it
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         self._ocp, self.path = ocp, Path(workdir).absolute() / "checkpoints"
         self._manager = ocp.CheckpointManager(
             self.path,
@@ -99,4 +102,7 @@ class Checkpoints:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    """The system's own words where there are some (`No space left on device`), else the first line."""
+    text = str(error).strip() or type(error).__name__
+    system = re.search(r": ([^:\[]+) \[os_error_code", text)
+    return system[1] if system else text.splitlines()[0][:300]
