@@ -52,7 +52,8 @@ def train(
     data = train_iterator(
         parts["train"], tokenizer, seq_len=config.data.seq_len, batch_size=config.data.batch_size, seed=config.data.seed
     )
-    bytes_per_token = parts["train"].num_bytes.sum() / sum(parts["train"].targets_per_domain().values())
+    per_domain = parts["train"].trained_bytes_per_domain(), parts["train"].targets_per_domain()
+    bytes_per_token = sum(per_domain[0].values()) / sum(per_domain[1].values())
 
     # -- mesh, model, optimizer ---------------------------------------------------------------------------------------
     mesh = make_mesh(config.mesh)
