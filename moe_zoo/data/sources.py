@@ -1,4 +1,4 @@
-"""Where a corpus comes from: the embedded one, a file, or a folder of files.
+"""Where a corpus comes from: one that needs no file, a file, or a folder of files.
 
 Accepted: the formats in `moe_zoo.data.formats`, folders that `datasets.save_to_disk` wrote, and folders of all these.
 What cannot be read is a `DataError` when it was named itself, and a counted, logged skip inside a folder.
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moe_zoo.core.registry import nearest
+from moe_zoo.data.arithmetic import load_arithmetic
 from moe_zoo.data.corpus import Corpus, Document, build_corpus
 from moe_zoo.data.embedded import load_embedded
 from moe_zoo.data.errors import DataError, MissingPackageError
@@ -20,7 +21,8 @@ from moe_zoo.data.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 
-EMBEDDED = "embedded"
+# Corpora that need no file.
+NAMED = {"embedded": load_embedded, "arithmetic": load_arithmetic}
 
 # Formats that people have and that have to be converted first.
 _KNOWN_OTHERS = tuple(".arrayrecord .tfrecord .csv .tsv .json .zip .gz .zst .bz2 .xz .tar .pdf .docx".split())
@@ -29,11 +31,11 @@ _MIN_BYTES = 256
 # Up to this many text files directly in a folder are a domain each (a book, a language); more are documents of one.
 _MAX_STEM_DOMAINS = 16
 # How many reasons for skips a message lists.
-_MAX_REASONS = 6
+_MAX_REASONS = 12
 
 
 def load_corpus(source: str | Path, tokenizer: Tokenizer) -> Corpus:
-    """Returns the corpus at `source`: "embedded", a file, or a folder.
+    """Returns the corpus at `source`: "embedded", "arithmetic", a file, or a folder.
 
     Domains: of a record, its `domain`; else the first sub-folder the file is in; else, directly in the folder (or named
     itself), the file's stem without a shard's "-00001-of-00005", except that more than 16 text files directly in the
@@ -43,14 +45,14 @@ def load_corpus(source: str | Path, tokenizer: Tokenizer) -> Corpus:
     Raises:
       DataError: nothing there, a format that is not accepted, no usable text, or a package for it is not installed.
     """
-    if str(source) == EMBEDDED:
-        return load_embedded(tokenizer)
+    if str(source) in NAMED:
+        return NAMED[str(source)](tokenizer)
     path = Path(os.path.expanduser(source))
     # An empty name would be the current folder; pipes and devices might never end.
     if not str(source) or not (os.path.isdir(path) or os.path.isfile(path)):
         raise DataError(
-            f"data source {str(source)!r} is not a file or folder: expected 'embedded', {ACCEPTED_TEXT}."
-            f"{_suggestion(path)}"
+            f"data source {str(source)!r} is not a file or folder: expected {', '.join(map(repr, NAMED))}, "
+            f"{ACCEPTED_TEXT}.{_suggestion(path)}"
         )
     skipped: Skipped = collections.Counter()
     try:
@@ -79,7 +81,7 @@ def _suggestion(path: Path) -> str:
         siblings = sorted(os.listdir(path.parent or "."))
     except OSError:
         return ""
-    return nearest(path.name, [EMBEDDED, *siblings])
+    return nearest(path.name, [*NAMED, *siblings])
 
 
 def _skips(skipped: Skipped) -> str:

@@ -61,7 +61,7 @@ def test_bad_lines_are_counted(tmp_path, caplog):
         ("a.jsonl", b"[" * 100_000, "invalid JSON"),
         ("a.jsonl.gz", b"not gzip", "gzip"),
         ("a.jsonl.gz", gzip.compress(_lines({"text": LONG}).encode() * 99)[:-30], "gzip"),
-        ("a.json", b"{}", "unsupported format '.json': expected 'embedded', a .txt"),
+        ("a.json", b"{}", "unsupported format '.json': expected a .txt"),
         ("a.json", b"{}", "did you mean '.jsonl'"),
         ("a.tar.zst", b"x", "unsupported format '.tar.zst'"),
         ("noname", b"x", "without a suffix"),

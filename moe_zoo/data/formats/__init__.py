@@ -59,6 +59,6 @@ def read_file(path: Path, domain: str, skipped: Skipped) -> Iterator[Document]:
     if suffix is None:
         given = "".join(path.suffixes[-2:]) if path.suffix else ""
         hint = nearest(given, READERS) if given else ""
-        raise DataError(f"unsupported format {repr(given) if given else 'without a suffix'}: expected "
-                        f"'embedded', {ACCEPTED_TEXT}{hint}.")  # fmt: skip
+        shown = repr(given) if given else "without a suffix"
+        raise DataError(f"unsupported format {shown}: expected {ACCEPTED_TEXT}{hint}.")
     return READERS[suffix](path, domain, skipped)
