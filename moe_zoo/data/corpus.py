@@ -230,6 +230,7 @@ def build_corpus(
     domain_index = {name: i for i, name in enumerate(domains)}
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
     rows: list[_Row] = []
+    all_tokens = _Growing(dtype)
     group_of: dict[int, int] = {}
     blank = repeated = untrained = 0
     for document in documents:
@@ -252,28 +253,42 @@ def build_corpus(
         # Equal texts share the group of the first of them, whatever group they came with.
         group = group_of.setdefault(content, content if document.group is None else hash64(document.group))
         domain_id = domain_index.setdefault(document.domain, len(domain_index))
-        rows.append(_Row(tokens, trained, domain_id, len(raw), trained_bytes, group, content))
+        rows.append(_Row(len(tokens), trained, domain_id, len(raw), trained_bytes, group, content))
+        all_tokens.extend(tokens)
     if blank or repeated:
         _log.info("skipped %d empty and %d repeated documents of %d", blank, repeated, blank + repeated + len(rows))
     if untrained:
         _log.warning("skipped %d supervised documents without any token to train on", untrained)
+    if not rows and untrained:
+        raise DataError(f"no documents: {untrained} have no token to train on and {blank} are empty.")
     if not rows:
-        raise DataError(
-            f"no documents: {blank} were found and all were empty; at least one with text is needed."
-            if not untrained
-            else f"no documents: {untrained} have no token to train on and {blank} are empty."
-        )
-    if not sum(len(row.tokens) for row in rows):
-        raise DataError(f"the tokenizer {tokenizer.name!r} makes no token at all of {len(rows)} documents.")
-    if RESERVED_DOMAIN in domain_index:
-        raise DataError(f"a domain cannot be called {RESERVED_DOMAIN!r}, which names the sum over domains: rename it.")
-    return _join(rows, tuple(domain_index), tokenizer.name)
+        raise DataError(f"no documents: {blank} were found and all were empty; at least one with text is needed.")
+    return _join(rows, all_tokens.done(), tuple(domain_index), tokenizer.name)
+
+
+class _Growing:
+    """An array that grows in place. A list of pieces, put together at the end, would be in memory twice."""
+
+    def __init__(self, dtype: type):
+        self._array, self._size = np.empty(1 << 16, dtype), 0
+
+    def extend(self, values: np.ndarray) -> None:
+        end = self._size + len(values)
+        if end > len(self._array):
+            self._array.resize(max(end, len(self._array) * 5 // 4), refcheck=False)
+        self._array[self._size : end] = values
+        self._size = end
+
+    def done(self) -> np.ndarray:
+        """Returns the array; nothing can be added any more."""
+        self._array.resize(self._size, refcheck=False)
+        return self._array
 
 
 class _Row(NamedTuple):
     """A document on its way into a corpus. `trained` None: all tokens; `content`: hash of the text."""
 
-    tokens: np.ndarray
+    num_tokens: int
     trained: np.ndarray | None
     domain_id: int
     num_bytes: int
@@ -292,12 +307,16 @@ def _encode_pieces(
     return np.concatenate([ids for ids, _, _ in encoded]), mask, size
 
 
-def _join(rows: list[_Row], domains: tuple[str, ...], tokenizer: str) -> Corpus:
+def _join(rows: list[_Row], tokens: np.ndarray, domains: tuple[str, ...], tokenizer: str) -> Corpus:
+    if not len(tokens):
+        raise DataError(f"the tokenizer {tokenizer!r} makes no token at all of {len(rows)} documents.")
+    if RESERVED_DOMAIN in domains:
+        raise DataError(f"a domain cannot be called {RESERVED_DOMAIN!r}, which names the sum over domains: rename it.")
     supervised = any(row.trained is not None for row in rows)
-    masks = [np.ones(len(row.tokens), bool) if row.trained is None else row.trained for row in rows if supervised]
+    masks = [np.ones(row.num_tokens, bool) if row.trained is None else row.trained for row in rows if supervised]
     return Corpus(
-        tokens=np.concatenate([row.tokens for row in rows]),
-        offsets=_offsets([len(row.tokens) for row in rows]),
+        tokens=tokens,
+        offsets=_offsets([row.num_tokens for row in rows]),
         domain_ids=np.asarray([row.domain_id for row in rows], np.int32),
         num_bytes=np.asarray([row.num_bytes for row in rows], np.int64),
         groups=_groups(rows),
@@ -316,8 +335,9 @@ def _groups(rows: list[_Row]) -> UInt64[np.ndarray, " N"]:
     if not supervised.any():
         return groups
     _, which, counts = np.unique(groups, return_inverse=True, return_counts=True)
-    common = supervised & (counts[which] > max(_MAX_SHARED, len(rows) // 100))
-    return np.where(common, np.asarray([row.content for row in rows], np.uint64), groups)
+    contents = np.asarray([row.content for row in rows], np.uint64)
+    parted = contents[supervised & (counts[which] > max(_MAX_SHARED, len(rows) // 100))]
+    return np.where(np.isin(contents, parted), contents, groups)
 
 
 def save_corpus(corpus: Corpus, path: str | Path) -> None:
