@@ -189,10 +189,12 @@ def announce(progress: Progress, trainer: Trainer, parts, step: int) -> None:
         f"{counts['trainable']:,} trained; router {config.model.router.name}, "
         f"{config.model.num_experts} experts, layers {config.model.layers}"
     )
+    trained = sum(parts["train"].trained_bytes_per_domain().values())
+    answers = "" if parts["train"].trained is None else f"; trained on the answers, {trained / 1e6:.1f} MB"
     size = {name: part.num_bytes.sum() / 1e6 for name, part in parts.items()}
     progress.print(
         f"data {config.data.source}: {size['train']:.1f} MB train, {size['validation']:.2f} validation, "
-        f"{size['test']:.2f} test, {plural(domains, 'domain')}, split by document"
+        f"{size['test']:.2f} test, {plural(domains, 'domain')}, split by document{answers}"
     )
     where = plural(trainer.mesh.devices.size, f"{jax.devices()[0].platform} device")
     begin = f"goes on from step {step}" if step else "starts"

@@ -18,6 +18,7 @@ from moe_zoo.data import (
     eval_batches,
     load_corpus,
     load_saved_corpus,
+    load_tokenizer,
     save_corpus,
     split,
     train_iterator,
@@ -289,3 +290,15 @@ def test_arithmetic():
         assert corpus.trained_bytes[i] == len(answer)
     parts = split(corpus)
     assert all(min(part.trained_bytes_per_domain().values()) > 500 for part in parts.values())
+
+
+def test_prompt_and_answer_are_tokenized_apart(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    # "ab" is one token, but not where the prompt ends between the two.
+    tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")])).save(
+        f"{tmp_path}/tokenizer.json"
+    )
+    tokenizer = load_tokenizer(tmp_path)
+    corpus = build_corpus([_pair("aba", "bab")], tokenizer)
+    assert corpus.tokens.tolist() == [2, 0, 1, 2] and corpus.trained.tolist() == [False, False, True, True]
+    assert corpus.trained_bytes.tolist() == [3] and corpus.targets_per_domain() == {"a": 3}
