@@ -236,7 +236,7 @@ def build_corpus(
     for document in documents:
         text = document.text
         raw = text.encode("utf-8", errors="replace") if isinstance(text, str) else text
-        if not raw.strip():
+        if not raw or raw.isspace():
             blank += 1
             continue
         content = hash64(raw)
@@ -244,7 +244,7 @@ def build_corpus(
             repeated += 1
             continue
         if document.pieces is None:
-            tokens, trained, trained_bytes = tokenizer.encode(text).astype(dtype), None, len(raw)
+            tokens, trained, trained_bytes = tokenizer.encode(text).astype(dtype, copy=False), None, len(raw)
         else:
             tokens, trained, trained_bytes = _encode_pieces(document.pieces, tokenizer, dtype)
             if not trained.any():
@@ -301,7 +301,7 @@ def _encode_pieces(
     pieces: Iterable[tuple[str, bool]], tokenizer: Tokenizer, dtype: type
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Returns (tokens, which of them are trained, bytes of these)."""
-    encoded = [(tokenizer.encode(text).astype(dtype), text, trained) for text, trained in pieces]
+    encoded = [(tokenizer.encode(text).astype(dtype, copy=False), text, trained) for text, trained in pieces]
     mask = np.concatenate([np.full(len(ids), trained) for ids, _, trained in encoded])
     size = sum(len(text.encode("utf-8", errors="replace")) for _, text, trained in encoded if trained)
     return np.concatenate([ids for ids, _, _ in encoded]), mask, size

@@ -30,6 +30,8 @@ _KNOWN_OTHERS = tuple(".arrayrecord .tfrecord .csv .tsv .json .zip .gz .zst .bz2
 _MIN_BYTES = 256
 # Up to this many text files directly in a folder are a domain each (a book, a language); more are documents of one.
 _MAX_STEM_DOMAINS = 16
+# So many domains are rather names or addresses of documents.
+_MANY_DOMAINS = 256
 # How many reasons for skips a message lists.
 _MAX_REASONS = 12
 
@@ -70,6 +72,8 @@ def load_corpus(source: str | Path, tokenizer: Tokenizer) -> Corpus:
         )
     sizes = ", ".join(f"{name} {size:,}" for name, size in corpus.bytes_per_domain().items())
     _log.info("%s: %d documents, bytes: %s; fingerprint %s", path, len(corpus), sizes, corpus.fingerprint)
+    if len(corpus.domains) > _MANY_DOMAINS:
+        _log.warning("%s: %d domains; statistics per domain take time and memory", path, len(corpus.domains))
     if corpus.trained is not None:
         answers = sum(corpus.trained_bytes_per_domain().values())
         _log.info("%s: supervised: trained and scored on %d of %d bytes", path, answers, corpus.num_bytes.sum())

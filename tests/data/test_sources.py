@@ -36,6 +36,24 @@ def test_json_lines(tmp_path, suffix):
     assert corpus.domains == ("part.1", "de") and corpus.domain_ids.tolist() == [0, 1, 0]
 
 
+def test_many_domains_are_told(tmp_path, caplog):
+    path = tmp_path / "a.jsonl"
+    path.write_text(_lines(*({"text": "some text", "domain": f"https://example.org/{i}"} for i in range(300))))
+    assert len(load_corpus(path, TOKENIZER).domains) == 300 and "300 domains" in caplog.text
+
+
+def test_the_place_of_a_bad_byte(tmp_path, monkeypatch):
+    monkeypatch.setattr("moe_zoo.data.formats.text._STEP", 7)
+    text = "\ufeffÄ世界 " * 30
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    assert _texts(load_corpus(tmp_path / "a.txt", TOKENIZER)) == [text.removeprefix("\ufeff")]
+    for place in (3, 60, 61, 100):
+        raw = text.encode()[:place].decode(errors="ignore").encode()
+        (tmp_path / "a.txt").write_bytes(raw + b"\xe9" + text.encode())
+        with pytest.raises(DataError, match=rf"byte 0xe9 at {len(raw)}\)"):
+            load_corpus(tmp_path / "a.txt", TOKENIZER)
+
+
 def test_bad_lines_are_counted(tmp_path, caplog):
     path = tmp_path / "data.jsonl"
     bad = ["{", "[1]", '{"body": "x"}', '{"text": 3}', '{"text": " "}', '{"text": "x", "domain": [1]}', "9" * 5000]

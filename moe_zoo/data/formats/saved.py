@@ -39,7 +39,7 @@ def read_saved(folder: Path, domain: str, skipped: collections.Counter[str]) -> 
     if missing := sorted(set(names) - set(there)):
         skipped["split(s) that are not there"] += len(missing)
         _log.warning("%s: the split(s) %s are not there", folder, ", ".join(missing))
-    _log.info("%s: the splits %s are read as one and split anew", folder, ", ".join(there))
+    _log.warning("%s: the splits %s are read as one and split anew", folder, ", ".join(there))
     for name in there:
         yield from _read_split(folder / name, domain, skipped)
 

@@ -1,5 +1,6 @@
 """Text files: one document each."""
 
+import codecs
 import collections
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +8,9 @@ from pathlib import Path
 from moe_zoo.data.corpus import Document
 from moe_zoo.data.errors import DataError
 from moe_zoo.data.formats.streams import open_bytes
+
+# Bytes that are checked at a time.
+_STEP = 1 << 20
 
 
 def read_text(path: Path, domain: str, skipped: collections.Counter[str]) -> Iterator[Document]:
@@ -18,21 +22,28 @@ def read_text(path: Path, domain: str, skipped: collections.Counter[str]) -> Ite
     """
     with open_bytes(path) as file:
         raw = file.read()
-    yield Document(_decode(raw), domain)
+    _check(raw)
+    # Bytes, not a str, which may take four times the memory.
+    yield Document(raw.removeprefix(codecs.BOM_UTF8), domain)
 
 
-def _decode(raw: bytes) -> str:
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+def _check(raw: bytes) -> None:
+    """Raises DataError unless `raw` is UTF-8 text with something in it."""
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise DataError("the file is UTF-16: convert it to UTF-8, for example with `iconv -f UTF-16 -t UTF-8`.")
     if b"\0" in raw:
         raise DataError("the file is binary (it has NUL bytes): expected UTF-8 text.")
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"the file is not UTF-8 (byte 0x{raw[error.start]:02x} at {error.start:,}): convert it, for example with "
-            "`iconv -f LATIN1 -t UTF-8`."
-        ) from error
-    if not text.strip():
+    decoder, blank = codecs.getincrementaldecoder("utf-8")(), True
+    for begin in range(0, len(raw), _STEP):
+        before = begin - len(decoder.getstate()[0])
+        try:
+            text = decoder.decode(raw[begin : begin + _STEP], final=begin + _STEP >= len(raw))
+        except UnicodeDecodeError as error:
+            at = before + error.start
+            raise DataError(
+                f"the file is not UTF-8 (byte 0x{raw[at]:02x} at {at:,}): convert it, for example with "
+                "`iconv -f LATIN1 -t UTF-8`."
+            ) from error
+        blank = blank and not text.replace("\ufeff", "").strip()
+    if blank:
         raise DataError("the file is empty.")
-    return text
