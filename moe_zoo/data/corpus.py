@@ -252,7 +252,9 @@ def build_corpus(
                 continue
         # Equal texts share the group of the first of them, whatever group they came with.
         group = group_of.setdefault(content, content if document.group is None else hash64(document.group))
-        domain_id = domain_index.setdefault(document.domain, len(domain_index))
+        # Half a surrogate pair, which a file's name can hold as well, could not be printed.
+        domain = document.domain.encode("utf-8", errors="replace").decode("utf-8")
+        domain_id = domain_index.setdefault(domain, len(domain_index))
         rows.append(_Row(len(tokens), trained, domain_id, len(raw), trained_bytes, group, content))
         all_tokens.extend(tokens)
     if blank or repeated:

@@ -1,4 +1,4 @@
-"""From a record's fields to a document: plain text, a question with its answer, or a conversation.
+r"""From a record's fields to a document: plain text, a question with its answer, or a conversation.
 
   text                                      trained on whole
   prompt (or instruction, question),
@@ -32,9 +32,10 @@ _EXPECTED = "'text', or 'prompt' and 'answer', or 'messages'"
 
 def to_document(record: Mapping[str, Any], domain: str) -> Document | str:
     """Returns the document of a record, or what is wrong with the record. `domain` is for one that does not say."""
-    domain = record.get("domain") or domain
-    if not isinstance(domain, str):
-        return "a 'domain' that is not a string"
+    own = record.get("domain")
+    if own is not None and not isinstance(own, str):
+        return _not_a_string("domain")
+    domain = own or domain
     names = [name for name, value in record.items() if value is not None]
     if "text" in names:
         return _plain(record["text"], domain)
@@ -43,8 +44,8 @@ def to_document(record: Mapping[str, Any], domain: str) -> Document | str:
     prompt, answer = _pair_fields(names)
     if prompt and answer:
         return _pair(record, prompt, answer, domain)
-    if "text" in record:
-        return "a 'text' that is not a string"
+    if empty := [name for name in ("text", *_pair_fields(record)) if name in record and record[name] is None]:
+        return _not_a_string(empty[0])
     fields = ", ".join(sorted(str(name)[:40] for name in record)[:5])
     return f"no 'text' field (fields: {fields or 'none'}; expected {_EXPECTED}){nearest('text', record)}"
 
@@ -119,9 +120,13 @@ def _pair_fields(names: Iterable[str]) -> tuple[str | None, str | None]:
     return next((n for n in _PROMPTS if n in names), None), next((n for n in _ANSWERS if n in names), None)
 
 
+def _not_a_string(name: str) -> str:
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name!r} that is not a string"
+
+
 def _plain(text: Any, domain: str) -> Document | str:
     if not isinstance(text, str):
-        return "a 'text' that is not a string"
+        return _not_a_string("text")
     return Document(text, domain) if text.strip() else "an empty 'text'"
 
 
@@ -130,7 +135,7 @@ def _pair(record: Mapping[str, Any], prompt_field: str, answer_field: str, domai
     extra = record.get("input") if prompt_field == "instruction" else None
     for name, value in ((prompt_field, prompt), (answer_field, answer), ("input", extra or "")):
         if not isinstance(value, str):
-            return f"a {name!r} that is not a string"
+            return _not_a_string(name)
     if not answer.strip():
         return f"an empty {answer_field!r}"
     if prompt_field == "instruction":
