@@ -62,7 +62,8 @@ def train(
     data = train_iterator(
         parts["train"], tokenizer, seq_len=config.data.seq_len, batch_size=config.data.batch_size, seed=config.data.seed
     )
-    bytes_per_token = parts["train"].num_bytes.sum() / sum(parts["train"].targets_per_domain().values())
+    per_domain = parts["train"].trained_bytes_per_domain(), parts["train"].targets_per_domain()
+    bytes_per_token = sum(per_domain[0].values()) / sum(per_domain[1].values())
 
     # -- mesh, model, optimizer ---------------------------------------------------------------------------------------
     mesh = make_mesh(config.mesh)
@@ -189,10 +190,12 @@ def announce(progress: Progress, trainer: Trainer, parts, step: int, begin_from)
         f"{counts['trainable']:,} trained; router {config.model.router.name}, "
         f"{config.model.num_experts} experts, layers {config.model.layers}"
     )
+    trained = sum(parts["train"].trained_bytes_per_domain().values())
+    answers = "" if parts["train"].trained is None else f"; trained on the answers, {trained / 1e6:.1f} MB"
     size = {name: part.num_bytes.sum() / 1e6 for name, part in parts.items()}
     progress.print(
         f"data {config.data.source}: {size['train']:.1f} MB train, {size['validation']:.2f} validation, "
-        f"{size['test']:.2f} test, {plural(domains, 'domain')}, split by document"
+        f"{size['test']:.2f} test, {plural(domains, 'domain')}, split by document{answers}"
     )
     if begin_from and not step:
         fresh = sorted(trainer.shapes.keys() - begin_from.keys())
