@@ -15,9 +15,10 @@ test: $(VENV)/.installed-test
 meshes: $(VENV)/.installed-test
 	MOE_ZOO_ALL_MESHES=1 $(BIN)/python -m pytest tests/train/test_mesh.py --dist load
 
-# twenty kills at random moments; a few minutes
-torture: $(VENV)/.installed
+# twenty kills at random moments, a thousand mutated configs, a thousand mutated checkpoints; about twenty minutes
+torture: $(VENV)/.installed-test
 	$(BIN)/python scripts/torture.py --kills=20
+	MOE_ZOO_TORTURE=1 $(BIN)/python -m pytest tests/train/test_fuzz.py -n 0 -W ignore
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
