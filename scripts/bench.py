@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import bench_train
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -139,7 +140,7 @@ def _add_common(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespa
     parser.set_defaults(run=run)
 
 
-BENCHMARKS = (add_expert_ffn,)
+BENCHMARKS = (add_expert_ffn, bench_train.add_train, bench_train.add_startup)
 
 
 def main() -> None:
