@@ -1,4 +1,4 @@
-"""Hash layers on the quickstart's data and size: the byte says which expert, another table in every layer.
+"""Hash layers on the quickstart's data and size: the byte says which expert, by a table that is even over the data.
 
 Command:  python scripts/train.py --config=configs/hash.py --workdir=runs/hash
 Cost:     as the quickstart, at most 5 minutes of training on 2 CPU cores
@@ -15,4 +15,4 @@ def get_config(arg: str = "") -> ConfigDict:
     return ConfigDict(extend(f"quickstart:{arg}", CHANGES))
 
 
-CHANGES = {"model": {"router": {"name": "hash"}, "losses": {}}}
+CHANGES = {"model": {"router": {"name": "hash", "table": "balanced"}, "losses": {}}}

@@ -4,8 +4,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from moe_zoo.core.aux import Aux, Stat
 from moe_zoo.core.context import Routing, RoutingContext
@@ -84,6 +85,10 @@ class MoE(nnx.Module):
             losses[name] = loss.config.coef * raw
             stats[name] = Stat.average(jax.lax.stop_gradient(raw))
         return Aux(losses=losses, stats=stats)
+
+    def from_corpus(self, counts_V: Int[np.ndarray, "V"]) -> dict[str, np.ndarray]:
+        """Values that follow from the training data, keyed by their path below this layer."""
+        return {f"router.{name}": value for name, value in self.router.from_corpus(counts_V).items()}
 
     def after_step(self, stats: dict[str, Stat]) -> dict[str, Array]:
         """New buffer values, keyed by their path below this layer."""

@@ -2,16 +2,18 @@
 
 workdir/config.json           every setting, defaults written out
 workdir/checkpoints/<step>/   params: trainable, frozen, buffers by path
-                              train:  optimizer, objective, step
+                              train:  optimizer, objective, guard, step
                               meta:   data position of the last consumed batch, seconds trained, versions
 """
 
+import contextlib
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 PARAMS = ("trainable", "frozen", "buffers")
-_TRAIN = ("opt", "objective", "step")
+_TRAIN = ("opt", "objective", "guard", "step")
 
 
 class CheckpointError(ValueError):
@@ -25,8 +27,10 @@ class Checkpoints:
         # orbax is half a second to import and only runs need it; a relative path would fail silently in its thread
         import orbax.checkpoint as ocp
 
-        # it warns of every item that it has not been asked for yet
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # orbax warns of every item that it has not been asked for yet; and of a failed save the first error is raised,
+        # the traces of all others would only bury it
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         self._ocp, self.path = ocp, Path(workdir).absolute() / "checkpoints"
         self._manager = ocp.CheckpointManager(
             self.path,
@@ -45,55 +49,60 @@ class Checkpoints:
         params = {group: state[group] for group in PARAMS if state.get(group)}
         train = {name: state[name] for name in _TRAIN if name != "objective" or state[name]}
         meta = meta | {"groups": {group: list(state[group]) for group in PARAMS}}
-        self._manager.save(
-            step,
-            args=args.Composite(
-                params=args.StandardSave(params), train=args.StandardSave(train), meta=args.JsonSave(meta)
-            ),
+        items = args.Composite(
+            params=args.StandardSave(params), train=args.StandardSave(train), meta=args.JsonSave(meta)
         )
+        with self._named_errors(f"{self.path / str(step)} cannot be saved"):
+            self._manager.save(step, args=items)
 
     def restore(self, step: int, abstract: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """(state, meta) onto the shardings of `abstract`."""
         args = self._ocp.args
         params = {group: abstract[group] for group in PARAMS if abstract.get(group)}
         train = {name: abstract[name] for name in _TRAIN if name != "objective" or abstract[name]}
-        try:
-            got = self._manager.restore(
-                step,
-                args=args.Composite(
-                    params=args.StandardRestore(params), train=args.StandardRestore(train), meta=args.JsonRestore()
-                ),
-            )
-        except Exception as error:
-            raise CheckpointError(f"{self.path / str(step)} cannot be restored: {_first_line(error)}") from error
+        items = args.Composite(
+            params=args.StandardRestore(params), train=args.StandardRestore(train), meta=args.JsonRestore()
+        )
+        older = [s for s in self._manager.all_steps() if s < step]
+        hint = f"; to go on from step {max(older)} remove that folder" if older else ""
+        with self._named_errors(f"{self.path / str(step)} cannot be restored", hint):
+            got = self._manager.restore(step, args=items)
         empty = {group: {} for group in (*PARAMS, "objective")}
         return empty | dict(got.params) | dict(got.train), dict(got.meta)
 
     def meta(self, step: int) -> dict[str, Any]:
         """What `save` was given as meta, and "groups": {group: [paths]}."""
         args = self._ocp.args
-        try:
+        with self._named_errors(f"{self.path / str(step)} cannot be read"):
             return dict(self._manager.restore(step, args=args.Composite(meta=args.JsonRestore())).meta)
-        except Exception as error:
-            raise CheckpointError(f"{self.path / str(step)} cannot be read: {_first_line(error)}") from error
 
     def restore_params(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
         """The parameters and buffers only, as one dict by path."""
         args = self._ocp.args
         wanted = {group: abstract[group] for group in PARAMS if abstract.get(group)}
-        try:
+        with self._named_errors(f"{self.path / str(step)} cannot be restored"):
             got = self._manager.restore(step, args=args.Composite(params=args.StandardRestore(wanted)))
-        except Exception as error:
-            raise CheckpointError(f"{self.path / str(step)} cannot be restored: {_first_line(error)}") from error
         return {name: array for group in got.params.values() for name, array in group.items()}
 
     def wait(self) -> None:
         """Until the last save is on disk; raises what went wrong with it."""
-        self._manager.wait_until_finished()
+        with self._named_errors(f"a checkpoint in {self.path} could not be saved"):
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _named_errors(self, what: str, hint: str = ""):
+        """Whatever orbax and its storage raise, as one line."""
+        try:
+            yield
+        except Exception as error:
+            raise CheckpointError(f"{what}: {_first_line(error)}{hint}") from error
 
     def close(self) -> None:
         self._manager.close()
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    """The system's own words where there are some (`No space left on device`), else the first line."""
+    text = str(error).strip() or type(error).__name__
+    system = re.search(r": ([^:\[]+) \[os_error_code", text)
+    return system[1] if system else text.splitlines()[0][:300]

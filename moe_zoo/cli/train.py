@@ -1,10 +1,15 @@
 """Train a model: train.py --config=configs/quickstart.py --workdir=runs/quickstart [--config.KEY=VALUE ...]"""
 
+import importlib
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from moe_zoo.cli import common
+
+#: paths of what belongs to a router, or is shared by the routers of all layers
+ROUTERS_OWN = re.compile(r"\.router\.|^shared\.")
 
 
 def train(argv: Sequence[str]) -> dict[str, Any]:
@@ -14,6 +19,15 @@ def train(argv: Sequence[str]) -> dict[str, Any]:
     parser.add_argument(
         "--workdir", required=True, help="where checkpoints, metrics and pictures go; resumes what is there"
     )
+    parser.add_argument(
+        "--init-from",
+        metavar="PATH",
+        help="begin with the weights, model settings and tokenizer of a run or checkpoint",
+    )
+    parser.add_argument(
+        "--writer", metavar="MODULE:NAME", action="append", default=[],
+        help="another logger: called without arguments, gives an object with write, truncate_after and close",
+    )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="remove the run that is in --workdir and start again")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     arguments, overrides = parser.parse_known(argv)
@@ -21,17 +35,18 @@ def train(argv: Sequence[str]) -> dict[str, Any]:
     # settings first: a mistake in them must not wait for anything heavier
     from moe_zoo.train.config import differences, load_config
 
-    config = load_config(arguments.config, overrides)
-    if overrides:
-        changed = differences(load_config(arguments.config).to_dict(), config.to_dict())
-        print(f"config {arguments.config}, with {'; '.join(changed) or 'nothing changed'}", flush=True)
-    else:
-        print(f"config {arguments.config}", flush=True)
+    given, weights = begin_from(arguments.init_from, overrides) if arguments.init_from else (None, None)
+    config = load_config(arguments.config, overrides, given)
+    writers = [make_writer(spec) for spec in arguments.writer]
+    changed = differences(load_config(arguments.config, (), given).to_dict(), config.to_dict()) if overrides else []
+    print(f"config {arguments.config}" + (f", with {'; '.join(changed)}" if changed else ""), flush=True)
 
     from moe_zoo.train import loop
     from moe_zoo.train.reporting import final_table
 
-    run = loop.train(config, arguments.workdir, overwrite=arguments.overwrite)
+    run = loop.train(
+        config, arguments.workdir, overwrite=arguments.overwrite, begin_from=weights, writers=writers
+    )  # fmt: skip
     outcome = {"workdir": arguments.workdir, "step": run["step"], "finished": run["finished"]}
     if not run["finished"]:
         if arguments.json:
@@ -48,6 +63,36 @@ def train(argv: Sequence[str]) -> dict[str, Any]:
     if arguments.json:
         common.print_json(outcome | report)
     return report
+
+
+def begin_from(path: str, overrides: Sequence[tuple[str, str]] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(settings that come with the weights at `path`, the weights by our paths).
+
+    With overrides of `model.router` the routers' weights are left out: another router begins with its own.
+    """
+    from moe_zoo.core.param import arrays
+    from moe_zoo.core.schema import to_dict
+    from moe_zoo.inference import load
+
+    loaded = load(path)
+    print(f"begins from {path}: its model settings and tokenizer take the place of the config's", flush=True)
+    weights = arrays(loaded.model)
+    if any(key.startswith("model.router") for key, _ in overrides):
+        weights = {name: value for name, value in weights.items() if not ROUTERS_OWN.search(name)}
+    return {"model": to_dict(loaded.config), "data": {"tokenizer": loaded.tokenizer_spec}}, weights
+
+
+def make_writer(spec: str) -> Any:
+    """`module:name` -> what that callable returns. Raises ConfigError if it is not a writer."""
+    module, _, name = spec.partition(":")
+    try:
+        writer = getattr(importlib.import_module(module), name)()
+    except Exception as error:
+        raise common.ConfigError(f"--writer={spec}: {type(error).__name__}: {error}; expected MODULE:NAME") from error
+    missing = [method for method in ("write", "truncate_after", "close") if not callable(getattr(writer, method, None))]
+    if missing:
+        raise common.ConfigError(f"--writer={spec}: what it returns has no {', '.join(missing)}")
+    return writer
 
 
 def main() -> None:

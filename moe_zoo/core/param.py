@@ -8,7 +8,8 @@ grouped into scanned segments, or on a compiler; and no device ever holds more t
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -119,10 +120,16 @@ def draw(var: nnx.Variable, path: str, seed: int) -> np.ndarray:
     return out
 
 
-def materialize(model, seed: int, place: Callable[[nnx.Variable, str, np.ndarray], jax.Array] | None = None):
-    """Draws every abstract variable of `model`. `place(var, path, value)` puts one on its devices."""
-    place = place or (lambda var, path, value: jnp.asarray(value))
-    return replace(model, {path: place(var, path, draw(var, path, seed)) for path, var in flat(model).items()})
+def materialize(
+    model,
+    seed: int,
+    place: Callable[[nnx.Variable, str, np.ndarray], jax.Array] | None = None,
+    given: Mapping[str, Any] | None = None,
+):
+    """Draws every abstract variable of `model` that is not `given`. `place(var, path, value)` puts it on devices."""
+    place, given = place or (lambda var, path, value: jnp.asarray(value)), given or {}
+    value = lambda var, path: given[path] if path in given else draw(var, path, seed)
+    return replace(model, {path: place(var, path, value(var, path)) for path, var in flat(model).items()})
 
 
 def _stream(seed: int, name: str, init, shape) -> np.ndarray:

@@ -12,7 +12,8 @@ def compressed_bits_per_byte(corpus: Corpus, tokenizer: Tokenizer | None = None)
     """Returns compressed bits per byte of text as {domain: {"gzip": .., "xz": ..}, "overall": {..}}.
 
     Each domain's documents are compressed as one stream, in order, with the settings of `gzip -9` and `xz -9e`, headers
-    included. "overall" weighs the domains by their bytes. Domains without text are left out.
+    included. "overall" weighs the domains by their bytes. Domains without text are left out. Of supervised documents it
+    is the answers alone, the bytes that a model is scored on; unlike the model, the compressors do not see the prompts.
 
     Args:
       corpus: usually the test part.
@@ -25,7 +26,7 @@ def compressed_bits_per_byte(corpus: Corpus, tokenizer: Tokenizer | None = None)
     if tokenizer is None:
         raise DataError(f"the corpus was tokenized with {corpus.tokenizer!r}: pass that tokenizer, to get its bytes.")
     streams: dict[str, list[bytes]] = {}
-    for domain_id, raw in zip(corpus.domain_ids, corpus.document_bytes(tokenizer), strict=True):
+    for domain_id, raw in zip(corpus.domain_ids, corpus.document_bytes(tokenizer, trained_only=True), strict=True):
         streams.setdefault(corpus.domains[domain_id], []).append(raw)
     if not streams:
         raise DataError("the corpus has no documents: nothing to compress.")

@@ -11,6 +11,7 @@ import secrets
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int, UInt16, UInt64
@@ -21,17 +22,41 @@ from moe_zoo.data.tokenizer import Tokenizer
 _log = logging.getLogger(__name__)
 
 _ARRAYS = ("tokens", "offsets", "domain_ids", "num_bytes", "groups")
+# None for a corpus that is trained on whole, and then neither saved nor part of the fingerprint.
+_OPTIONAL_ARRAYS = ("trained", "trained_bytes")
+# Up to this many documents, or a hundredth of all, are kept together by a shared prompt.
+_MAX_SHARED = 16
 # Tables of results have a row of this name beside the domains.
 RESERVED_DOMAIN = "overall"
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One text before tokenization. `group`: documents of one group never part in `split`; default: the text itself."""
+    """One text before tokenization.
+
+    Attributes:
+      text: all of it.
+      domain: a name.
+      group: documents of one group never part in `split`; default: the text itself.
+      pieces: (text, whether it is trained on) in order, `text` cut where that changes; None: trained on whole.
+    """
 
     text: str | bytes
     domain: str
     group: str | bytes | None = None
+    pieces: tuple[tuple[str, bool], ...] | None = None
+
+    @classmethod
+    def supervised(cls, pieces: Iterable[tuple[str, bool]], domain: str, group: str | None = None) -> "Document":
+        """Returns the document of these pieces: what is False is read but not learned to write."""
+        joined: list[tuple[str, bool]] = []
+        for text, trained in pieces:
+            if joined and joined[-1][1] == trained:
+                joined[-1] = (joined[-1][0] + text, trained)
+            elif text:
+                joined.append((text, trained))
+        whole = all(trained for _, trained in joined)
+        return cls("".join(text for text, _ in joined), domain, group, None if whole else tuple(joined))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,10 +67,14 @@ class Corpus:
       tokens: (T,) uint16 or int32; document i is `tokens[offsets[i]:offsets[i + 1]]`.
       offsets: (N + 1,) int64.
       domain_ids: (N,) int32, indices into `domains`.
-      num_bytes: (N,) int64, UTF-8 bytes of each document; bits per byte are counted over these.
+      num_bytes: (N,) int64, UTF-8 bytes of each document.
       groups: (N,) uint64 hashes; documents with equal hashes land in the same split. Equal texts have equal hashes.
       domains: names; a subset of a corpus keeps all names, so that ids mean the same in every split.
       tokenizer: name of the tokenizer that made `tokens`.
+      trained: (T,) bool, the tokens that are trained on and scored; None when all are. The end of a document counts
+        exactly if its last token does.
+      trained_bytes: (N,) int64, UTF-8 bytes of each document's trained tokens; None with `trained`. Bits per byte are
+        counted over these (over `num_bytes` when all is trained).
       fingerprint: hash of all of the above, 16 hexadecimal digits.
     """
 
@@ -56,6 +85,8 @@ class Corpus:
     groups: UInt64[np.ndarray, " N"]
     domains: tuple[str, ...]
     tokenizer: str
+    trained: Bool[np.ndarray, " T"] | None = None
+    trained_bytes: Int[np.ndarray, " N"] | None = None
     fingerprint: str = ""
 
     def __post_init__(self):
@@ -78,37 +109,67 @@ class Corpus:
 
     def bytes_per_domain(self) -> dict[str, int]:
         """Returns the UTF-8 bytes of each domain, zero for a domain without documents."""
-        sums = np.bincount(self.domain_ids, self.num_bytes, minlength=len(self.domains))
-        return {name: int(total) for name, total in zip(self.domains, sums, strict=True)}
+        return self._per_domain(self.num_bytes)
+
+    def trained_bytes_per_domain(self) -> dict[str, int]:
+        """Returns the UTF-8 bytes of each domain that are trained on and scored: all of them, or the answers'."""
+        return self._per_domain(self.num_bytes if self.trained_bytes is None else self.trained_bytes)
 
     def targets_per_domain(self) -> dict[str, int]:
-        """Returns the number of targets a model is trained on in each domain: its tokens, and one EOS per document.
+        """Returns the number of targets a model is trained on in each domain: its trained tokens, and the EOS of every
+        document whose last token is trained.
 
-        Bits per byte of a domain are (mean negative log2-likelihood per target) * targets / bytes, which holds
+        Bits per byte of a domain are (mean negative log2-likelihood per target) * targets / trained bytes, which holds
         approximately for a sample of the rows and exactly for all of them.
         """
-        counts = np.bincount(self.domain_ids, np.diff(self.offsets) + 1, minlength=len(self.domains))
-        return {name: int(total) for name, total in zip(self.domains, counts, strict=True)}
+        if self.trained is None:
+            return self._per_domain(np.diff(self.offsets) + 1)
+        before = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.trained)])
+        return self._per_domain(np.diff(before[self.offsets]) + self.trained_ends())
+
+    def trained_ends(self) -> Bool[np.ndarray, " N"]:
+        """Returns for which documents the EOS is trained on; one without tokens is nothing but its EOS."""
+        if self.trained is None:
+            return np.ones(len(self), bool)
+        empty = np.diff(self.offsets) == 0
+        return empty | self.trained[np.where(empty, 0, self.offsets[1:] - 1)]
+
+    def _per_domain(self, values: Int[np.ndarray, " N"]) -> dict[str, int]:
+        sums = np.bincount(self.domain_ids, values, minlength=len(self.domains))
+        return {name: int(total) for name, total in zip(self.domains, sums, strict=True)}
+
+    def token_counts(self, vocab_size: int) -> Int[np.ndarray, " V"]:
+        """Returns how often each token id occurs."""
+        return np.bincount(self.tokens, minlength=vocab_size)
 
     def select(self, keep: Bool[np.ndarray, " N"] | Int[np.ndarray, " M"]) -> "Corpus":
         """Returns the corpus of the documents in `keep` (a mask, or indices in the wanted order)."""
         index = np.flatnonzero(keep) if np.asarray(keep).dtype == bool else np.asarray(keep, np.int64)
-        pieces = [self.document(i) for i in index]
+        spans = [slice(*self.offsets[i : i + 2]) for i in index]
+        gather = lambda array: np.concatenate([array[span] for span in spans]) if spans else array[:0]
         return dataclasses.replace(
             self,
-            tokens=np.concatenate(pieces) if pieces else self.tokens[:0],
+            tokens=gather(self.tokens),
             offsets=_offsets(np.diff(self.offsets)[index]),
             domain_ids=self.domain_ids[index],
             num_bytes=self.num_bytes[index],
             groups=self.groups[index],
+            trained=None if self.trained is None else gather(self.trained),
+            trained_bytes=None if self.trained_bytes is None else self.trained_bytes[index],
             fingerprint="",
         )
 
-    def document_bytes(self, tokenizer: Tokenizer) -> Iterator[bytes]:
-        """Yields the UTF-8 bytes of each document; for a tokenizer that loses text, those of what it decodes to."""
+    def document_bytes(self, tokenizer: Tokenizer, *, trained_only: bool = False) -> Iterator[bytes]:
+        """Yields the UTF-8 bytes of each document; for a tokenizer that loses text, those of what it decodes to.
+
+        With `trained_only`, those of the tokens that are trained on.
+        """
         check_tokenizer(self, tokenizer)
         for i in range(len(self)):
-            yield decode_to_bytes(tokenizer, self.document(i))
+            ids = self.document(i)
+            if trained_only and self.trained is not None:
+                ids = ids[self.trained[self.offsets[i] : self.offsets[i + 1]]]
+            yield decode_to_bytes(tokenizer, ids)
 
 
 def decode_to_bytes(tokenizer: Tokenizer, ids: Int[np.ndarray, " S"]) -> bytes:
@@ -140,7 +201,9 @@ def _offsets(lengths: Sequence[int] | Int[np.ndarray, " N"]) -> Int[np.ndarray, 
 def _fingerprint(corpus: Corpus) -> str:
     digest = hashlib.blake2b(digest_size=8)
     digest.update(repr((corpus.domains, corpus.tokenizer)).encode())
-    for name in _ARRAYS:
+    for name in (*_ARRAYS, *_OPTIONAL_ARRAYS):
+        if getattr(corpus, name) is None:
+            continue
         array = np.ascontiguousarray(getattr(corpus, name))
         digest.update(f"{name}:{array.dtype.str}:{array.shape};".encode())
         digest.update(array.view(np.uint8).data)
@@ -152,8 +215,8 @@ def build_corpus(
 ) -> Corpus:
     """Tokenizes `documents` into a corpus.
 
-    Documents without any non-blank character, and with `deduplicate` those whose text came before, are skipped;
-    how many is logged.
+    Documents without any non-blank character, those without a token that is trained on, and with `deduplicate` those
+    whose text came before, are skipped; how many is logged. The pieces of a supervised document are tokenized apart.
 
     Args:
       documents: the texts with their domains, in order.
@@ -166,42 +229,117 @@ def build_corpus(
     """
     domain_index = {name: i for i, name in enumerate(domains)}
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
-    pieces, ids, sizes, groups = [], [], [], []
+    rows: list[_Row] = []
+    all_tokens = _Growing(dtype)
     group_of: dict[int, int] = {}
-    blank = repeated = 0
+    blank = repeated = untrained = 0
     for document in documents:
         text = document.text
         raw = text.encode("utf-8", errors="replace") if isinstance(text, str) else text
-        if not raw.strip():
+        if not raw or raw.isspace():
             blank += 1
             continue
         content = hash64(raw)
         if deduplicate and content in group_of:
             repeated += 1
             continue
+        if document.pieces is None:
+            tokens, trained, trained_bytes = tokenizer.encode(text).astype(dtype, copy=False), None, len(raw)
+        else:
+            tokens, trained, trained_bytes = _encode_pieces(document.pieces, tokenizer, dtype)
+            if not trained.any():
+                untrained += 1
+                continue
         # Equal texts share the group of the first of them, whatever group they came with.
         group = group_of.setdefault(content, content if document.group is None else hash64(document.group))
-        pieces.append(tokenizer.encode(text).astype(dtype))
-        ids.append(domain_index.setdefault(document.domain, len(domain_index)))
-        sizes.append(len(raw))
-        groups.append(group)
+        # Half a surrogate pair, which a file's name can hold as well, could not be printed.
+        domain = document.domain.encode("utf-8", errors="replace").decode("utf-8")
+        domain_id = domain_index.setdefault(domain, len(domain_index))
+        rows.append(_Row(len(tokens), trained, domain_id, len(raw), trained_bytes, group, content))
+        all_tokens.extend(tokens)
     if blank or repeated:
-        _log.info("skipped %d empty and %d repeated documents of %d", blank, repeated, blank + repeated + len(pieces))
-    if not pieces:
+        _log.info("skipped %d empty and %d repeated documents of %d", blank, repeated, blank + repeated + len(rows))
+    if untrained:
+        _log.warning("skipped %d supervised documents without any token to train on", untrained)
+    if not rows and untrained:
+        raise DataError(f"no documents: {untrained} have no token to train on and {blank} are empty.")
+    if not rows:
         raise DataError(f"no documents: {blank} were found and all were empty; at least one with text is needed.")
-    if not sum(len(piece) for piece in pieces):
-        raise DataError(f"the tokenizer {tokenizer.name!r} makes no token at all of {len(pieces)} documents.")
-    if RESERVED_DOMAIN in domain_index:
+    return _join(rows, all_tokens.done(), tuple(domain_index), tokenizer.name)
+
+
+class _Growing:
+    """An array that grows in place. A list of pieces, put together at the end, would be in memory twice."""
+
+    def __init__(self, dtype: type):
+        self._array, self._size = np.empty(1 << 16, dtype), 0
+
+    def extend(self, values: np.ndarray) -> None:
+        end = self._size + len(values)
+        if end > len(self._array):
+            self._array.resize(max(end, len(self._array) * 5 // 4), refcheck=False)
+        self._array[self._size : end] = values
+        self._size = end
+
+    def done(self) -> np.ndarray:
+        """Returns the array; nothing can be added any more."""
+        self._array.resize(self._size, refcheck=False)
+        return self._array
+
+
+class _Row(NamedTuple):
+    """A document on its way into a corpus. `trained` None: all tokens; `content`: hash of the text."""
+
+    num_tokens: int
+    trained: np.ndarray | None
+    domain_id: int
+    num_bytes: int
+    trained_bytes: int
+    group: int
+    content: int
+
+
+def _encode_pieces(
+    pieces: Iterable[tuple[str, bool]], tokenizer: Tokenizer, dtype: type
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Returns (tokens, which of them are trained, bytes of these)."""
+    encoded = [(tokenizer.encode(text).astype(dtype, copy=False), text, trained) for text, trained in pieces]
+    mask = np.concatenate([np.full(len(ids), trained) for ids, _, trained in encoded])
+    size = sum(len(text.encode("utf-8", errors="replace")) for _, text, trained in encoded if trained)
+    return np.concatenate([ids for ids, _, _ in encoded]), mask, size
+
+
+def _join(rows: list[_Row], tokens: np.ndarray, domains: tuple[str, ...], tokenizer: str) -> Corpus:
+    if not len(tokens):
+        raise DataError(f"the tokenizer {tokenizer!r} makes no token at all of {len(rows)} documents.")
+    if RESERVED_DOMAIN in domains:
         raise DataError(f"a domain cannot be called {RESERVED_DOMAIN!r}, which names the sum over domains: rename it.")
+    supervised = any(row.trained is not None for row in rows)
+    masks = [np.ones(row.num_tokens, bool) if row.trained is None else row.trained for row in rows if supervised]
     return Corpus(
-        tokens=np.concatenate(pieces),
-        offsets=_offsets([len(piece) for piece in pieces]),
-        domain_ids=np.asarray(ids, np.int32),
-        num_bytes=np.asarray(sizes, np.int64),
-        groups=np.asarray(groups, np.uint64),
-        domains=tuple(domain_index),
-        tokenizer=tokenizer.name,
+        tokens=tokens,
+        offsets=_offsets([row.num_tokens for row in rows]),
+        domain_ids=np.asarray([row.domain_id for row in rows], np.int32),
+        num_bytes=np.asarray([row.num_bytes for row in rows], np.int64),
+        groups=_groups(rows),
+        domains=domains,
+        tokenizer=tokenizer,
+        trained=np.concatenate(masks) if supervised else None,
+        trained_bytes=np.asarray([row.trained_bytes for row in rows], np.int64) if supervised else None,
     )
+
+
+def _groups(rows: list[_Row]) -> UInt64[np.ndarray, " N"]:
+    """Returns the groups. A prompt that very many supervised documents share holds none of them together: those with
+    one fixed prompt could not be split at all."""
+    groups = np.asarray([row.group for row in rows], np.uint64)
+    supervised = np.asarray([row.trained is not None for row in rows])
+    if not supervised.any():
+        return groups
+    _, which, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    contents = np.asarray([row.content for row in rows], np.uint64)
+    parted = contents[supervised & (counts[which] > max(_MAX_SHARED, len(rows) // 100))]
+    return np.where(np.isin(contents, parted), contents, groups)
 
 
 def save_corpus(corpus: Corpus, path: str | Path) -> None:
@@ -212,7 +350,8 @@ def save_corpus(corpus: Corpus, path: str | Path) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
         with open(temporary, "xb") as file:
-            arrays = {name: getattr(corpus, name) for name in _ARRAYS}
+            arrays = {name: getattr(corpus, name) for name in (*_ARRAYS, *_OPTIONAL_ARRAYS)}
+            arrays = {name: array for name, array in arrays.items() if array is not None}
             texts = {name: np.array(getattr(corpus, name)) for name in ("domains", "tokenizer", "fingerprint")}
             np.savez(file, **arrays, **texts)
         os.replace(temporary, path)
@@ -231,6 +370,7 @@ def load_saved_corpus(path: str | Path) -> Corpus:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in _ARRAYS}
+            arrays |= {name: file[name] for name in _OPTIONAL_ARRAYS if name in file}
             domains = tuple(str(name) for name in file["domains"])
             tokenizer, fingerprint = str(file["tokenizer"]), str(file["fingerprint"])
     except (KeyError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:

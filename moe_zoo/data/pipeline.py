@@ -34,9 +34,9 @@ class PackedSource:
       segment_ids: int32, 1, 2, ... for the documents within the row; 0 on padding. Attention stays within a segment.
       positions: int32, place in the document. 0 at BOS, and 0 at the row's start for a document that began in an
         earlier row: attention cannot see that part, and every position stays below seq_len.
-      loss_mask: bool, the targets that count. Over all rows each target of the stream counts exactly once: with
-        stride < seq_len, all of row 0 and the last `stride` targets of every other row, which have at least
-        seq_len - stride positions of the stream before them.
+      loss_mask: bool, the targets that count. Over all rows each trained target of the stream counts exactly once:
+        with stride < seq_len, all of row 0 and the last `stride` targets of every other row, which have at least
+        seq_len - stride positions of the stream before them. In a supervised corpus the prompts' tokens never count.
       domain: int32, the document's domain id; -1 on padding.
     """
 
@@ -74,10 +74,11 @@ class PackedSource:
         # Token k of document n is at stream position starts[n] + 1 + k; adding shifts[n] gives its place in the corpus.
         self._shifts = corpus.offsets[:-1][order] - self._starts[:-1] - 1
         self._domains = corpus.domain_ids[order]
+        self._trained_ends = corpus.trained_ends()[order]
 
     @property
     def num_targets(self) -> int:
-        """P, the number of targets of the whole stream: all tokens and one EOS per document."""
+        """P, the number of targets of the whole stream, trained on or not: all tokens and one EOS per document."""
         return int(self._starts[-1])
 
     def __len__(self) -> int:
@@ -107,13 +108,15 @@ class PackedSource:
             return np.where(live, np.where(special, special_id, ids), self._pad_id).astype(np.int32)
 
         row_start = np.maximum(self._starts[document], begin)
-        new = np.arange(self.seq_len) >= self.seq_len - self.stride
+        counts = live & ((np.arange(self.seq_len) >= self.seq_len - self.stride) | (indices == 0))
+        if (trained := self._corpus.trained) is not None:
+            counts &= np.where(last, self._trained_ends[document], trained[np.clip(source + 1, 0, limit)])
         return {
             "tokens": pick(source, first, self._bos_id),
             "targets": pick(source + 1, last, self._eos_id),
             "segment_ids": np.where(live, document - document[:, :1] + 1, 0).astype(np.int32),
             "positions": np.where(live, stream - row_start, 0).astype(np.int32),
-            "loss_mask": live & (new | (indices == 0)),
+            "loss_mask": counts,
             "domain": np.where(live, self._domains[document], -1).astype(np.int32),
         }
 
@@ -202,8 +205,8 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Returns an iterator over the batches of one evaluation, documents in the corpus' order.
 
-    Without `max_rows`, `loss_mask` is set exactly once for every target of the corpus. All batches have batch_size
-    rows: the last one is filled with padding rows (segment_ids 0, loss_mask False).
+    Without `max_rows`, `loss_mask` is set exactly once for every trained target of the corpus. All batches have
+    batch_size rows: the last one is filled with padding rows (segment_ids 0, loss_mask False).
 
     Args:
       corpus: documents made with `tokenizer`.

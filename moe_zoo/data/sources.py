@@ -1,60 +1,64 @@
-"""Where a corpus comes from: the embedded one, a file, or a folder of files.
+"""Where a corpus comes from: one that needs no file, a file, or a folder of files.
 
-Accepted: `.txt` (one document), `.jsonl` and `.jsonl.gz` (one document a line: `text`, optional `domain`), and folders
-of these. What cannot be read is a `DataError` when it was named itself, and a counted, logged skip inside a folder.
+Accepted: the formats in `moe_zoo.data.formats`, folders that `datasets.save_to_disk` wrote, and folders of all these.
+What cannot be read is a `DataError` when it was named itself, and a counted, logged skip inside a folder.
 """
 
 import collections
-import gzip
-import json
 import logging
 import os
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from moe_zoo.core.registry import nearest
+from moe_zoo.data.arithmetic import load_arithmetic
 from moe_zoo.data.corpus import Corpus, Document, build_corpus
 from moe_zoo.data.embedded import load_embedded
-from moe_zoo.data.errors import DataError
+from moe_zoo.data.errors import DataError, MissingPackageError
+from moe_zoo.data.formats import ACCEPTED_TEXT, Skipped, format_of, read_file, stem
+from moe_zoo.data.formats.saved import is_saved, read_saved
 from moe_zoo.data.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 
-EMBEDDED = "embedded"
-ACCEPTED = (".txt", ".jsonl", ".jsonl.gz")
-_ACCEPTED_TEXT = "'embedded', a .txt, .jsonl or .jsonl.gz file, or a folder of those"
+# Corpora that need no file.
+NAMED = {"embedded": load_embedded, "arithmetic": load_arithmetic}
 
 # Formats that people have and that have to be converted first.
-_KNOWN_OTHERS = tuple(".parquet .zst .arrow .arrayrecord .csv .tsv .json .txt.gz .zip .bz2 .xz".split())
+_KNOWN_OTHERS = tuple(".arrayrecord .tfrecord .csv .tsv .json .zip .gz .zst .bz2 .xz .tar .pdf .docx".split())
 # Fewer bytes than this in all are a mistake, not a corpus.
 _MIN_BYTES = 256
 # Up to this many text files directly in a folder are a domain each (a book, a language); more are documents of one.
 _MAX_STEM_DOMAINS = 16
+# So many domains are rather names or addresses of documents.
+_MANY_DOMAINS = 256
+# How many reasons for skips a message lists.
+_MAX_REASONS = 12
 
 
 def load_corpus(source: str | Path, tokenizer: Tokenizer) -> Corpus:
-    """Returns the corpus at `source`: "embedded", a file, or a folder.
+    """Returns the corpus at `source`: "embedded", "arithmetic", a file, or a folder.
 
-    Domains: of a line in a `.jsonl`, its `domain`; else the first sub-folder the file is in; else, directly in the
-    folder (or named itself), the file's stem, except that more than 16 `.txt` files directly in the folder are
-    documents of one domain with its name. Hidden files and folders are left alone.
+    Domains: of a record, its `domain`; else the first sub-folder the file is in; else, directly in the folder (or named
+    itself), the file's stem without a shard's "-00001-of-00005", except that more than 16 text files directly in the
+    folder are documents of one domain with its name. Hidden files and folders are left alone. A saved data set that is
+    named itself is one domain. Supervised records: see `moe_zoo.data.formats.records`.
 
     Raises:
-      DataError: nothing there, a format that is not accepted, or no usable text.
+      DataError: nothing there, a format that is not accepted, no usable text, or a package for it is not installed.
     """
-    if str(source) == EMBEDDED:
-        return load_embedded(tokenizer)
+    if str(source) in NAMED:
+        return NAMED[str(source)](tokenizer)
     path = Path(os.path.expanduser(source))
     # An empty name would be the current folder; pipes and devices might never end.
     if not str(source) or not (os.path.isdir(path) or os.path.isfile(path)):
         raise DataError(
-            f"data source {str(source)!r} is not a file or folder: expected {_ACCEPTED_TEXT}.{_suggestion(path)}"
+            f"data source {str(source)!r} is not a file or folder: expected {', '.join(map(repr, NAMED))}, "
+            f"{ACCEPTED_TEXT}.{_suggestion(path)}"
         )
-    skipped: collections.Counter[str] = collections.Counter()
+    skipped: Skipped = collections.Counter()
     try:
-        documents = _folder_documents(path, skipped) if path.is_dir() else _file_documents(path, None, skipped)
-        corpus = build_corpus(documents, tokenizer)
+        corpus = build_corpus(_documents(path, skipped), tokenizer)
     except OSError as error:
         raise DataError(f"cannot read {str(path)!r}: {error.strerror or error}.") from error
     except DataError as error:
@@ -68,6 +72,11 @@ def load_corpus(source: str | Path, tokenizer: Tokenizer) -> Corpus:
         )
     sizes = ", ".join(f"{name} {size:,}" for name, size in corpus.bytes_per_domain().items())
     _log.info("%s: %d documents, bytes: %s; fingerprint %s", path, len(corpus), sizes, corpus.fingerprint)
+    if len(corpus.domains) > _MANY_DOMAINS:
+        _log.warning("%s: %d domains; statistics per domain take time and memory", path, len(corpus.domains))
+    if corpus.trained is not None:
+        answers = sum(corpus.trained_bytes_per_domain().values())
+        _log.info("%s: supervised: trained and scored on %d of %d bytes", path, answers, corpus.num_bytes.sum())
     return corpus
 
 
@@ -76,143 +85,78 @@ def _suggestion(path: Path) -> str:
         siblings = sorted(os.listdir(path.parent or "."))
     except OSError:
         return ""
-    return nearest(path.name, [EMBEDDED, *siblings])
+    return nearest(path.name, [*NAMED, *siblings])
 
 
-def _skips(skipped: collections.Counter[str]) -> str:
-    return "" if not skipped else " skipped " + ", ".join(f"{n} {why}" for why, n in skipped.most_common()) + "."
+def _skips(skipped: Skipped) -> str:
+    if not skipped:
+        return ""
+    shown = ", ".join(f"{n} {why}" for why, n in skipped.most_common(_MAX_REASONS))
+    rest = sum(skipped.values()) - sum(n for _, n in skipped.most_common(_MAX_REASONS))
+    return f" skipped {shown}{f', and {rest} for other reasons' if rest else ''}."
 
 
-def _kind(path: Path) -> str | None:
-    name = path.name.lower()
-    return next((suffix for suffix in sorted(ACCEPTED, key=len, reverse=True) if name.endswith(suffix)), None)
+def _documents(path: Path, skipped: Skipped) -> Iterator[Document]:
+    if not path.is_dir():
+        return read_file(path, stem(path), skipped)
+    if is_saved(path):
+        return read_saved(path, _name(path), skipped)
+    return _folder_documents(path, skipped)
 
 
-def _stem(path: Path) -> str:
-    kind = _kind(path)
-    return path.name[: -len(kind)] if kind and len(path.name) > len(kind) else path.stem
-
-
-def _file_documents(path: Path, domain: str | None, skipped: collections.Counter[str]) -> Iterator[Document]:
-    """Yields the documents of one file; `domain` is for lines and files that do not say."""
-    kind = _kind(path)
-    if kind is None:
-        given = repr("".join(path.suffixes[-2:])) if path.suffix else "without a suffix"
-        raise DataError(f"unsupported format {given}: expected {_ACCEPTED_TEXT}.")
-    domain = _stem(path) if domain is None else domain
-    if kind == ".txt":
-        yield Document(_decode(path.read_bytes()), domain)
-    else:
-        yield from _json_lines(path, domain, skipped)
-
-
-def _decode(raw: bytes) -> str:
-    """Returns the text of a whole file; raises DataError with what to do."""
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError("the file is UTF-16: convert it to UTF-8, for example with `iconv -f UTF-16 -t UTF-8`.")
-    if b"\0" in raw:
-        raise DataError("the file is binary (it has NUL bytes): expected UTF-8 text.")
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"the file is not UTF-8 (byte 0x{raw[error.start]:02x} at {error.start:,}): convert it, for example with "
-            "`iconv -f LATIN1 -t UTF-8`."
-        ) from error
-    if not text.strip():
-        raise DataError("the file is empty.")
-    return text
-
-
-def _json_lines(path: Path, domain: str, skipped: collections.Counter[str]) -> Iterator[Document]:
-    """Yields one document per good line; bad ones are counted, and too many of them are an error."""
-    good = bad = 0
-    first = ""
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
-        document, why = _json_document(line, domain)
-        if document is not None:
-            good += 1
-            yield document
-            continue
-        bad += 1
-        skipped[f"line(s) with {why}"] += 1
-        first = first or f"line {number}: {why}"
-    if not good:
-        raise DataError(f"no usable line ({first})." if bad else "the file is empty.")
-    if bad:
-        _log.warning("%s: skipped %d of %d lines (first: %s)", path, bad, good + bad, first)
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    try:
-        with gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb") as file:
-            yield from file
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"not a whole gzip file: {error}") from error
-
-
-def _json_document(line: bytes, domain: str) -> tuple[Document | None, str]:
-    """Returns (document, "") or (None, what is wrong with the line)."""
-    try:
-        value = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        return None, "bad UTF-8"
-    except (ValueError, RecursionError):
-        return None, "invalid JSON"
-    if not isinstance(value, dict):
-        return None, "JSON that is not an object"
-    text, domain = value.get("text"), value.get("domain") or domain
-    if "text" not in value:
-        keys = ", ".join(sorted(map(str, value))[:5])
-        return None, f"no 'text' field (fields: {keys or 'none'})"
-    if not isinstance(text, str) or not isinstance(domain, str):
-        return None, f"a {'text' if not isinstance(text, str) else 'domain'!r} that is not a string"
-    if not text.strip():
-        return None, "an empty 'text'"
-    return Document(text, domain), ""
+def _name(folder: Path) -> str:
+    return folder.resolve().name or "data"
 
 
 def _walk(root: Path) -> Iterator[Path]:
-    """Yields every visible file below `root`, sorted, without following links to folders."""
+    """Yields every visible file and saved data set below `root`, sorted, without following links to folders."""
 
     def complain(error: OSError):
         _log.warning("cannot list %s: %s", error.filename, error.strerror)
 
     for folder, folders, files in os.walk(root, onerror=complain):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(folder, name) for name in sorted(files) if not name.startswith("."))
+        visible = sorted(name for name in folders if not name.startswith("."))
+        saved = [name for name in visible if is_saved(Path(folder, name)) and not Path(folder, name).is_symlink()]
+        folders[:] = [name for name in visible if name not in saved]
+        names = sorted(name for name in files if not name.startswith("."))
+        yield from (Path(folder, name) for name in [*names, *saved])
 
 
-def _folder_documents(root: Path, skipped: collections.Counter[str]) -> Iterator[Document]:
-    """Yields the documents of all accepted files below `root`; files that cannot be used are counted."""
-    files = list(_walk(root))
-    if any(path.name in ("dataset_info.json", "dataset_dict.json") for path in files):
-        raise DataError(f"a `datasets.save_to_disk` folder, which cannot be read yet: expected {_ACCEPTED_TEXT}.")
-    usable = [path for path in files if _kind(path) and path.is_file()]
-    for path in set(files) - set(usable):
+def _folder_documents(root: Path, skipped: Skipped) -> Iterator[Document]:
+    """Yields the documents of everything accepted below `root`; what cannot be used is counted."""
+    found = list(_walk(root))
+    usable = [path for path in found if path.is_dir() or (format_of(path) and path.is_file())]
+    for path in set(found) - set(usable):
         known = next((suffix for suffix in _KNOWN_OTHERS if path.name.lower().endswith(suffix)), None)
         skipped[f"{known} file(s), a format that is not accepted" if known else "file(s) of other formats"] += 1
     if not usable:
-        raise DataError(f"no .txt, .jsonl or .jsonl.gz file in this folder of {len(files)} files.")
-    top_texts = sum(path.parent == root and _kind(path) == ".txt" for path in usable)
-    name = root.resolve().name or "data"
-    good = 0
+        raise DataError(f"nothing usable in this folder of {len(found)} files: expected {ACCEPTED_TEXT}.")
+    top_texts = sum(path.parent == root and _is_text(path) for path in usable)
+    good, first = 0, ""
     for path in usable:
+        domain = _domain(path, root, top_texts)
         try:
-            for document in _file_documents(path, _domain(path, root, name, top_texts), skipped):
+            for document in read_saved(path, domain, skipped) if path.is_dir() else read_file(path, domain, skipped):
                 good += 1
                 yield document
+        except MissingPackageError:
+            raise
         except (DataError, OSError) as error:
             skipped["file(s) that could not be read (to the end)"] += 1
+            first = first or f"{path.relative_to(root)}: {error}"
             _log.warning("skipping %s: %s", path, error)
     if not good:
-        raise DataError(f"none of the {len(usable)} .txt and .jsonl files holds usable text.")
+        raise DataError(f"none of the {len(usable)} files holds usable text (first: {first}).")
 
 
-def _domain(path: Path, root: Path, root_name: str, top_texts: int) -> str:
+def _is_text(path: Path) -> bool:
+    return (format_of(path) or "").startswith(".txt")
+
+
+def _domain(path: Path, root: Path, top_texts: int) -> str:
     relative = path.relative_to(root)
     if len(relative.parts) > 1:
         return relative.parts[0]
-    return root_name if _kind(path) == ".txt" and top_texts > _MAX_STEM_DOMAINS else _stem(path)
+    if path.is_dir():
+        return path.name
+    return _name(root) if _is_text(path) and top_texts > _MAX_STEM_DOMAINS else stem(path)

@@ -34,7 +34,7 @@ def split(
     3/4 or more than twice its share of the bytes are documents moved, those nearest in the hash first.
 
     A domain of too few documents for that (a user's one text file) is cut instead: each document into contiguous
-    ranges, training first and test last, at a paragraph or line. The log says so.
+    ranges, training first and test last, at a paragraph or line. The log says so. Supervised documents are never cut.
 
     Args:
       corpus: what to split.
@@ -43,7 +43,7 @@ def split(
       tokenizer: needed for cutting when the corpus is not one of bytes.
 
     Raises:
-      DataError: impossible fractions, or a part with a share would get no document.
+      DataError: impossible fractions, too few supervised documents, or a part with a share would get no document.
     """
     if len(fractions) != 3 or min(fractions) < 0 or fractions[0] <= 0 or abs(sum(fractions) - 1) > 1e-6:
         raise DataError(
@@ -64,6 +64,7 @@ def split(
     cut = cut_groups[group_of]
     parts = {name: corpus.select((part == p) & ~cut) for p, name in enumerate(PARTS)}
     if cut.any():
+        _check_can_cut(corpus, cut)
         _log.warning(
             "split: too few documents to split by document in %s: %d documents are cut into contiguous ranges "
             "(train, then validation, then test)",
@@ -72,6 +73,19 @@ def split(
         parts = _add_pieces(parts, corpus, np.flatnonzero(cut), fractions, tokenizer)
     _check_parts(parts, corpus, fractions)
     return parts
+
+
+def _check_can_cut(corpus: Corpus, cut: np.ndarray) -> None:
+    """Raises DataError if a document to cut is supervised: a piece of it would be an answer without a prompt."""
+    if corpus.trained is None:
+        return
+    supervised = cut & (corpus.trained_bytes < corpus.num_bytes)
+    if supervised.any():
+        names = ", ".join(corpus.domains[d] for d in np.unique(corpus.domain_ids[supervised]))
+        raise DataError(
+            f"too few supervised documents to split in {names} ({int(supervised.sum())}, which are never cut): give "
+            "more of them, with different prompts, or fractions of 0 for validation and test."
+        )
 
 
 def _uniform(groups: Int[np.ndarray, " G"], seed: int) -> np.ndarray:
@@ -150,7 +164,13 @@ def _append(corpus: Corpus, rows: list[tuple[np.ndarray, int, int, int]]) -> Cor
         groups=np.concatenate([corpus.groups, np.asarray(groups, np.uint64)]),
         domains=corpus.domains,
         tokenizer=corpus.tokenizer,
+        trained=_and(corpus.trained, np.ones(ends[-1] - len(corpus.tokens) if rows else 0, bool)),
+        trained_bytes=_and(corpus.trained_bytes, np.asarray(num_bytes, np.int64)),
     )
+
+
+def _and(array: np.ndarray | None, more: np.ndarray) -> np.ndarray | None:
+    return None if array is None else np.concatenate([array, more])
 
 
 def _pieces(

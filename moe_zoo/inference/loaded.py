@@ -31,11 +31,15 @@ class Output:
 
 @dataclasses.dataclass
 class Loaded:
-    """A model with weights, its settings and its tokenizer. `model` is an NNX module: look inside, change it."""
+    """A model with weights, its settings and its tokenizer. `model` is an NNX module: look inside, change it.
+
+    `tokenizer_spec`: what `load_tokenizer` opened.
+    """
 
     model: Decoder
     config: ModelConfig
     tokenizer: Tokenizer
+    tokenizer_spec: str = "bytes"
 
     def __call__(self, input_ids, attention_mask=None) -> Output:
         """Logits for int ids [B, S]. `attention_mask` [B, S]: 0 marks padding, left or right; positions follow it."""
@@ -100,7 +104,7 @@ def load(workdir: str | Path, *, mesh=None, step: int | None = None) -> Loaded:
         abstract.setdefault(group, {})[name] = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=where)
     values = checkpoints.restore_params(step, abstract)
     checkpoints.close()
-    return Loaded(P.replace(model, values), config, tokenizer)
+    return Loaded(P.replace(model, values), config, tokenizer, settings["data"]["tokenizer"])
 
 
 def read_settings(workdir: Path) -> dict[str, Any]:

@@ -20,7 +20,9 @@ from moe_zoo.core.schema import positive
 
 @dataclasses.dataclass(frozen=True)
 class LocalityConfig:
-    """`coef` (paper: 1e-3 to 2e-3) and the sharpness `alpha` (100)."""
+    """`coef` per layer and the sharpness `alpha` (100). Layers add up here; the paper averages them, with 1e-3 to 2e-3
+    on the mean: its coefficient is `coef` times the number of layers.
+    """
 
     coef: float = 2e-3
     alpha: float = 100.0

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
@@ -157,6 +158,14 @@ class Decoder(nnx.Module):
     def causal(self) -> bool:
         """Whether every router claims that no token depends on later ones; generation makes sense only then."""
         return all(block.ffn.router.causal for _, block, _ in self.routed())
+
+    def from_corpus(self, counts_V: Int[np.ndarray, "V"]) -> dict[str, np.ndarray]:
+        """Initial values by path that follow from how often each token id occurs in the training data."""
+        new = {}
+        for path, block, ids in self.routed():
+            for name, value in block.ffn.from_corpus(counts_V).items():
+                new[f"{path}.ffn.{name}"] = np.broadcast_to(value, (len(ids), *value.shape))
+        return new
 
     def after_step(self, stats: dict[str, dict[str, Stat]]) -> dict[str, Array]:
         """New buffer values by path, from the step's statistics per stacked block."""

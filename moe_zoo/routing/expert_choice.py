@@ -51,7 +51,7 @@ class ExpertChoice(Router):
         probs_TE = jax.nn.softmax(logits_TE)
         G = ctx.batch if self.config.group == "sequence" else 1
         S = x_TD.shape[0] // G
-        C = min(S, math.ceil(self.config.capacity_factor * S / self.num_experts))
+        C = min(S, math.ceil(round(self.config.capacity_factor * S / self.num_experts, 6)))
         # padding is never worth choosing, and what had to be taken to fill C places is marked as no token
         choice_TE = probs_TE if ctx.valid is None else jnp.where(ctx.valid[:, None], probs_TE, -1.0)
         choice_GES = jax.lax.stop_gradient(choice_TE).reshape(G, S, -1).swapaxes(1, 2)

@@ -2,9 +2,9 @@
 
     e = table[layer, token_id];  y = E_e(x)
 
-The table is random and even over the vocabulary by default (a shuffled id, modulo E), another for every layer;
-`balanced_table` makes the paper's better one from counts: frequent tokens first, each to the expert with the least load
-so far.
+The table is random and even over the vocabulary by default (a shuffled id, modulo E), another for every layer. The
+paper's better one, "balanced", is made from the training data: frequent tokens first, each to the expert with the least
+load so far.
 """
 
 import dataclasses
@@ -23,9 +23,11 @@ from moe_zoo.routing.router import Dims, Router
 
 @dataclasses.dataclass(frozen=True)
 class HashedConfig:
-    """`table`: "random" (even over the vocabulary, per layer) or "modulo" (id mod E, the same in every layer)."""
+    """`table`: "random" (even over the vocabulary, per layer), "modulo" (id mod E, the same in every layer), "balanced"
+    (even over the training data, the same in every layer; before training no token has an expert).
+    """
 
-    table: Literal["random", "modulo"] = "random"
+    table: Literal["random", "modulo", "balanced"] = "random"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Table:
     num_experts: int
 
     def __call__(self, rng: np.random.Generator, shape) -> np.ndarray:
+        if self.kind == "balanced":  # `from_corpus` fills it in
+            return np.full(shape, self.num_experts)
         ids = np.arange(shape[0]) if self.kind == "modulo" else rng.permutation(shape[0])
         return ids % self.num_experts
 
@@ -55,6 +59,9 @@ class Hashed(Router):
     def __call__(self, x_TD: Float[Array, "T D"], ctx: RoutingContext) -> Routing:
         experts_T1 = self.table[...][ctx.token_ids][:, None]
         return Routing(TokenChoice(experts_T1, jnp.ones(experts_T1.shape, jnp.float32), self.num_experts))
+
+    def from_corpus(self, counts_V: Int[np.ndarray, "V"]) -> dict[str, np.ndarray]:
+        return {"table": balanced_table(counts_V, self.num_experts)} if self.config.table == "balanced" else {}
 
     def max_active(self) -> int:
         return 1

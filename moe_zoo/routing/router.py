@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -58,6 +59,10 @@ class Router(nnx.Module):
     def init_cache(self, batch: int, max_seq: int) -> Any:
         """State kept while decoding; None if a token needs nothing of earlier ones."""
         return None
+
+    def from_corpus(self, counts_V: Int[np.ndarray, "V"]) -> dict[str, np.ndarray]:
+        """New values of this layer's variables before the first step, given how often each token id is in the data."""
+        return {}
 
     def after_step(self, stats: dict[str, Stat]) -> dict[str, Array]:
         """New values of this layer's buffers after an optimizer step, given the layer's reduced statistics."""

@@ -71,8 +71,8 @@ class SMoEDropout(Router):
         low, high = self.config.bounds(self.num_experts)
         if not ctx.train:
             return self.config.eval_experts_per_tok or high
-        share = jnp.minimum(ctx.step / self.config.total_steps, 1.0)
-        return jnp.round((high - low) * share).astype(jnp.int32) + low  # half to even, as Python rounds
+        rises = jnp.asarray(first_steps(high - low, self.config.total_steps), jnp.int32)
+        return low + (ctx.step >= rises).sum(dtype=jnp.int32)
 
     def __call__(self, x_TD: Float[Array, "T D"], ctx: RoutingContext) -> Routing:
         logits_TE = linear_logits(x_TD, self.kernel[...]) + at_least_f32(self.bias[...])
@@ -86,3 +86,13 @@ class SMoEDropout(Router):
 
     def max_active(self) -> int:
         return max(self.config.bounds(self.num_experts)[1], self.config.eval_experts_per_tok or 0)
+
+
+def first_steps(rises: int, total: int) -> list[int]:
+    """The steps at which round(rises * step / total), halves to even, first reaches 1, 2, ..., `rises`.
+
+    In integers: a float32 product misses the halves.
+    """
+    doubled = [(2 * j - 1) * total for j in range(1, rises + 1)]  # j is reached where 2 * rises * step gets here
+    late = [j % 2 == 1 and at % (2 * rises) == 0 for j, at in enumerate(doubled, 1)]  # a half below an odd j is j - 1
+    return [-(-at // (2 * rises)) + wait for at, wait in zip(doubled, late, strict=True)]

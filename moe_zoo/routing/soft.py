@@ -64,5 +64,5 @@ class Soft(Router):
 
 
 def unit(x: Array, axis: int, eps: float) -> Array:
-    """x / (|x| + eps) along an axis, as the authors normalise."""
+    """x / (|x| + eps) along an axis: the paper's Algorithm 2. The authors' code has sqrt(|x|^2 + eps) below."""
     return x / (jnp.sqrt(jnp.sum(x * x, axis, keepdims=True) + 1e-30) + eps)

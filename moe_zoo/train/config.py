@@ -5,23 +5,25 @@ A config file is Python with `get_config(arg: str = "") -> ml_collections.Config
 dataclasses here, once; what is wrong is said before anything compiles.
 """
 
+import ast
 import dataclasses
 import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 from moe_zoo.core.registry import ConfigError, nearest
 from moe_zoo.core.schema import Choice, Text, build, choice, join, overlay, positive, set_path, to_dict
 from moe_zoo.models.config import ModelConfig
 from moe_zoo.sharding.mesh import MeshConfig
+from moe_zoo.train.guard import GuardConfig
 from moe_zoo.train.objective import OBJECTIVES
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """`source`: "embedded", or a text file, jsonl file or folder. `fractions`: train, validation, test, by document.
+    """`source`: "embedded", "arithmetic", a file or a folder (`moe_zoo.data.load_corpus`). `fractions`: train,
+    validation, test, by document.
 
     `eval_stride`: evaluation windows of seq_len overlap so that every scored token sees at least seq_len - eval_stride
     tokens of its document, if there are that many.
@@ -46,17 +48,51 @@ class DataConfig:
             )
 
 
+OPTIMIZERS = ("adamw", "muon", "lion", "sgd")
+#: those of optax whose update is a multiple of the learning rate (tests/train/test_optimizer.py checks each)
+OPTAX_OPTIMIZERS = tuple(
+    "adabelief adadelta adafactor adagrad adam adamax adamaxw adan amsgrad lamb lars nadam nadamw novograd "
+    "optimistic_adam_v2 radam rmsprop rprop sign_sgd signum sm3 yogi contrib.acprop contrib.ademamix contrib.adopt "
+    "contrib.simplified_ademamix".split()
+)
+SCHEDULES = ("cosine", "wsd", "linear", "constant")
+OPTAX_SCHEDULES = tuple(
+    "cosine_decay_schedule cosine_onecycle_schedule exponential_decay linear_onecycle_schedule linear_schedule "
+    "piecewise_constant_schedule piecewise_interpolate_schedule polynomial_schedule sgdr_schedule "
+    "warmup_constant_schedule warmup_cosine_decay_schedule warmup_exponential_decay_schedule".split()
+)
+
+
+def parse_options(options: Sequence[str], path: str) -> dict[str, object]:
+    """`["momentum=0.9"]` -> {"momentum": 0.9}; values are Python literals, other text is a string."""
+    parsed = {}
+    for text in options:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise ConfigError(f"{path}: {text!r}; expected 'name=value' like 'momentum=0.9'")
+        try:
+            parsed[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            parsed[name] = value
+    return parsed
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """`learning_rate` is the peak. Schedules run over the whole training after `warmup_steps`: "cosine" and "linear" to
-    `final_fraction` of the peak, "wsd" holds the peak and falls linearly over the last `decay_fraction`, "constant".
+    """`name`: "adamw", "muon", "lion", "sgd", or another optimizer of optax by its name there (`OPTAX_OPTIMIZERS`) with
+    `options` as its further arguments: "momentum=0.9" strings. `learning_rate` is the peak. Schedules run over all of
+    training after `warmup_steps`: "cosine" and "linear" to `final_fraction` of the peak, "wsd" holds the peak and falls
+    linearly over the last `decay_fraction`, "constant"; or a schedule of optax by its name there, over steps, with
+    `schedule_options`, its first or peak value being `learning_rate`.
     `weight_decay` applies to matrices only (no norms, biases, embeddings). `clip_norm` None: no clipping. `lr_scales`:
     "pattern=factor" strings, such as "embed.*=4": the rate of parameters whose name matches; the first one counts.
     """
 
-    name: Literal["adamw", "muon", "lion", "sgd"] = "adamw"
+    name: str = "adamw"
+    options: tuple[str, ...] = ()
     learning_rate: float = 3e-3
-    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    schedule: str = "cosine"
+    schedule_options: tuple[str, ...] = ()
     warmup_steps: int = 100
     decay_fraction: float = 0.2
     final_fraction: float = 0.0
@@ -71,6 +107,18 @@ class OptimConfig:
         positive(self, path, "learning_rate", "eps", "clip_norm")
         positive(self, path, "warmup_steps", "weight_decay", zero=True)
         self.rate_factors(path)
+        for name, known in (("name", OPTIMIZERS + OPTAX_OPTIMIZERS), ("schedule", SCHEDULES + OPTAX_SCHEDULES)):
+            given = getattr(self, name)
+            if given not in known:
+                raise ConfigError(
+                    f"{join(path, name)}: unknown {given!r}{nearest(given, known)}; known: {', '.join(known)}"
+                )
+        for name, ours, chosen in (
+            ("options", OPTIMIZERS, self.name),
+            ("schedule_options", SCHEDULES, self.schedule),
+        ):
+            if parse_options(getattr(self, name), join(path, name)) and chosen in ours:
+                raise ConfigError(f"{join(path, name)}: only for those of optax, and {chosen!r} is ours")
         for name in ("decay_fraction", "final_fraction", "b1", "b2"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{join(path, name)}: expected a number in [0, 1], got {getattr(self, name)}")
@@ -93,7 +141,8 @@ class OptimConfig:
 class TrainConfig:
     """Exactly one of `steps` and `minutes` ends the run. With `minutes`, schedules follow the clock (from the first
     step after compiling), so such a run can be resumed but not repeated bit for bit. `accumulation`: micro-batches per
-    step, each of data.batch_size / accumulation rows. `freeze`: parameter name patterns that are not trained.
+    step, each of data.batch_size / accumulation rows. `freeze`: parameter name patterns that are not trained. `guard`:
+    which steps are skipped, and how many may be.
     """
 
     steps: int | None = None
@@ -102,6 +151,7 @@ class TrainConfig:
     seed: int = 0
     freeze: tuple[str, ...] = ()
     objective: Choice = choice(OBJECTIVES, "next_token")
+    guard: GuardConfig = GuardConfig()
 
     def validate(self, path: str) -> None:
         positive(self, path, "steps", "minutes", "accumulation")
@@ -168,12 +218,17 @@ class Config:
 RESUMABLE = ("train.steps", "train.minutes", "checkpoint.", "log.", "mesh.")
 
 
-def load_config(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
+def load_config(spec: str, overrides: Sequence[tuple[str, str]] = (), given: Mapping | None = None) -> Config:
     """`"configs/quickstart.py:tiny"` and `[("optim.learning_rate", "3e-4")]` -> Config.
 
+    `given`: `{"model": settings, "data": {"tokenizer": ...}}` of a model to begin from. It takes the place of the
+    file's model section and of those keys of other sections; overrides come after it.
     Raises ConfigError for a missing file, an unknown preset, key or value; always one line.
     """
-    config = config_from_dict(read_config_file(spec))
+    tree = dict(read_config_file(spec))
+    for section, values in (given or {}).items():
+        tree[section] = values if section == "model" else {**tree.get(section, {}), **values}
+    config = config_from_dict(tree)
     if not overrides:
         return config
     tree = config.to_dict()  # with all defaults, so that an override changes one key and not a whole section

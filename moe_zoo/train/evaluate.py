@@ -28,9 +28,11 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores every target of the split once (or `max_rows` evenly spaced rows of it).
 
-    Returns {"bits_per_byte": {"overall", "domains"}, "loss" (nats per token), "tokens", "bytes" {domain},
-    "expert_load" [L][E] shares, "load_by_domain" [L][domains][E] counts, "context_length", "min_context"}.
-    A document's end counts as one more target, so the model pays for saying where documents stop.
+    Returns {"bits_per_byte": {"overall", "domains"}, "scored" ("text" or "answers"), "loss" (nats per token), "tokens",
+    "bytes" {domain}, "expert_load" [L][E] shares, "load_by_domain" [L][domains][E] counts, "context_length",
+    "min_context"}.
+    A document's end counts as one more target, so the model pays for saying where documents stop. Of supervised
+    documents the targets are the answers' tokens and their end, and the bytes are the answers' alone.
     """
     graphdef, state = nnx.split(model)
     X = len(corpus.domains)
@@ -44,7 +46,7 @@ def evaluate(
         nats, count = nats + n, count + c
         layers = layer if layers is None else {k: (ids, merge_stats(layers[k][1], s)) for k, (ids, s) in layer.items()}
     targets = np.array([corpus.targets_per_domain()[d] for d in corpus.domains], float)
-    size = np.array([corpus.bytes_per_domain()[d] for d in corpus.domains], float)
+    size = np.array([corpus.trained_bytes_per_domain()[d] for d in corpus.domains], float)
     # a partial look scores a sample of the targets: its bytes are those of the sample
     scored_bytes = np.where(targets > 0, count * size / np.maximum(targets, 1), 0)
     bits = nats / math.log(2)
@@ -57,6 +59,7 @@ def evaluate(
                 d: float(bits[i] / scored_bytes[i]) for i, d in enumerate(corpus.domains) if scored_bytes[i] > 0
             },
         },
+        "scored": "text" if corpus.trained is None else "answers",
         "loss": float(nats.sum() / max(count.sum(), 1)),
         "tokens": int(count.sum()),
         "bytes": {d: int(size[i]) for i, d in enumerate(corpus.domains)},

@@ -1,12 +1,11 @@
 """The training loop. It reads top to bottom and never asks which router, objective or optimizer is running."""
 
 import collections
-import json
-import os
-import shutil
+import contextlib
 import signal
 import subprocess
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,15 @@ from moe_zoo.core.registry import ConfigError
 from moe_zoo.data import DataError, load_corpus, load_tokenizer, split, train_iterator
 from moe_zoo.models.counting import count_parameters
 from moe_zoo.sharding import make_mesh
-from moe_zoo.train.config import RESUMABLE, Config, differences
+from moe_zoo.train.config import Config
 from moe_zoo.train.evaluate import evaluate
-from moe_zoo.train.log_writers import JsonlWriter, TensorBoardWriter, Writers
+from moe_zoo.train.guard import explain
+from moe_zoo.train.log_writers import JsonlWriter, TensorBoardWriter, Writer, Writers
+from moe_zoo.train.memory import check_memory
 from moe_zoo.train.metrics import first_non_finite, flatten
 from moe_zoo.train.progress import Progress
 from moe_zoo.train.step import Trainer
+from moe_zoo.train.workdir import prepare_workdir, write_settings
 
 
 class TrainingError(RuntimeError):
@@ -32,11 +34,19 @@ class TrainingError(RuntimeError):
 
 
 def train(
-    config: Config, workdir: str | Path, *, overwrite: bool = False, stop_at: int | None = None
+    config: Config,
+    workdir: str | Path,
+    *,
+    overwrite: bool = False,
+    stop_at: int | None = None,
+    begin_from: Mapping[str, jax.Array] | None = None,
+    writers: Sequence[Writer] = (),
 ) -> dict[str, Any]:
     """Trains to the end of `config`, or goes on where the run in `workdir` stopped.
 
-    `stop_at` ends early at that step as a SIGTERM would. Returns {"trainer", "state", "parts", "tokenizer", "step",
+    `stop_at` ends early at that step as a SIGTERM would. `begin_from`: weights by path for a fresh run (fine-tuning);
+    parameters that are not in it are drawn. `writers`: further loggers (`log_writers.Writer`), which get every line of
+    metrics that metrics.jsonl gets. Returns {"trainer", "state", "parts", "tokenizer", "step",
     "seconds", "tokens_per_second", "finished"}.
     """
     workdir = Path(workdir).absolute()
@@ -52,7 +62,8 @@ def train(
     data = train_iterator(
         parts["train"], tokenizer, seq_len=config.data.seq_len, batch_size=config.data.batch_size, seed=config.data.seed
     )
-    bytes_per_token = parts["train"].num_bytes.sum() / sum(parts["train"].targets_per_domain().values())
+    per_domain = parts["train"].trained_bytes_per_domain(), parts["train"].targets_per_domain()
+    bytes_per_token = sum(per_domain[0].values()) / sum(per_domain[1].values())
 
     # -- mesh, model, optimizer ---------------------------------------------------------------------------------------
     mesh = make_mesh(config.mesh)
@@ -60,85 +71,105 @@ def train(
     trainer = Trainer(config, mesh, objective)
 
     # -- work directory, checkpoint -----------------------------------------------------------------------------------
-    prepare_workdir(workdir, config, corpus.fingerprint, overwrite)
-    checkpoints = Checkpoints(workdir, config.checkpoint.keep)
-    step, seconds = 0, 0.0
-    if (latest := checkpoints.latest()) is not None:
-        state, meta = checkpoints.restore(latest, trainer.abstract_state())
-        step, seconds = latest, meta["seconds"]
-        data.set_state(meta["data"])
-    else:
-        state = trainer.init_state()
-    (workdir / "config.json").write_text(json.dumps(config.to_dict() | {"corpus": corpus.fingerprint}, indent=2))
-    writers = [JsonlWriter(workdir / "metrics.jsonl")]
-    if config.log.tensorboard:
-        writers.append(TensorBoardWriter(workdir / "tensorboard", resume_step=step if step else None))
+    with prepare_workdir(workdir, config, corpus.fingerprint, overwrite):
+        check_memory(trainer)
+        checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+        step, seconds = 0, 0.0
+        if (latest := checkpoints.latest()) is not None:
+            state, meta = checkpoints.restore(latest, trainer.abstract_state())
+            step, seconds = latest, meta["seconds"]
+            data.set_state(meta["data"])
+        else:
+            counts = None if begin_from else parts["train"].token_counts(config.model.vocab_size)
+            state = trainer.init_state(counts, begin_from)
+        write_settings(workdir, config, corpus.fingerprint)
+        writers = [JsonlWriter(workdir / "metrics.jsonl"), *writers]
+        if config.log.tensorboard:
+            writers.append(TensorBoardWriter(workdir / "tensorboard", resume_step=step if step else None))
 
-    # -- loop ---------------------------------------------------------------------------------------------------------
-    steps, limit = config.train.steps, (config.train.minutes or 0) * 60
-    fraction = lambda: min(1.0, step / steps if steps else watch.seconds / limit)
-    unfinished = lambda: step < steps if steps else watch.seconds < limit
-    speed = lambda: watch.steps_per_second * tokens_per_step
-    tokens_per_step = config.data.batch_size * config.data.seq_len
-    stats = None
-    layer_ids = {path: ids for path, _, ids in trainer.abstract.routed()}
-    watch, saved = _Stopwatch(seconds), step
+        # -- loop -----------------------------------------------------------------------------------------------------
+        steps, limit = config.train.steps, (config.train.minutes or 0) * 60
+        fraction = lambda: min(1.0, step / steps if steps else watch.seconds / limit)
+        unfinished = lambda: step < steps if steps else watch.seconds < limit
+        speed = lambda: watch.steps_per_second * tokens_per_step
+        tokens_per_step = config.data.batch_size * config.data.seq_len
+        stats = None
+        layer_ids = {path: ids for path, _, ids in trainer.abstract.routed()}
+        watch, saved = _Stopwatch(seconds), step
 
-    def save():
-        meta = {
-            "data": data.get_state(),
-            "seconds": watch.seconds,
-            "config": config.to_dict(),
-            "version": code_version(),
-        }
-        checkpoints.save(step, state, meta)
+        def save():
+            if not workdir.is_dir():
+                raise TrainingError(f"step {step}: {workdir} has vanished, nothing can be saved there")
+            meta = {
+                "data": data.get_state(),
+                "seconds": watch.seconds,
+                "config": config.to_dict(),
+                "version": code_version(),
+            }
+            checkpoints.save(step, state, meta)
 
-    with Writers(writers) as log, Progress(steps, config.train.minutes) as progress, _StopSignal() as stop:
-        log.truncate_after(step)
-        announce(progress, trainer, parts, step)
-        while unfinished() and not stop.asked and step != stop_at:
-            batch = jax.device_put(next(data), trainer.batch_sharding)
-            state, stats = trainer.train_step(state, batch, jnp.float32(fraction()))
-            watch.step(stats)
-            step += 1
-            ended = not unfinished()
-            if step % config.log.every == 0 or ended:
-                line = flatten(jax.device_get(stats), layer_ids, bytes_per_token)
-                line |= {"tokens": step * tokens_per_step, "seconds": watch.seconds, "tokens_per_second": speed()}
-                log.write(step, "train", line)
-                if (bad := first_non_finite(line)) is not None:
-                    raise TrainingError(
-                        f"step {step}: {bad} is {line[bad]}; the last checkpoint is of step {saved}. "
-                        "Try a lower optim.learning_rate, more optim.warmup_steps or a smaller optim.clip_norm"
+        shown = Progress(steps, config.train.minutes)
+        with _disk_errors(workdir), Writers(writers) as log, shown as progress, _StopSignal() as stop:
+            log.truncate_after(step)
+            announce(progress, trainer, parts, step, begin_from)
+            while unfinished() and not stop.asked and step != stop_at:
+                batch = jax.device_put(next(data), trainer.batch_sharding)
+                state, stats = trainer.train_step(state, batch, jnp.float32(fraction()))
+                watch.step(stats)
+                step += 1
+                ended = not unfinished()
+                if step % config.log.every == 0 or ended:
+                    host = jax.device_get(stats)
+                    line = flatten(host, layer_ids, bytes_per_token)
+                    line |= {"tokens": step * tokens_per_step, "seconds": watch.seconds, "tokens_per_second": speed()}
+                    log.write(step, "train", line)
+                    if line["skipped_in_a_row"] >= config.train.guard.max_skipped:
+                        why = explain(step, line, host["gradient_norms"], trainer.names)
+                        raise TrainingError(f"{why}; the last checkpoint is of step {saved}")
+                    if (bad := first_non_finite(line)) is not None and not line["skipped_in_a_row"]:
+                        why = f"step {step}: {bad} is {line[bad]}, though loss and gradient are finite"
+                        raise TrainingError(f"{why}; the last checkpoint is of step {saved}")
+                    progress.update(step, fraction(), line, speed())
+                else:
+                    progress.update(step, fraction())
+                if step % config.log.eval_every == 0 or ended:
+                    watch.stop(stats)
+                    result = validate(trainer, state, parts["validation"], tokenizer, config)
+                    log.write(
+                        step,
+                        "validation",
+                        {"bits_per_byte": result["bits_per_byte"]["overall"], "loss": result["loss"]},
                     )
-                progress.update(step, fraction(), line, speed())
-            else:
-                progress.update(step, fraction())
-            if step % config.log.eval_every == 0 or ended:
+                    progress.update(step, fraction(), {"validation_bits_per_byte": result["bits_per_byte"]["overall"]})
+                if step % config.checkpoint.every == 0 and not ended:
+                    watch.stop(stats)
+                    save()
+                    saved = step
+            if stats is not None:
                 watch.stop(stats)
-                result = validate(trainer, state, parts["validation"], tokenizer, config)
-                log.write(
-                    step, "validation", {"bits_per_byte": result["bits_per_byte"]["overall"], "loss": result["loss"]}
-                )
-                progress.update(step, fraction(), {"validation_bits_per_byte": result["bits_per_byte"]["overall"]})
-            if step % config.checkpoint.every == 0 and not ended:
-                watch.stop(stats)
+            if saved != step or latest is None:
                 save()
-                saved = step
-        if stats is not None:
-            watch.stop(stats)
-        if saved != step or latest is None:
-            save()
-        checkpoints.wait()
-        finished = not unfinished()
-        if not finished:
-            progress.print(f"stopped at step {step}, saved; the same command goes on from there")
-    checkpoints.close()
-    return {
-        "trainer": trainer, "state": state, "parts": parts, "tokenizer": tokenizer, "step": step,
-        "seconds": watch.seconds,
-        "tokens_per_second": step * tokens_per_step / watch.seconds if watch.seconds else None, "finished": finished,
-    }  # fmt: skip
+            checkpoints.wait()
+            finished = not unfinished()
+            if not finished:
+                progress.print(f"stopped at step {step}, saved; the same command goes on from there")
+        checkpoints.close()
+        return {
+            "trainer": trainer, "state": state, "parts": parts, "tokenizer": tokenizer, "step": step,
+            "seconds": watch.seconds, "finished": finished,
+            "tokens_per_second": step * tokens_per_step / watch.seconds if watch.seconds else None,
+        }  # fmt: skip
+
+
+@contextlib.contextmanager
+def _disk_errors(workdir: Path):
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"{workdir}: {error.strerror or error}. What was saved before is whole: put that right, and the same "
+            "command goes on from there"
+        ) from error
 
 
 def validate(trainer: Trainer, state, corpus, tokenizer, config: Config) -> dict[str, Any]:
@@ -149,37 +180,8 @@ def validate(trainer: Trainer, state, corpus, tokenizer, config: Config) -> dict
     )  # fmt: skip
 
 
-def prepare_workdir(workdir: Path, config: Config, fingerprint: str, overwrite: bool) -> None:
-    """Makes the directory, or checks that the run in it is the one that `config` describes.
-
-    Raises ConfigError listing what differs; nothing is touched unless `overwrite`, which removes the old run's files.
-    """
-    settings = workdir / "config.json"
-    if settings.is_file() and not overwrite:
-        old = json.loads(settings.read_text())
-        new = config.to_dict() | {"corpus": fingerprint}
-        changed = [line for line in differences(old, json.loads(json.dumps(new))) if not line.startswith(RESUMABLE)]
-        if changed:
-            raise ConfigError(
-                f"{workdir} holds a run with other settings ({'; '.join(changed[:4])}{'; ...' * (len(changed) > 4)}): "
-                "use another --workdir, or --overwrite to start again there"
-            )
-    if overwrite:
-        for name in ("checkpoints", "tensorboard", "pictures"):
-            shutil.rmtree(workdir / name, ignore_errors=True)
-        for name in ("config.json", "metrics.jsonl", "report.json"):
-            (workdir / name).unlink(missing_ok=True)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / f".write_test_{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(f"--workdir {workdir}: cannot write there ({error.strerror})") from error
-
-
-def announce(progress: Progress, trainer: Trainer, parts, step: int) -> None:
-    """What is about to run, in three lines."""
+def announce(progress: Progress, trainer: Trainer, parts, step: int, begin_from) -> None:
+    """What is about to run, in three lines; and where the weights come from, if they are given."""
     counts = count_parameters(trainer.abstract, trainer.partition.trainable)
     config = trainer.config
     domains = len(parts["train"].domains)
@@ -188,11 +190,17 @@ def announce(progress: Progress, trainer: Trainer, parts, step: int) -> None:
         f"{counts['trainable']:,} trained; router {config.model.router.name}, "
         f"{config.model.num_experts} experts, layers {config.model.layers}"
     )
+    trained = sum(parts["train"].trained_bytes_per_domain().values())
+    answers = "" if parts["train"].trained is None else f"; trained on the answers, {trained / 1e6:.1f} MB"
     size = {name: part.num_bytes.sum() / 1e6 for name, part in parts.items()}
     progress.print(
         f"data {config.data.source}: {size['train']:.1f} MB train, {size['validation']:.2f} validation, "
-        f"{size['test']:.2f} test, {plural(domains, 'domain')}, split by document"
+        f"{size['test']:.2f} test, {plural(domains, 'domain')}, split by document{answers}"
     )
+    if begin_from and not step:
+        fresh = sorted(trainer.shapes.keys() - begin_from.keys())
+        drawn = f"; drawn fresh: {', '.join(fresh[:5])}{', ...' * (len(fresh) > 5)}" if fresh else ""
+        progress.print(f"weights given for {len(trainer.shapes) - len(fresh)} of {len(trainer.shapes)} arrays{drawn}")
     where = plural(trainer.mesh.devices.size, f"{jax.devices()[0].platform} device")
     begin = f"goes on from step {step}" if step else "starts"
     progress.print(f"{begin} on {where}, jax {jax.__version__}; the first step compiles")

@@ -15,6 +15,7 @@ OBJECTIVES = Registry(
     {
         "adaptive_sparsity": "moe_zoo.train.adaptive_sparsity:AdaptiveSparsity",
         "next_token": "moe_zoo.train.objective:NextToken",
+        "scheduled_loss": "moe_zoo.train.scheduled_loss:ScheduledLoss",
     },
 )
 

@@ -1,6 +1,8 @@
 """Optimizers from optax, a learning rate that follows progress, and what decays."""
 
 import fnmatch
+import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +10,14 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from moe_zoo.core.registry import ConfigError
-from moe_zoo.train.config import OptimConfig
+from moe_zoo.train.config import SCHEDULES, OptimConfig, parse_options
 
 
 def learning_rate(config: OptimConfig, step: Int[Array, ""], progress: Float[Array, ""]) -> Float[Array, ""]:
     """The rate at `step`, with `progress` in [0, 1] of the whole run (by steps or by the clock)."""
+    warmup = jnp.minimum(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    if config.schedule not in SCHEDULES:
+        return (_optax_schedule(config)(step) * warmup).astype(jnp.float32)
     final = config.final_fraction
     if config.schedule == "cosine":
         shape = final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
@@ -23,7 +28,6 @@ def learning_rate(config: OptimConfig, step: Int[Array, ""], progress: Float[Arr
         shape = final + (1 - final) * decay
     else:
         shape = jnp.ones(())
-    warmup = jnp.minimum(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     return (config.learning_rate * shape * warmup).astype(jnp.float32)
 
 
@@ -40,8 +44,10 @@ def make_optimizer(config: OptimConfig, axes: dict[str, tuple]) -> optax.Gradien
         core = optax.lion(1.0, config.b1, config.b2, weight_decay=wd, mask=decay)
     elif config.name == "sgd":
         core = optax.chain(optax.add_decayed_weights(wd, mask=decay), optax.sgd(1.0, momentum=config.b1))
-    else:
+    elif config.name == "muon":
         core = _muon(config, axes, decay)
+    else:
+        core = _optax_optimizer(config, decay)
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
     return optax.chain(clip, core)
 
@@ -63,6 +69,46 @@ def is_matrix(name: str, axes: tuple) -> bool:
 
 def _own_axes(axes: tuple) -> list[int]:
     return [i for i, axis in enumerate(axes) if axis not in ("layers", "expert")]
+
+
+def _optax_optimizer(config: OptimConfig, decay: dict[str, bool]) -> optax.GradientTransformation:
+    """The optimizer of that name in optax. Settings that it has arguments for are passed on; weight decay that it has
+    none for is decoupled, as in AdamW.
+    """
+    make = _called(config.name)
+    takes = inspect.signature(make).parameters
+    given = {name: getattr(config, name) for name in ("b1", "b2", "eps") if name in takes}
+    mask = next((name for name in ("mask", "weight_decay_mask") if name in takes), None)
+    inside = "weight_decay" in takes and mask is not None
+    if "weight_decay" in takes:
+        given |= {"weight_decay": config.weight_decay, mask: decay} if inside else {"weight_decay": 0.0}
+    given |= parse_options(config.options, "optim.options")
+    try:
+        core = make(learning_rate=1.0, **given)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optim.options: {config.name} of optax: {error}; it takes {', '.join(takes)}") from error
+    outside = 0.0 if inside else config.weight_decay
+    return optax.chain(core, optax.add_decayed_weights(-outside, mask=decay)) if outside else core
+
+
+def _optax_schedule(config: OptimConfig) -> optax.Schedule:
+    make = _called(config.schedule)
+    takes = inspect.signature(make).parameters
+    peak = next((name for name in ("peak_value", "init_value") if name in takes), None)
+    given = {} if peak is None else {peak: config.learning_rate}
+    if peak == "peak_value" and "init_value" in takes:
+        given["init_value"] = 0.0
+    given |= parse_options(config.schedule_options, "optim.schedule_options")
+    try:
+        return make(**given)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"optim.schedule_options: {config.schedule} of optax: {error}; it takes {', '.join(takes)}"
+        ) from error
+
+
+def _called(name: str):
+    return functools.reduce(getattr, name.split("."), optax)
 
 
 def _muon(config: OptimConfig, axes, decay):

@@ -25,6 +25,7 @@ def final_table(report: Mapping[str, Any], console: rich.console.Console | None 
     Args:
         report: any of these; what is missing is left out.
             bits_per_byte: {"overall": float, "domains": {name: float}} on the test documents.
+            scored: "answers" when only the answers of supervised documents count.
             bytes, gzip, xz: {name: number, "overall": number}: test bytes, and the compressors' bits per byte.
             context_length: tokens. tokens_per_second, train_seconds, steps: numbers of the training run.
             parameters: {"total": int, "active": int (per token), "trainable": int}.
@@ -84,7 +85,9 @@ def _compression_table(report: Mapping[str, Any]) -> rich.table.Table | None:
     if not columns:
         return None
     names = list(dict.fromkeys(name for column in (*columns.values(), sizes) for name in column if name != "overall"))
-    table = _new_table("Test bits per byte (lower is better)")
+    answers = report.get("scored") == "answers"
+    what = " of the answers (lower is better; gzip and xz do not see the prompts)" if answers else " (lower is better)"
+    table = _new_table(f"Test bits per byte{what}")
     table.add_column("domain", overflow="fold")
     for name in (*columns, "bytes"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -2,11 +2,12 @@
 
 import dataclasses
 import fnmatch
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_zoo.core import param as P
@@ -14,11 +15,12 @@ from moe_zoo.core.aux import reduce_stacked
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.models import Decoder
 from moe_zoo.sharding import batch_sharding, sharding_of
+from moe_zoo.train import guard
 from moe_zoo.train.config import Config
 from moe_zoo.train.objective import Objective
 from moe_zoo.train.optimizer import learning_rate, make_optimizer, opt_shardings, rate_scales
 
-#: {"trainable", "frozen", "buffers": {path: array}, "opt": optax state, "objective": dict, "step": int32}
+#: {"trainable", "frozen", "buffers": {path: array}, "opt": optax state, "objective", "guard": dict, "step": int32}
 State = dict[str, Any]
 
 
@@ -54,6 +56,7 @@ class Trainer:
     def __init__(self, config: Config, mesh: Mesh, objective: Objective):
         self.config, self.mesh, self.objective = config, mesh, objective
         self.abstract = Decoder(config.model, mesh)
+        self.names = P.layer_names(self.abstract)
         self.partition = partition(self.abstract, config.train.freeze)
         variables = P.flat(self.abstract)
         self.shardings = {n: sharding_of(mesh, v.logical_axes, v.get_value().shape, n) for n, v in variables.items()}
@@ -73,19 +76,36 @@ class Trainer:
     def replicated(self):
         return NamedSharding(self.mesh, PartitionSpec())
 
-    def init_state(self) -> State:
-        """Fresh weights, drawn on the host and placed shard by shard; zero moments."""
-        model = P.materialize(
-            self.abstract, self.config.train.seed, lambda var, path, x: jax.device_put(x, self.shardings[path])
+    def init_state(
+        self, counts_V: np.ndarray | None = None, given: Mapping[str, jax.Array | np.ndarray] | None = None
+    ) -> State:
+        """Fresh weights, drawn on the host and placed shard by shard; zero moments.
+
+        `counts_V`: how often each token id occurs in the training data, for routers that ask (`Router.from_corpus`).
+        `given`: values by path to begin from instead; raises ConfigError where a shape differs.
+        """
+        fitted = {} if counts_V is None else self.abstract.from_corpus(counts_V)
+        given = fitted | dict(given or {})
+        for path in given.keys() & self.shapes.keys():
+            if given[path].shape != self.shapes[path].shape:
+                raise ConfigError(
+                    f"{path}: the weights to begin from have shape {list(given[path].shape)}, the model's settings ask "
+                    f"for {list(self.shapes[path].shape)}"
+                )
+        # no alias: the state is donated, and the caller keeps what it gave
+        place = lambda var, path, x: jax.device_put(
+            x.astype(self.shapes[path].dtype), self.shardings[path], may_alias=False if path in given else None
         )
-        values = P.arrays(model)
+        values = P.arrays(P.materialize(self.abstract, self.config.train.seed, place, given))
         state = {
             group: {n: values[n] for n in getattr(self.partition, group)}
             for group in ("trainable", "frozen", "buffers")
         }
         make_opt = jax.jit(self.tx.init, out_shardings=self.state_shardings["opt"])
         state["opt"] = make_opt(state["trainable"])
-        state["objective"] = jax.device_put(self.objective.init_state(), self.replicated)
+        # jitted, so that equal values are separate buffers: the state is donated
+        state["objective"] = jax.jit(self.objective.init_state, out_shardings=self.replicated)()
+        state["guard"] = jax.jit(guard.init, out_shardings=self.replicated)()
         state["step"] = jax.device_put(jnp.zeros((), jnp.int32), self.replicated)
         return state
 
@@ -96,6 +116,7 @@ class Trainer:
         state = {"trainable": pick(part.trainable), "frozen": pick(part.frozen), "buffers": pick(part.buffers)}
         state["opt"] = jax.eval_shape(self.tx.init, state["trainable"])
         state["objective"] = jax.eval_shape(self.objective.init_state)
+        state["guard"] = jax.eval_shape(guard.init)
         state["step"] = jax.ShapeDtypeStruct((), jnp.int32)
         shaped = lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where)
         return jax.tree.map(shaped, state, self.state_shardings)
@@ -111,6 +132,7 @@ class Trainer:
         trained = {n: self.shapes[n] for n in self.partition.trainable}
         groups["opt"] = opt_shardings(self.tx, trained, self.shardings, self.replicated)
         groups["objective"] = jax.tree.map(lambda _: self.replicated, jax.eval_shape(self.objective.init_state))
+        groups["guard"] = jax.tree.map(lambda _: self.replicated, jax.eval_shape(guard.init))
         groups["step"] = self.replicated
         return groups
 
@@ -122,23 +144,28 @@ class Trainer:
         weights = batch.pop("loss_mask").astype(jnp.float32)
         batch["loss_weights"] = weights / jnp.maximum(weights.sum(), 1)
         gradients, stats = self._gradients(state, batch, step, key)
-        norm = optax.tree.norm(gradients)
+        norms = guard.gradient_norms(gradients, self.names)
+        norm = guard.global_norm(norms)
+        good, watch = guard.judge(self.config.train.guard, state["guard"], stats["scalars"]["loss"].value(), norm)
         rate = learning_rate(self.config.optim, step, progress)
         updates, opt = self.tx.update(gradients, state["opt"], state["trainable"])
         move = lambda p, u, scale: p + (rate * scale).astype(p.dtype) * u.astype(p.dtype)
         trainable = jax.tree.map(move, state["trainable"], updates, self.rate_scales)
-        new = {
+        moved = {
             "trainable": trainable,
-            "frozen": state["frozen"],
             "buffers": state["buffers"] | self.model(state).after_step(stats["layers"]),
             "opt": opt,
             "objective": self.objective.update(state["objective"], stats),
-            "step": step + 1,
         }
+        new = guard.choose(good, moved, {name: state[name] for name in moved})
+        new |= {"frozen": state["frozen"], "guard": watch, "step": step + 1}
         stats["scalars"] = {k: s.value() for k, s in stats["scalars"].items()} | {
             "grad_norm": norm,
             "learning_rate": rate,
+            "skipped_steps": watch["skipped"],
+            "skipped_in_a_row": watch["in_a_row"],
         }
+        stats["gradient_norms"] = norms
         return new, stats
 
     def _gradients(self, state, batch, step, key):

@@ -42,6 +42,10 @@ def test_equal_texts_share_a_group():
     assert groups[0] == groups[1] != groups[2]
 
 
+def test_domains_can_be_printed():
+    assert _corpus(domains=("Grüße", "\ud800", "世界")).domains == ("Grüße", "?", "世界")
+
+
 def test_reserved_domain():
     with pytest.raises(DataError, match="'overall'"):
         _corpus(domains=("a", "overall", "a"))

@@ -36,13 +36,31 @@ def test_json_lines(tmp_path, suffix):
     assert corpus.domains == ("part.1", "de") and corpus.domain_ids.tolist() == [0, 1, 0]
 
 
+def test_many_domains_are_told(tmp_path, caplog):
+    path = tmp_path / "a.jsonl"
+    path.write_text(_lines(*({"text": "some text", "domain": f"https://example.org/{i}"} for i in range(300))))
+    assert len(load_corpus(path, TOKENIZER).domains) == 300 and "300 domains" in caplog.text
+
+
+def test_the_place_of_a_bad_byte(tmp_path, monkeypatch):
+    monkeypatch.setattr("moe_zoo.data.formats.text._STEP", 7)
+    text = "\ufeffÄ世界 " * 30
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    assert _texts(load_corpus(tmp_path / "a.txt", TOKENIZER)) == [text.removeprefix("\ufeff")]
+    for place in (3, 60, 61, 100):
+        raw = text.encode()[:place].decode(errors="ignore").encode()
+        (tmp_path / "a.txt").write_bytes(raw + b"\xe9" + text.encode())
+        with pytest.raises(DataError, match=rf"byte 0xe9 at {len(raw)}\)"):
+            load_corpus(tmp_path / "a.txt", TOKENIZER)
+
+
 def test_bad_lines_are_counted(tmp_path, caplog):
     path = tmp_path / "data.jsonl"
     bad = ["{", "[1]", '{"body": "x"}', '{"text": 3}', '{"text": " "}', '{"text": "x", "domain": [1]}', "9" * 5000]
     path.write_bytes(_lines({"text": LONG}).encode() + "\n".join(bad).encode() + b"\n\xff\xfe\n")
     assert len(load_corpus(path, TOKENIZER)) == 1
     assert "skipped 8 of 9 lines (first: line 2: invalid JSON)" in caplog.text
-    for why in ("no 'text' field (fields: body)", "1 line(s) with bad UTF-8", "an empty 'text'"):
+    for why in ("no 'text' field (fields: body; expected 'text'", "1 line(s) with bad UTF-8", "an empty 'text'"):
         assert why in caplog.text
 
 
@@ -61,8 +79,9 @@ def test_bad_lines_are_counted(tmp_path, caplog):
         ("a.jsonl", b"[" * 100_000, "invalid JSON"),
         ("a.jsonl.gz", b"not gzip", "gzip"),
         ("a.jsonl.gz", gzip.compress(_lines({"text": LONG}).encode() * 99)[:-30], "gzip"),
-        ("a.parquet", b"PAR1", "unsupported format '.parquet': expected 'embedded', a .txt"),
-        ("a.jsonl.zst", b"x", "unsupported format '.jsonl.zst'"),
+        ("a.json", b"{}", "unsupported format '.json': expected a .txt"),
+        ("a.json", b"{}", "did you mean '.jsonl'"),
+        ("a.tar.zst", b"x", "unsupported format '.tar.zst'"),
         ("noname", b"x", "without a suffix"),
     ],
 )
@@ -90,7 +109,7 @@ def test_a_pipe_does_not_hang(tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
     with pytest.raises(DataError, match="not a file"):
         load_corpus(tmp_path / "pipe.txt", TOKENIZER)
-    with pytest.raises(DataError, match="no .txt"):
+    with pytest.raises(DataError, match="nothing usable"):
         load_corpus(tmp_path, TOKENIZER)
 
 
@@ -137,23 +156,21 @@ def test_folder_skips_are_counted(tmp_path, caplog):
             "latin.txt": b"\xe9" * 50,
             "empty.txt": "",
             "cut.jsonl.gz": gzip.compress(_lines({"text": LONG}).encode())[:-9],
-            "table.parquet": "PAR1",
+            "table.csv": "a,b",
             "readme.md": "x",
         },
     )
     corpus = load_corpus(root, TOKENIZER)
     assert "good" in corpus.domains and len(corpus) <= 2
-    for text in ("4 file(s) that could not be read", "1 .parquet file(s)", "1 file(s) of other formats", "latin.txt"):
+    for text in ("4 file(s) that could not be read", "1 .csv file(s)", "1 file(s) of other formats", "latin.txt"):
         assert text in caplog.text
 
 
 def test_folders_without_text(tmp_path):
     (tmp_path / "none").mkdir()
-    with pytest.raises(DataError, match="no .txt, .jsonl or .jsonl.gz file in this folder of 0 files"):
+    with pytest.raises(DataError, match="nothing usable in this folder of 0 files: expected a .txt"):
         load_corpus(tmp_path / "none", TOKENIZER)
-    with pytest.raises(DataError, match="1 .parquet"):
-        load_corpus(_write(tmp_path / "parquet", {"x.parquet": "PAR1"}), TOKENIZER)
-    with pytest.raises(DataError, match="save_to_disk"):
-        load_corpus(_write(tmp_path / "saved", {"dataset_info.json": "{}", "data.arrow": "x"}), TOKENIZER)
-    with pytest.raises(DataError, match="holds usable text"):
+    with pytest.raises(DataError, match="1 .csv"):
+        load_corpus(_write(tmp_path / "csv", {"x.csv": "a,b"}), TOKENIZER)
+    with pytest.raises(DataError, match=r"none of the 2 files holds usable text \(first: x.txt: the file is binary"):
         load_corpus(_write(tmp_path / "bad", {"x.txt": b"\0", "y.txt": ""}), TOKENIZER)

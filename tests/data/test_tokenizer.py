@@ -82,3 +82,94 @@ def test_missing_library_is_named(tmp_path, monkeypatch):
     path.write_text("{}")
     with pytest.raises(DataError, match="pip install tokenizers"):
         load_tokenizer(path)
+
+
+def _byte_level(folder, specials=(), config=None):
+    tokenizers = pytest.importorskip("tokenizers")
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=list(specials), initial_alphabet=alphabet, show_progress=False
+    )
+    model.train_from_iterator(["one two three four"] * 9, trainer)
+    folder.mkdir(exist_ok=True)
+    model.save(str(folder / "tokenizer.json"))
+    if config is not None:
+        (folder / "tokenizer_config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    return load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    "specials, config, known",
+    [
+        ((), None, {}),
+        (("</s>", "<s>", "<pad>"), None, {"eos_id": 0, "bos_id": 1, "pad_id": 2}),
+        (("<|endoftext|>",), None, {"eos_id": 0}),
+        # One token for all three: documents end in it, the others are new.
+        (("<|endoftext|>",), dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|endoftext|>"), {"eos_id": 0}),
+        # What the config says comes before what a name looks like.
+        (("<|endoftext|>", "<|im_end|>"), {"eos_token": {"content": "<|im_end|>"}, "pad_token": "<|endoftext|>"},
+         {"eos_id": 1, "pad_id": 0}),
+        (("</s>",), {"eos_token": "<|not there|>"}, {}),
+        (("</s>",), {"eos_token": None, "bos_token": 3}, {"eos_id": 0}),
+        (("</s>",), "{damaged", {"eos_id": 0}),
+        (("</s>",), "[1]", {"eos_id": 0}),
+    ],
+)  # fmt: skip
+def test_special_tokens_are_found_or_new(tmp_path, specials, config, known):
+    tokenizer = _byte_level(tmp_path, specials, config)
+    ids = {name: getattr(tokenizer, name) for name in ("pad_id", "bos_id", "eos_id")}
+    new = sorted(ids[name] for name in ids if name not in known)
+    size = 256 + len(specials)
+    assert ids | known == ids and len(set(ids.values())) == 3
+    assert all(i >= size for i in new) and max(ids.values()) < tokenizer.vocab_size
+    text = "one zwei 世界"
+    assert tokenizer.decode([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]) == text
+    assert tokenizer.decode(tokenizer.encode("\ud800")) == "?"
+
+
+def test_special_tokens_are_logged(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        _byte_level(tmp_path, ("</s>",))
+    assert "eos 0" in caplog.text and "bos" in caplog.text and "(new)" in caplog.text
+
+
+def test_wrong_paths(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"x")
+    with pytest.raises(DataError, match="has no tokenizer.json; tokenizer.model must be converted"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "mine.json").write_text("{}")
+    with pytest.raises(DataError, match="did you mean 'mine.json'"):
+        load_tokenizer(tmp_path / "mime.json")
+    with pytest.raises(DataError, match="unknown tokenizer"):
+        load_tokenizer("x" * 5000)
+    with pytest.raises(DataError, match="unknown tokenizer"):
+        load_tokenizer("a\0b")
+
+
+def test_damaged_tokenizers_are_one_line(tmp_path):
+    _byte_level(tmp_path, ("</s>",))
+    raw = (tmp_path / "tokenizer.json").read_bytes()
+    rng = np.random.RandomState(0)
+    for content in (b"version https://git-lfs.github.com/spec/v1", b"\x1f\x8b\0", b"[" * 100_000, raw[:-50]):
+        (tmp_path / "tokenizer.json").write_bytes(content)
+        with pytest.raises(DataError) as error:
+            load_tokenizer(tmp_path)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 500
+    for _ in range(60):
+        damaged = bytearray(raw)
+        damaged[rng.randint(len(raw))] = rng.choice(list(b'0123456789"{}[],:abc'))
+        (tmp_path / "tokenizer.json").write_bytes(damaged)
+        try:
+            load_tokenizer(tmp_path).encode("one two")
+        except DataError as error:
+            assert "\n" not in str(error)
+
+
+def test_a_text_that_cannot_be_encoded(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"one": 0})).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match="cannot encode a text: WordLevel error: Missing"):
+        load_tokenizer(tmp_path).encode("two")

@@ -16,6 +16,7 @@ from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import build
 from moe_zoo.dispatch.dropless import Dropless, DroplessConfig
 from moe_zoo.models import Decoder, ModelConfig
+from moe_zoo.models.decoder import ModelAux
 from moe_zoo.routing import ROUTERS
 from moe_zoo.routing.expert_choice import ExpertChoice, ExpertChoiceConfig
 from moe_zoo.routing.hashed import Hashed, HashedConfig, balanced_table
@@ -24,7 +25,11 @@ from moe_zoo.routing.relu import ReLU, ReLUConfig, penalty
 from moe_zoo.routing.router import Dims
 from moe_zoo.routing.smoe_dropout import SMoEDropout, SMoEDropoutConfig
 from moe_zoo.routing.soft import Soft, SoftConfig
+from moe_zoo.sharding import make_mesh
 from moe_zoo.train.adaptive_sparsity import AdaptiveSparsity, AdaptiveSparsityConfig
+from moe_zoo.train.config import load_config
+from moe_zoo.train.scheduled_loss import ScheduledLoss, ScheduledLossConfig
+from moe_zoo.train.step import Trainer
 
 B, S, D, E = 2, 8, 12, 4
 T = B * S
@@ -119,6 +124,13 @@ def test_every_expert_takes_exactly_its_best_tokens(group):
             np.testing.assert_allclose(np.sort(routing.decision.gates[g, e]), np.sort(probs[g, best, e]), rtol=1e-6)
 
 
+def test_capacity_is_not_rounded_up_by_the_error_of_a_product():
+    """1.1 * 100 / 10 is 11 and a little more in floating point."""
+    router = made(ExpertChoice(ExpertChoiceConfig(capacity_factor=1.1), Dims(10, D, 50)))
+    x = jnp.ones((100, D))
+    assert router(x, RoutingContext(batch=1, seq=100)).decision.tokens.shape == (1, 10, 11)
+
+
 def test_padding_is_never_chosen_and_coverage_counts_valid_tokens():
     router = made(ExpertChoice(ExpertChoiceConfig(capacity_factor=4.0), DIMS))
     valid = (np.arange(T) % S) < 3
@@ -170,6 +182,42 @@ def test_a_token_without_an_active_expert_gets_zero_and_a_budget_drops_the_small
     assert kept[kept > 0].min() >= np.asarray(gates)[(np.asarray(gates) > 0) & (kept == 0)].max()
 
 
+# -- BlockFFN ---------------------------------------------------------------------------------------------------------
+
+
+def test_scheduled_coefficient_follows_windows_of_the_loss():
+    """Against the schedule in plain Python: windows, ratio, least growth, cap, linear way to the new value."""
+    start, every, growth, cap = 12, 4, 1.025, 4.0
+    losses = 2.0 ** np.interp(np.arange(60), [0, 30, 59], [0, -1, 3]) * np.random.default_rng(0).uniform(0.9, 1.1, 60)
+    objective = ScheduledLoss(ScheduledLossConfig(start=start, every=every, growth=growth, cap=cap))
+    state, scales = objective.init_state(), []
+    update = jax.jit(objective.update)
+    for loss in losses:  # two layers whose mean is the loss
+        scales.append(float(state["scale"]))
+        layers = {"a": {"chunk_sparsity": Stat.average(jnp.float32([loss - 0.1, loss + 0.1]))}, "dense": {}}
+        state = update(state, {"layers": layers})
+    expected, value, goal, previous = [], 1.0, 1.0, None
+    for first in range(0, 60, every):  # the value is linear over a window, from where it was to the goal
+        expected += [value + (goal - value) * (i / every) for i in range(1, every + 1)]
+        value, mean = goal, losses[first : first + every].mean()
+        if first + every >= start:
+            q = mean / previous
+            goal = min(cap, value * (max(q, growth) if q > 1 else q))
+        previous = mean
+    np.testing.assert_allclose(scales, expected, rtol=1e-5)
+    assert max(scales) == cap and min(scales) < 0.9
+
+
+def test_scheduled_loss_scales_only_its_own_loss():
+    objective = ScheduledLoss(ScheduledLossConfig())
+    aux = ModelAux({"chunk_sparsity": jnp.float32(0.5), "locality": jnp.float32(7.0)}, {})
+    extra, stats = objective.extra(aux, objective.init_state() | {"scale": jnp.float32(3)})
+    assert float(extra + aux.total_loss()) == 3 * 0.5 + 7
+    assert float(stats["chunk_sparsity_scale"].value()) == 3
+    with pytest.raises(ConfigError, match="schedules 'chunk_sparsity', model.losses has: locality"):
+        objective.extra(ModelAux({"locality": jnp.float32(7.0)}, {}), objective.init_state())
+
+
 # -- Soft MoE ---------------------------------------------------------------------------------------------------------
 
 
@@ -186,6 +234,16 @@ def test_slots_and_tokens_are_convex_mixtures_and_length_does_not_matter():
 
 
 # -- SMoE-Dropout -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("low,high,total", [(2, 12, 1000), (8, 16, 1000), (3, 4, 2), (1, 16, 997), (5, 5, 7)])
+def test_number_of_experts_rounds_halves_to_even_at_every_step(low, high, total):
+    """Step 650 of 1000 from 2 to 12 is 6.5 on the way, which rounds to 6 and in float32 products to 7."""
+    router = made(SMoEDropout(SMoEDropoutConfig(k_min=low, k_max=high, total_steps=total), Dims(16, D, 50)))
+    steps = np.arange(total + 3)
+    got = jax.vmap(lambda step: router.k(context(train=True, step=step)))(jnp.asarray(steps, jnp.int32))
+    expected = [low + round((high - low) * min(int(step), total) / total) for step in steps]
+    np.testing.assert_array_equal(got, expected)
 
 
 def test_number_of_experts_follows_the_step_and_sets_are_nested():
@@ -230,6 +288,18 @@ def test_balanced_table_is_even_within_one_token_frequency():
     load = np.zeros(E)
     np.add.at(load, balanced_table(counts, E), counts)
     assert load.max() - load.min() <= counts.max()
+
+
+def test_balanced_table_is_counted_on_the_training_data_when_a_run_starts():
+    config = load_config("hash:tiny", [])
+    trainer = Trainer(config, make_mesh(devices=jax.devices()[:1]), config.train.objective.make())
+    counts = np.random.default_rng(0).integers(0, 1000, config.model.vocab_size)
+    state, blank = trainer.init_state(counts), trainer.init_state()
+    for layer in state["frozen"]["segments.0.blocks.0.ffn.router.table"]:
+        np.testing.assert_array_equal(layer, balanced_table(counts, config.model.num_experts))
+    assert (blank["frozen"]["segments.0.blocks.0.ffn.router.table"] == config.model.num_experts).all()
+    for path, value in blank["trainable"].items():
+        np.testing.assert_array_equal(value, state["trainable"][path])
 
 
 # -- the registry -----------------------------------------------------------------------------------------------------

@@ -1,15 +1,20 @@
 """Learning rates, what decays, and that accumulation changes nothing."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from moe_zoo.core import param as P
+from moe_zoo.core.registry import ConfigError
 from moe_zoo.models import Decoder
 from moe_zoo.sharding import make_mesh
-from moe_zoo.train.config import OptimConfig, load_config
-from moe_zoo.train.optimizer import is_matrix, learning_rate
+from moe_zoo.train.config import OPTAX_OPTIMIZERS, OptimConfig, load_config
+from moe_zoo.train.optimizer import is_matrix, learning_rate, make_optimizer
 from moe_zoo.train.step import Trainer, partition
 
 TINY = "configs/quickstart.py:tiny"
@@ -127,3 +132,52 @@ def test_one_compilation_serves_all_steps():
     for i in range(4):
         state, _ = t.train_step(state, batch(seed=i), jnp.float32(i / 4))
     assert t.train_step._cache_size() == 1
+
+
+@pytest.mark.parametrize("name", OPTAX_OPTIMIZERS)
+def test_an_optimizer_of_optax_takes_steps_that_are_a_multiple_of_the_rate(name):
+    """The step multiplies the learning rate in, so optax at rate r must equal optax at rate 1 times r."""
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.standard_normal((6, 5)), jnp.float32), "b": jnp.ones(5)}
+    grads = [jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), jnp.float32), params) for _ in range(3)]
+    make = functools.reduce(getattr, name.split("."), optax)
+    theirs, one = make(learning_rate=0.01), make(learning_rate=1.0)
+    p, q, s, r = params, params, one.init(params), theirs.init(params)
+    for g in grads:
+        u, s = one.update(g, s, p)
+        v, r = theirs.update(g, r, q)
+        p, q = jax.tree.map(lambda a, b: a + 0.01 * b, p, u), optax.apply_updates(q, v)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), p, q)
+    ours = make_optimizer(OptimConfig(name=name), {"w": ("embed", "mlp"), "b": ("mlp",)})
+    state, total = ours.init(params), jax.tree.map(jnp.zeros_like, params)
+    for g in grads:  # some give nothing at first
+        updates, state = ours.update(g, state, params)
+        total = jax.tree.map(lambda t, u: t + jnp.abs(u), total, updates)
+    assert all(float(t.max()) > 0 for t in jax.tree.leaves(total))
+
+
+def test_options_of_optax_are_passed_on_and_decay_is_decoupled_where_it_has_none():
+    axes = {"w": ("embed", "mlp"), "b": ("mlp",)}
+    params = {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}
+    tx = make_optimizer(OptimConfig(name="signum", options=("beta=0.5",), weight_decay=0.1, clip_norm=None), axes)
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    np.testing.assert_allclose(updates["w"], -1.1, rtol=1e-6)
+    np.testing.assert_allclose(updates["b"], -1.0, rtol=1e-6)
+    with pytest.raises(ConfigError, match="optim.options: signum of optax: .*'gamma'.*it takes learning_rate, beta"):
+        make_optimizer(OptimConfig(name="signum", options=("gamma=0.5",)), axes)
+    with pytest.raises(ConfigError, match="optim.name: unknown 'signim'.*did you mean 'signum'"):
+        load_config(TINY, [("optim.name", "signim")])
+    with pytest.raises(ConfigError, match="optim.options: only for those of optax"):
+        load_config(TINY, [("optim.options", "['b1=0.5']")])
+
+
+def test_a_schedule_of_optax_runs_over_steps_from_the_learning_rate():
+    config = OptimConfig(
+        learning_rate=0.5, warmup_steps=0, schedule="exponential_decay",
+        schedule_options=("transition_steps=10", "decay_rate=0.1"),
+    )  # fmt: skip
+    rate = lambda step: float(learning_rate(config, jnp.int32(step), jnp.float32(0.9)))
+    assert rate(0) == pytest.approx(0.5) and rate(10) == pytest.approx(0.05) and rate(20) == pytest.approx(0.005)
+    wrong = dataclasses.replace(config, schedule_options=("decay_rate=0.1",))
+    with pytest.raises(ConfigError, match="optim.schedule_options: exponential_decay of optax.*transition_steps"):
+        learning_rate(wrong, jnp.int32(0), jnp.float32(0))

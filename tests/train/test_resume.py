@@ -14,6 +14,7 @@ import pytest
 
 import moe_zoo
 from moe_zoo.checkpoints import CheckpointError
+from moe_zoo.cli.train import begin_from
 from moe_zoo.core import param as P
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.train.config import load_config
@@ -108,9 +109,49 @@ def test_divergence_stops_with_the_step_and_what_to_try(text, tmp_path):
         ("optim.learning_rate", "1e30"),
         ("optim.clip_norm", "none"),
         ("optim.warmup_steps", "0"),
+        ("train.guard.max_skipped", "3"),
     )
-    with pytest.raises(TrainingError, match=r"step \d+: .*(nan|inf).*learning_rate"):
+    with pytest.raises(TrainingError, match=r"step \d+: 3 steps in a row.*(nan|inf).*layers\.\d.*learning_rate"):
         train(wild, tmp_path)
+
+
+def test_a_run_begins_from_the_weights_of_another(text, tmp_path):
+    """All given: the first loss is the other's last. Another router's parameters are drawn; the base keeps its own."""
+    first = train(config(text), tmp_path / "first")
+    given = P.arrays(moe_zoo.load(tmp_path / "first").model)
+    still = [("optim.learning_rate", "1e-30"), ("optim.weight_decay", "0")]
+    same = train(config(text, *still), tmp_path / "same", begin_from=given, stop_at=2)
+    for path, value in same["state"]["trainable"].items():
+        np.testing.assert_allclose(value, first["state"]["trainable"][path], atol=1e-7)
+    router = ("model.router.name", "recurrent")
+    settings, rest = begin_from(str(tmp_path / "first"), [router])
+    assert settings["model"]["router"]["name"] == "top_k" and settings["data"] == {"tokenizer": "bytes"}
+    other = train(config(text, router, *still), tmp_path / "other", begin_from=rest, stop_at=1)
+    fresh = other["state"]["trainable"].keys() - rest.keys()
+    assert fresh and all("router" in path or "shared" in path for path in fresh)
+    wider = ("model.moe_intermediate_size", "48")
+    with pytest.raises(ConfigError, match=r"experts.w_\w+: the weights to begin from have shape .*32.*48"):
+        train(config(text, wider), tmp_path / "wider", begin_from=given)
+
+
+def test_further_writers_get_every_line(text, tmp_path):
+    class Memory:
+        def __init__(self):
+            self.lines, self.closed = [], False
+
+        def write(self, step, kind, metrics):
+            self.lines.append((step, kind, metrics["loss"]))
+
+        def truncate_after(self, step):
+            self.lines = [line for line in self.lines if line[0] <= step]
+
+        def close(self):
+            self.closed = True
+
+    memory = Memory()
+    train(config(text), tmp_path, stop_at=3, writers=[memory])
+    lines = [(line["step"], line["kind"], line["loss"]) for line in read_metrics(tmp_path / "metrics.jsonl")]
+    assert memory.lines == lines and memory.closed
 
 
 def test_minutes_end_the_run_and_move_the_schedule(text, tmp_path):
@@ -124,7 +165,7 @@ def test_minutes_end_the_run_and_move_the_schedule(text, tmp_path):
     run = train(timed, tmp_path)
     assert run["finished"] and 3.0 <= run["seconds"] < 6
     rates = [line["learning_rate"] for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "train"]
-    assert rates[0] == pytest.approx(3e-3, rel=0.05) and rates[-1] < 0.3 * rates[0]
+    assert rates[0] == pytest.approx(3e-3, rel=0.05) and rates[-1] < 0.7 * rates[0]
 
 
 def command(text, workdir, *extra):

@@ -1,0 +1,259 @@
+"""Training on a CPU beside transformers: seconds per step, memory, compile time, start-up.
+
+    python scripts/bench.py train                 # the benchmark decoder: ours, ours dense, transformers (needs torch)
+    python scripts/bench.py train --peers ours,ours_e64,dense
+    python scripts/bench.py startup
+
+Every contender is a process of its own, asked in turn for a few steps at a time, round after round: what the machine
+does meanwhile hits all of them. transformers falls into a slow mode at random, so a round in which a peer's own steps
+spread by more than 1.5 is thrown away, for all, and counted. Compared are lower quartiles over all steps that are left.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+#: the decoder of the comparison
+B, S, LAYERS, D, F, E, K, V = 8, 256, 4, 256, 512, 8, 2, 264
+SPREAD = 1.5
+
+
+def our_trainer(layers: str = f"{LAYERS}*moe", num_experts: int = E, dense_width: int = F * K):
+    """Our decoder of these sizes, with AdamW."""
+    import jax
+
+    from moe_zoo.sharding import make_mesh
+    from moe_zoo.train.config import load_config
+    from moe_zoo.train.step import Trainer
+
+    settings = {
+        "model.vocab_size": V, "model.hidden_size": D, "model.layers": layers, "model.num_experts": num_experts,
+        "model.moe_intermediate_size": F, "model.intermediate_size": dense_width, "model.ngram.orders": "[]",
+        "model.attention.num_attention_heads": 4, "optim.name": "adamw", "optim.lr_scales": "[]",
+        "model.router.num_experts_per_tok": K, "data.batch_size": B, "data.seq_len": S,
+    }  # fmt: skip
+    config = load_config("quickstart", [(key, str(value)) for key, value in settings.items()])
+    return Trainer(config, make_mesh(devices=jax.devices()[:1]), config.train.objective.make())
+
+
+def our_step(**sizes) -> Callable[[], None]:
+    """A function that takes one training step of ours and waits for it."""
+    import jax
+
+    trainer = our_trainer(**sizes)
+    state, batch = trainer.init_state(), jax.device_put(a_batch(), trainer.batch_sharding)
+
+    def step():
+        nonlocal state
+        state, stats = trainer.train_step(state, batch, np.float32(0))
+        jax.block_until_ready(stats)
+
+    return step
+
+
+def a_batch() -> dict[str, np.ndarray]:
+    """Random bytes in the shape that the loop makes."""
+    tokens = np.random.default_rng(0).integers(0, 256, (B, S + 1)).astype(np.int32)
+    return {
+        "tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": np.ones((B, S), np.int32),
+        "positions": np.tile(np.arange(S, dtype=np.int32), (B, 1)), "domain": np.zeros((B, S), np.int32),
+        "loss_mask": np.ones((B, S), bool),
+    }  # fmt: skip
+
+
+def transformers_step() -> Callable[[], None]:
+    """The same decoder as a Mixtral of transformers with `grouped_mm` experts."""
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=LAYERS, num_attention_heads=4,
+        num_key_value_heads=4, num_local_experts=E, num_experts_per_tok=K, max_position_embeddings=S,
+        tie_word_embeddings=False, use_cache=False,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config)
+    model.set_experts_implementation("grouped_mm")
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    ids = torch.from_numpy(a_batch()["tokens"].astype(np.int64))
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+CONTENDERS: dict[str, Callable[[], Callable[[], None]]] = {
+    "ours": our_step,
+    "ours_e64": lambda: our_step(num_experts=64),
+    "dense": lambda: our_step(layers=f"{LAYERS}*dense"),
+    "transformers": transformers_step,
+}
+
+
+def worker(name: str) -> None:
+    """Answers each number n on stdin with the CPU and wall seconds of n steps, one JSON line."""
+    step = CONTENDERS[name]()
+    for _ in range(2):
+        step()
+    print(json.dumps({"ready": name}), flush=True)
+    for line in sys.stdin:
+        samples = []
+        for _ in range(int(line)):
+            cpu, wall = time.process_time(), time.perf_counter()
+            step()
+            samples.append((time.process_time() - cpu, time.perf_counter() - wall))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(json.dumps({"samples": samples, "peak_gb": peak}), flush=True)
+
+
+class Contender:
+    """A worker process."""
+
+    def __init__(self, name: str):
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+        command = [sys.executable, __file__, "--worker", name]
+        self.name = name
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self._answer()
+
+    def steps(self, n: int) -> dict[str, Any]:
+        self.process.stdin.write(f"{n}\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise SystemExit(f"contender {self.name} ended with code {self.process.wait()}")
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def run_train(args: argparse.Namespace) -> None:
+    """Interleaved rounds, then lower quartiles and their ratios to the first peer named."""
+    contenders = [Contender(name) for name in args.peers.split(",")]
+    kept: dict[str, list] = {c.name: [] for c in contenders}
+    peaks, thrown, done = {}, 0, 0
+    while done < args.rounds and thrown <= 3 * args.rounds:
+        answers = {c.name: c.steps(args.steps) for c in contenders}
+        peaks = {name: max(peaks.get(name, 0), answer["peak_gb"]) for name, answer in answers.items()}
+        walls = {name: [wall for _, wall in answer["samples"]] for name, answer in answers.items()}
+        if any(max(w) / min(w) > SPREAD for w in walls.values()):
+            thrown += 1
+            continue
+        done += 1
+        for name, answer in answers.items():
+            kept[name] += answer["samples"]
+    for c in contenders:
+        c.close()
+    if not done:
+        raise SystemExit(f"all {thrown} rounds spread by more than {SPREAD}: the machine is too busy to measure on")
+    quartiles = {name: np.quantile(np.array(samples), 0.25, axis=0) for name, samples in kept.items()}
+    base = quartiles[contenders[-1].name]
+    print(f"{done} rounds of {args.steps} steps, {thrown} thrown away; ratios to {contenders[-1].name!r}")
+    print(f"  {'':14}{'CPU s':>8}{'ratio':>7}{'wall s':>8}{'ratio':>7}{'peak GB':>9}")
+    for name, (cpu, wall) in quartiles.items():
+        print(f"  {name:14}{cpu:8.3f}{cpu / base[0]:7.2f}{wall:8.3f}{wall / base[1]:7.2f}{peaks[name]:9.2f}")
+
+
+def run_startup(args: argparse.Namespace) -> None:
+    """Import, first step, compile time by depth, and the loop's own share of a step."""
+    fresh = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+
+    def seconds(code: str) -> float:
+        return min(_timed([sys.executable, "-c", code], fresh) for _ in range(args.repeats))
+
+    print(f"import moe_zoo: {seconds('import moe_zoo'):.2f} s (bare interpreter {seconds('pass'):.2f} s)")
+    first = "import sys; sys.path.insert(0, 'scripts'); import bench_train; bench_train.our_step()()"
+    print(f"process start to the end of the first step: {seconds(first):.1f} s")
+    times = {n: compile_seconds(f"{n}*moe") for n in (4, 24)}
+    print(f"compile, 4 layers {times[4]:.1f} s, 24 layers {times[24]:.1f} s: {times[24] / times[4]:.2f} x")
+    print(f"the loop's own part of a step: {100 * loop_share(args.steps):.1f}%")
+
+
+def _timed(command: list[str], environment: dict[str, str]) -> float:
+    began = time.perf_counter()
+    subprocess.run(command, check=True, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - began
+
+
+def compile_seconds(layers: str) -> float:
+    """`lower().compile()` of the train step, without tracing."""
+    import jax
+    import jax.numpy as jnp
+
+    trainer = our_trainer(layers)
+    batch = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in a_batch().items()}
+    lowered = trainer.train_step.lower(trainer.abstract_state(), batch, jax.ShapeDtypeStruct((), jnp.float32))
+    began = time.perf_counter()
+    lowered.compile()
+    return time.perf_counter() - began
+
+
+def loop_share(steps: int) -> float:
+    """1 - (steps alone) / (steps in the loop with data, metrics and logging), both in CPU seconds of this process."""
+    import tempfile
+
+    from moe_zoo.train import loop
+    from moe_zoo.train.config import load_config
+
+    settings = {
+        "model.vocab_size": V, "model.hidden_size": D, "model.layers": f"{LAYERS}*moe", "model.num_experts": E,
+        "model.moe_intermediate_size": F, "model.ngram.orders": "[]", "optim.name": "adamw", "optim.lr_scales": "[]",
+        "data.batch_size": B, "data.seq_len": S, "train.minutes": "none", "train.steps": steps,
+        "log.eval_every": 10**9, "log.every": 10, "checkpoint.every": 10**9,
+    }  # fmt: skip
+    config = load_config("quickstart", [(key, str(value)) for key, value in settings.items()])
+    with tempfile.TemporaryDirectory() as folder:
+        run = loop.train(config, folder)
+    inside = run["seconds"] / (run["step"] - 1)  # the first step compiles and is not counted
+    step = our_step()
+    step()
+    alone = []
+    for _ in range(steps):
+        began = time.perf_counter()
+        step()
+        alone.append(time.perf_counter() - began)
+    return 1 - float(np.mean(alone)) / inside
+
+
+def add_train(subparsers: Any) -> None:
+    """A training step beside transformers and our own dense decoder."""
+    parser = subparsers.add_parser("train", help="a training step beside transformers, on a CPU")
+    parser.add_argument("--peers", default="ours,ours_e64,dense,transformers", help="ratios are to the last one")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=14, help="per round")
+    parser.set_defaults(run=run_train)
+
+
+def add_startup(subparsers: Any) -> None:
+    """Import, first step, compile time, the loop's overhead."""
+    parser = subparsers.add_parser("startup", help="import, first step, compile time by depth, the loop's overhead")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.set_defaults(run=run_startup)
+
+
+if __name__ == "__main__":
+    worker(sys.argv[2])

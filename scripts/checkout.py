@@ -1,0 +1,113 @@
+"""For `authors.py`: single definitions out of git checkouts, run beside stubs, and how far two arrays are apart."""
+
+import __future__
+
+import abc
+import ast
+import math
+import os
+import pathlib
+import subprocess
+import sys
+import types
+from types import SimpleNamespace as Space
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+try:
+    import torch
+except ImportError:
+    torch = None
+
+
+class Missing(Exception):
+    """A checkout, a package or a definition that is not there."""
+
+
+class Checkout:
+    """A git checkout: which commit, and single definitions out of it."""
+
+    def __init__(self, directory: pathlib.Path, repo: str):
+        owner, name = repo.split("/")
+        found = [p for p in (directory / f"{owner}+{name}", directory / repo, directory / name) if p.is_dir()]
+        if not found:
+            raise Missing(f"no checkout of {repo} in {directory}")
+        self.repo, self.path = repo, found[0]
+        self.commit = self._git("rev-parse", "HEAD").strip()
+
+    def _git(self, *command: str) -> str:
+        done = subprocess.run(["git", "-C", str(self.path), *command], capture_output=True, text=True)
+        if done.returncode:
+            raise Missing(f"{self.repo}: git {' '.join(command)}: {done.stderr.strip()}")
+        return done.stdout
+
+    def run(self, path: str, *names: str, **surroundings) -> types.ModuleType:
+        """A module with the definitions `names` of a file; a name may also be the condition of an `if` to execute."""
+        tree, body = ast.parse(self._git("show", f"HEAD:{path}")), []
+        for name in names:
+            found = [n for n in tree.body if getattr(n, "name", None) == name]
+            found += [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == name]
+            if not found:
+                raise Missing(f"{self.repo} {path} has no {name}")
+            body.append(found[0])
+        module = types.ModuleType(f"{self.repo}/{path}")
+        sys.modules[module.__name__] = module  # dataclasses look their module up
+        common = dict(torch=torch, nn=torch and torch.nn, F=torch and torch.nn.functional, jax=jax, jnp=jnp, np=np)
+        module.__dict__.update({**common, "math": math, "flax": flax, "abc": abc, "os": os, **surroundings})
+        keep = __future__.annotations.compiler_flag  # annotations may name what is not here
+        exec(compile(ast.Module(body, []), f"{self.repo}/{path}", "exec", keep, dont_inherit=True), module.__dict__)
+        return module
+
+
+def tensor(array, **options):
+    """A float32 torch copy."""
+    return torch.tensor(np.asarray(array, np.float32), **options)
+
+
+def numpy(array) -> np.ndarray:
+    """A numpy array of either side's."""
+    return np.asarray(array.detach() if torch and torch.is_tensor(array) else array)
+
+
+def lenient(**changes):
+    """torch.nn whose Module takes and ignores what some authors hand to it."""
+    start = lambda self, *args, **kwargs: torch.nn.Module.__init__(self)
+    return Space(**{**vars(torch.nn), "Module": type("Module", (torch.nn.Module,), {"__init__": start}), **changes})
+
+
+class Config(Space):
+    """Settings; what is not set is None."""
+
+    def __getattr__(self, name):
+        return None
+
+
+class Idle(Space):
+    """Stands for what does not matter here: any function of it does nothing."""
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
+
+
+class UnitVectors(list):
+    """Instead of a list of experts: number e answers with the e-th unit vector, so that the output is the gates."""
+
+    def __getitem__(self, e):
+        return lambda x_RD: torch.eye(x_RD.shape[1])[e].expand(x_RD.shape)
+
+
+def difference(ours, theirs) -> float:
+    """The largest absolute difference."""
+    a, b = numpy(ours).astype(np.float64), numpy(theirs).astype(np.float64)
+    if a.shape != b.shape or not b.any():
+        raise ValueError(f"nothing to compare: shapes {a.shape} and {b.shape}, theirs non-zero: {b.any()}")
+    return float(np.abs(a - b).max())
+
+
+def gates(ours_TE, theirs_TE, name: str = "") -> dict[str, float]:
+    """Differences of two gate matrices, and of which of their entries are set."""
+    chosen = ((numpy(ours_TE) != 0) != (numpy(theirs_TE) != 0)).sum()
+    return {f"{name}choices": int(chosen), f"{name}gates": difference(ours_TE, theirs_TE)}
