@@ -79,6 +79,9 @@ BARS = (
     Bar("route_top_k", "bytes_over_least", {"": 1.10}, _TRAINING),
     Bar("route_top_k", "side_kernels", {"": 0}, _TRAINING),
     Bar("route_top_k", "bundles", _BUNDLES),
+    Bar("expert_rows", "bytes_over_least", {"": 1.55}, _TRAINING),
+    Bar("expert_rows", "side_kernels", {"": 0}, _TRAINING),
+    Bar("expert_rows", "bundles", _BUNDLES),
     *(
         Bar(
             _MATMUL,

@@ -195,7 +195,7 @@ def _megablox_ffn(s: Shape) -> Callable:
     return ffn
 
 
-# --- route_top_k ------------------------------------------------------------------------------------------------------
+# --- route_top_k, expert_rows -----------------------------------------------------------------------------------------
 
 
 def _our_routing(s: Shape) -> tuple:
@@ -213,6 +213,17 @@ def _our_routing(s: Shape) -> tuple:
     return route, (_array(s.E, T, dtype=jnp.float32),), {"variants": {"multinomial": meta}}
 
 
+def _our_rows(s: Shape) -> tuple:
+    """Ids in, rows and counts out. The ids are read twice: where an expert's rows begin depends on all of them."""
+    T, K = s.tokens, s.experts_per_token
+
+    def rows(experts_KT):
+        counts, ranks = ops.expert_rows(experts_KT.T, s.E, implementation=OURS)
+        return counts, ranks.T
+
+    return rows, (_array(K, T, dtype=jnp.int32),), {"variants": {"multinomial": {"min_bytes": 4 * (2 * T * K + s.E)}}}
+
+
 # --- the table -------------------------------------------------------------------------------------------------------
 
 #: op -> (implementation, pass) -> builder. Passes: fwd; dlhs and drhs, the gradients of rows and weights.
@@ -227,5 +238,6 @@ BUILDERS: dict[str, dict[tuple[str, str], Callable[[Shape], tuple]]] = {
     },
     "expert_ffn": {(OURS, "fwd"): _ffn_case(_our_ffn), (PEER, "fwd"): _ffn_case(_megablox_ffn)},
     "route_top_k": {(OURS, "fwd"): _our_routing},
+    "expert_rows": {(OURS, "fwd"): _our_rows},
 }
 PASSES = ("fwd", "dlhs", "drhs")

@@ -4,22 +4,32 @@ Dims: T tokens, E experts, K experts per token.
 """
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import _checks, _choose, _varying
-from pallas_kernels.route_top_k import pallas_tpu, reference, scoring, xla
+from pallas_kernels.route_top_k import pallas_tpu, pallas_tpu_rows, reference, scoring, xla
 from pallas_kernels.route_top_k.scoring import Priority, ScoreFunction, Settings
 
 _OP = "route_top_k"
-_ROUTE = {"xla": xla.route, "pallas_tpu": pallas_tpu.route, "pallas_tpu_interpret": pallas_tpu.route_interpreted}
+_ROUTE = {
+    "xla": xla.route,
+    "pallas_tpu": pallas_tpu.route,
+    "pallas_tpu_interpret": functools.partial(pallas_tpu.route, interpret=True),
+}
 _POSITIONS = {"reference": reference.positions, "xla": xla.positions}
-_ROWS = {"reference": reference.rows, "xla": xla.rows}
+_ROWS = {
+    "reference": reference.rows,
+    "xla": xla.rows,
+    "pallas_tpu": pallas_tpu_rows.rows,
+    "pallas_tpu_interpret": functools.partial(pallas_tpu_rows.rows, interpret=True),
+}
 _AVAILABLE = ("reference", *_ROUTE)
+_KERNELS = ("pallas_tpu", "pallas_tpu_interpret")
 
 
 class TopKRoutes(NamedTuple):
@@ -93,8 +103,7 @@ def route_top_k(
         _choose.check_implementation(_OP, implementation, shapes, _AVAILABLE)
     settings = Settings(k, score_function, renormalize, float(scale), priority, return_scores)
     refusal = pallas_tpu.refusal(logits_TE.shape, logits_TE.dtype, settings)
-    if implementation in ("pallas_tpu", "pallas_tpu_interpret") and refusal:
-        raise NotImplementedError(f"{_OP}: implementation {implementation!r} cannot run {shapes}: {refusal}")
+    _check_refusal(_OP, implementation, refusal, shapes)
     operands = _varying.same_varying(logits_TE, bias_E, valid_T)
     if implementation == "reference":
         return TopKRoutes(*reference.route(*operands, settings=settings))
@@ -120,8 +129,9 @@ def expert_positions(
     Raises ValueError, TypeError for arguments that don't fit.
     """
     _check_choice("expert_positions", "priority", priority, scoring.PRIORITIES)
-    run = _for_ids("expert_positions", _POSITIONS, experts_TK, implementation)
-    return run(num_experts=num_experts, priority=priority)
+    experts_TK = jnp.asarray(experts_TK)
+    _check_ids("expert_positions", experts_TK, implementation, tuple(_POSITIONS))
+    return _POSITIONS[implementation or "xla"](experts_TK, num_experts=num_experts, priority=priority)
 
 
 def expert_rows(
@@ -130,19 +140,38 @@ def expert_rows(
     """(choices per expert, row of each choice when all are sorted by expert), without sorting.
 
     The sort is stable, choices in the order of t, then k; num_experts means no expert and gives row T * K. Arguments
-    and errors as in expert_positions.
+    and errors as in expert_positions; implementations as in route_top_k.
     """
-    return _for_ids("expert_rows", _ROWS, experts_TK, implementation)(num_experts=num_experts)
-
-
-def _for_ids(op: str, table: dict, experts_TK: Array, implementation: str | None) -> Callable:
-    """The implementation, given the checked ids."""
+    op = "expert_rows"
     experts_TK = jnp.asarray(experts_TK)
+    shapes = _check_ids(op, experts_TK, implementation, tuple(_ROWS))
+    refusal = pallas_tpu_rows.refusal(experts_TK.shape, num_experts)
+    _check_refusal(op, implementation, refusal, shapes)
+    table = {name: functools.partial(function, num_experts=num_experts) for name, function in _ROWS.items()}
+    if implementation is None and (refusal or not _inside_shard_map()):
+        implementation = "xla"
+    return _run(implementation, table, experts_TK)
+
+
+def _check_ids(op: str, experts_TK: Array, implementation: str | None, known: tuple[str, ...]) -> str:
     shapes = _checks.describe(experts=experts_TK)
     _checks.check_rank(op, "experts", experts_TK, "T K")
     _checks.check_integer(op, "experts", experts_TK, shapes)
-    name = _choose.check_implementation(op, implementation or "xla", shapes, tuple(table))
-    return functools.partial(table[name], experts_TK)
+    if implementation is not None:
+        _choose.check_implementation(op, implementation, shapes, known)
+    return shapes
+
+
+def _check_refusal(op: str, implementation: str | None, refusal: str | None, shapes: str) -> None:
+    if refusal and implementation in _KERNELS:
+        raise NotImplementedError(f"{op}: implementation {implementation!r} cannot run {shapes}: {refusal}")
+
+
+def _run(implementation: str | None, table: Mapping[str, Callable], *operands: Array | None) -> Any:
+    """The named one, or for None the kernel on TPU and XLA elsewhere."""
+    if implementation is not None:
+        return table[implementation](*operands)
+    return jax.lax.platform_dependent(*operands, tpu=table["pallas_tpu"], default=table["xla"])
 
 
 def _inside_shard_map() -> bool:
@@ -173,10 +202,7 @@ def _check_choice(op: str, name: str, given: str, known: tuple[str, ...]) -> Non
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _route(settings, implementation, logits_TE, bias_E, valid_T):
     table = {name: functools.partial(function, settings=settings) for name, function in _ROUTE.items()}
-    if implementation is None:
-        platforms = {"tpu": table["pallas_tpu"], "default": table["xla"]}
-        return jax.lax.platform_dependent(logits_TE, bias_E, valid_T, **platforms)
-    return table[implementation](logits_TE, bias_E, valid_T)
+    return _run(implementation, table, logits_TE, bias_E, valid_T)
 
 
 def _forward(settings, implementation, logits_TE, bias_E, valid_T):

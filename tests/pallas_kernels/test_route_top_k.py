@@ -233,9 +233,13 @@ def test_positions_of_given_ids(implementation, priority, T, K, E):
     assert counts.dtype == positions.dtype == np.int32
 
 
-@pytest.mark.parametrize("implementation", FAST)
-@pytest.mark.parametrize(("T", "K", "E"), [(40, 3, 4), (1, 1, 1), (65, 1, 300), (0, 2, 3)])
+@pytest.mark.parametrize("implementation", [*FAST, "pallas_tpu_interpret"])
+@pytest.mark.parametrize(("T", "K", "E"), [(40, 3, 4), (1, 1, 1), (65, 1, 300), (700, 9, 11), (0, 2, 3)])
 def test_rows_are_a_stable_sort(implementation, T, K, E):
+    if implementation == "pallas_tpu_interpret" and T == 0:
+        with pytest.raises(NotImplementedError, match="there is no choice"):
+            expert_rows(np.zeros((0, K), np.int32), E, implementation=implementation)
+        return
     experts = np.random.default_rng(T).integers(0, E + 1, (T, K)).astype(np.int32)
     counts, rows = expert_rows(experts, E, implementation=implementation)
     order = np.argsort(experts.reshape(-1), kind="stable")
@@ -319,6 +323,14 @@ def test_compiles_for_tpu(topology, shape, dtype, settings, extras):
     assert "tpu_custom_call" in compiled(tpu_mesh(topology), route, jax.ShapeDtypeStruct((T, E), dtype), bias, valid)
 
 
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
+@pytest.mark.parametrize(("T", "K", "E"), [(1024, 8, 64), (37, 1, 5), (300, 9, 130)])
+def test_rows_compile_for_tpu(topology, T, K, E):
+    route = lambda ids: expert_rows(ids, E, implementation="pallas_tpu")
+    text = compiled(tpu_mesh(topology), route, jax.ShapeDtypeStruct((T, K), jnp.int32))
+    assert "tpu_custom_call" in text and " sort(" not in text
+
+
 def test_the_kernel_stands_alone():
     """One launch between the router's matmul and whatever comes next: no copy, no sort, no scatter."""
     arrays = jax.ShapeDtypeStruct((1024, 256), jnp.bfloat16), jax.ShapeDtypeStruct((256, 64), jnp.bfloat16)
@@ -341,6 +353,11 @@ def test_none_chooses_the_kernel_where_nothing_is_partitioned(check_vma):
     local = jax.shard_map(route, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=check_vma)
     assert "tpu_custom_call" in compiled(mesh, local, logits, spec=P("data"))
     assert "tpu_custom_call" not in compiled(mesh, route, logits, spec=P("data"))
+    rows = lambda ids: expert_rows(ids, 8)
+    ids = jnp.zeros((256, 2), jnp.int32)
+    local = jax.shard_map(rows, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=check_vma)
+    assert "tpu_custom_call" in compiled(mesh, local, ids, spec=P("data"))
+    assert "tpu_custom_call" not in compiled(mesh, rows, ids, spec=P("data"))
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
