@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: quickstart test meshes torture lint clean
+.PHONY: quickstart test meshes torture kernels lint clean
 
 quickstart: $(VENV)/.installed
 	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart --overwrite
@@ -19,6 +19,11 @@ meshes: $(VENV)/.installed-test
 torture: $(VENV)/.installed-test
 	$(BIN)/python scripts/torture.py --kills=20
 	MOE_ZOO_TORTURE=1 $(BIN)/python -m pytest tests/train/test_fuzz.py -n 0 -W ignore
+
+# the TPU kernels for every generation and shape, compiled and simulated without a TPU, against their bars: about an hour
+# the first time; an interrupted run goes on where it stopped
+kernels: $(VENV)/.installed-test
+	JAX_PLATFORMS=cpu $(BIN)/python scripts/bench.py kernels --tpu-static
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

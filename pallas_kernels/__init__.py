@@ -7,5 +7,15 @@ One folder per op: the public function, a reference in plain jnp, and one file p
 from pallas_kernels.expert_ffn import expert_ffn
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.permute import combine_rows, gather_rows
+from pallas_kernels.route_top_k import TopKRoutes, expert_positions, expert_rows, route_top_k
 
-__all__ = ["combine_rows", "expert_ffn", "gather_rows", "grouped_matmul"]
+__all__ = [
+    "TopKRoutes",
+    "combine_rows",
+    "expert_ffn",
+    "expert_positions",
+    "expert_rows",
+    "gather_rows",
+    "grouped_matmul",
+    "route_top_k",
+]

@@ -21,22 +21,24 @@ AVAILABLE = ("reference", "xla", "xla_tiles")
 PLANNED = ("pallas_tpu", "pallas_gpu")
 
 
-def check_implementation(op: str, implementation: str | None, shapes: str) -> str | None:
-    """Returns `implementation` if it can run.
+def check_implementation(
+    op: str, implementation: str | None, shapes: str, available: tuple[str, ...] = AVAILABLE
+) -> str | None:
+    """Returns `implementation` if it can run; `available` are those of the op.
 
     Raises NotImplementedError for a planned kernel (naming backend, shape and reason), ValueError for an unknown name.
     """
     if implementation is None:
         _log_choice_once(op)
         return None
-    if implementation in AVAILABLE:
+    if implementation in available:
         return implementation
     if implementation in PLANNED:
         raise NotImplementedError(
             f"{op}: implementation {implementation!r} is not available for {shapes}: this kernel has not been written "
-            f"yet. Available now: {', '.join(AVAILABLE)}, or None to choose by platform."
+            f"yet. Available now: {', '.join(available)}, or None to choose by platform."
         )
-    known = AVAILABLE + PLANNED
+    known = tuple(dict.fromkeys(available + PLANNED))
     near = difflib.get_close_matches(str(implementation), known, n=1, cutoff=0.0)[0]
     raise ValueError(
         f"{op}: unknown implementation {implementation!r}: did you mean {near!r}? known: {', '.join(known)}, or None."

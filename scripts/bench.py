@@ -3,8 +3,9 @@
     python scripts/bench.py expert_ffn --num_experts 8 64
 
 Timings of shared machines move; contenders are therefore run in turn, round after round, and compared by the lower
-quartile of their CPU seconds and of their wall seconds. To add a benchmark: write `add_<name>(subparsers)`, whose
-parser sets `run` to a function of the parsed arguments, and list it in `BENCHMARKS`.
+quartile of their CPU seconds and of their wall seconds. `kernels` (bench_kernels.py) simulates and needs no such care.
+To add a benchmark: write `add_<name>(subparsers)`, whose parser sets `run` to a function of the parsed arguments, and
+list it in `BENCHMARKS`.
 """
 
 import argparse
@@ -18,8 +19,9 @@ import bench_train
 import jax
 import jax.numpy as jnp
 import numpy as np
+from bench_kernels import add_kernels
 
-from pallas_kernels import expert_ffn, grouped_matmul
+from pallas_kernels import expert_ffn, expert_positions, expert_rows, grouped_matmul
 
 # --- measuring -------------------------------------------------------------------------------------------------------
 
@@ -52,15 +54,15 @@ def compare(contenders: dict[str, Callable[[], Any]], rounds: int, repeats: int)
     return {n: Timing(quartile([t.cpu_s for t in ts]), quartile([t.wall_s for t in ts])) for n, ts in samples.items()}
 
 
-def print_table(title: str, timings: dict[str, Timing], baseline: str, gflop: float) -> None:
-    """One line per contender; `gflop` is the useful work of one call."""
+def print_table(title: str, timings: dict[str, Timing], baseline: str, gflop: float = 0) -> None:
+    """One line per contender; `gflop` is the useful work of one call, if it has any."""
     base = timings[baseline]
     print(f"{title}: lower quartiles, ratios to {baseline!r}")
-    print(f"  {'':24}{'CPU ms':>9}{'ratio':>7}{'wall ms':>9}{'ratio':>7}{'GF per CPU s':>14}")
+    print(f"  {'':24}{'CPU ms':>9}{'ratio':>7}{'wall ms':>9}{'ratio':>7}{'GF per CPU s' if gflop else '':>14}")
     for name, t in timings.items():
         print(
             f"  {name:24}{t.cpu_s * 1e3:9.1f}{t.cpu_s / base.cpu_s:7.2f}{t.wall_s * 1e3:9.1f}"
-            f"{t.wall_s / base.wall_s:7.2f}{gflop / t.cpu_s:14.1f}"
+            f"{t.wall_s / base.wall_s:7.2f}" + (f"{gflop / t.cpu_s:14.1f}" if gflop else "")
         )
 
 
@@ -130,6 +132,52 @@ def add_expert_ffn(subparsers: Any) -> None:
     _add_common(parser, _bench_expert_ffn)
 
 
+# --- expert_rows -----------------------------------------------------------------------------------------------------
+
+
+def _rows_by_sorting(experts_TK, num_experts):
+    """One packed int32 key per choice: sorting one operand is cheaper than a key and a payload."""
+    N, ids_N = experts_TK.size, experts_TK.reshape(-1)
+    choice_N = jnp.arange(N, dtype=jnp.int32)
+    order_N = jax.lax.sort(ids_N * N + choice_N, is_stable=False) % N
+    row_N = jnp.zeros(N, jnp.int32).at[order_N].set(choice_N, unique_indices=True)
+    return (ids_N[:, None] == jnp.arange(num_experts)).sum(0), row_N.reshape(experts_TK.shape)
+
+
+def _positions_by_cumsum(experts_TK, num_experts):
+    """Running one-hot sums over all choices, first choices first."""
+    ids_N = experts_TK.T.reshape(-1)
+    onehot_NE = (ids_N[:, None] == jnp.arange(num_experts)).astype(jnp.int32)
+    earlier_N = ((jnp.cumsum(onehot_NE, axis=0) - onehot_NE) * onehot_NE).sum(1)
+    return onehot_NE.sum(0), earlier_N.reshape(experts_TK.shape[::-1]).T
+
+
+def _bench_expert_rows(args: argparse.Namespace) -> None:
+    T, K = args.tokens, args.k
+    for E in args.num_experts:
+        rng = np.random.default_rng(args.seed)
+        experts_TK = jnp.asarray(rng.random((T, E)).argsort(axis=1)[:, :K], jnp.int32)
+        by_choice = functools.partial(expert_positions, priority="choice")
+        functions = {
+            "sort": _rows_by_sorting,
+            "expert_rows": expert_rows,
+            "cumsum of one-hot": _positions_by_cumsum,
+            "expert_positions": by_choice,
+        }
+        contenders = {n: functools.partial(jax.jit(f, static_argnums=1), experts_TK, E) for n, f in functions.items()}
+        timings = compare(contenders, args.rounds, args.repeats)
+        print_table(f"places of {T} x {K} choices of {E} experts", timings, "sort")
+
+
+def add_expert_rows(subparsers: Any) -> None:
+    """Places of choices among their expert's rows: by sorting or running sums, and by counting in blocks."""
+    parser = subparsers.add_parser("expert_rows", help="places of choices among their expert's rows")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--k", type=int, default=8, help="experts per token")
+    parser.add_argument("--num_experts", type=int, nargs="+", default=[8, 64, 128])
+    _add_common(parser, _bench_expert_rows)
+
+
 # --- command line ----------------------------------------------------------------------------------------------------
 
 
@@ -140,7 +188,7 @@ def _add_common(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespa
     parser.set_defaults(run=run)
 
 
-BENCHMARKS = (add_expert_ffn, bench_train.add_train, bench_train.add_startup)
+BENCHMARKS = (add_expert_ffn, add_expert_rows, add_kernels, bench_train.add_train, bench_train.add_startup)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Eight simulated CPU devices and a compilation cache, set before jax is first imported."""
+"""Eight simulated CPU devices, a compilation cache and a quiet libtpu, set before jax is first imported."""
 
 import os
 from pathlib import Path
@@ -9,6 +9,11 @@ _FLAGS = {"--xla_force_host_platform_device_count": 8, "--xla_backend_optimizati
 for _flag, _value in _FLAGS.items():
     if _flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}".strip()
+# libtpu only compiles here: it must not look for a device or ask the network for one, nor mind a second process
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+os.environ["TPU_ACCELERATOR_TYPE"] = "v5litepod-4"
+os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
 
 import jax  # noqa: E402
 

@@ -5,17 +5,20 @@ thus depends on earlier tokens of its group only, but the group is the whole bat
 """
 
 import dataclasses
+import functools
 import math
 from typing import ClassVar, Literal
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+import pallas_kernels as ops
 from moe_zoo.core.aux import Stat
 from moe_zoo.core.context import RoutingContext
 from moe_zoo.core.decision import TokenChoice
 from moe_zoo.core.schema import positive
-from moe_zoo.dispatch.plan import RowPlan, move
+from moe_zoo.dispatch.plan import RowPlan, choice_of_row, move
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,27 +56,15 @@ class Capacity:
         E = decision.num_experts
         G = ctx.batch if self.config.group == "sequence" else 1
         C = self.capacity(T // G, K, E, ctx.train)
-        place_TK = places(decision.experts.reshape(G, T // G, K), E).reshape(T, K)
+        places = functools.partial(ops.expert_positions, num_experts=E, priority="choice")
+        place_TK = jax.vmap(places)(decision.experts.reshape(G, T // G, K))[1].reshape(T, K)
         group_T1 = (jnp.arange(T, dtype=jnp.int32) // (T // G))[:, None]
         R = E * G * C
         kept_TK = decision.live() & (place_TK < C)
         slot_TK = jnp.where(kept_TK, (decision.experts * G + group_T1) * C + place_TK, R)
-        choice_R = (
-            jnp.full(R, T * K, jnp.int32).at[slot_TK.reshape(-1)].set(jnp.arange(T * K, dtype=jnp.int32), mode="drop")
-        )
-        return RowPlan(choice_R, slot_TK, decision.gates, None, E, self.config.gate_on)
+        return RowPlan(choice_of_row(slot_TK, R), slot_TK, decision.gates, None, E, self.config.gate_on)
 
     def __call__(
         self, x_TD: Float[Array, "T D"], decision: TokenChoice, bank, ctx: RoutingContext
     ) -> tuple[Float[Array, "T D"], dict[str, Stat]]:
         return move(decision.live().sum(), self.plan(decision, ctx), x_TD, bank)
-
-
-def places(experts_GTK: Int[Array, "G T K"], E: int) -> Int[Array, "G T K"]:
-    """Running count of earlier choices of the same expert in slot-major order. Choices of E take no place."""
-    G, T, K = experts_GTK.shape
-    slot_major_GN = experts_GTK.transpose(0, 2, 1).reshape(G, K * T)
-    onehot_GNE = (slot_major_GN[..., None] == jnp.arange(E)).astype(jnp.int32)
-    earlier_GNE = jnp.cumsum(onehot_GNE, axis=1) - onehot_GNE
-    place_GN = (earlier_GNE * onehot_GNE).sum(-1)
-    return place_GN.reshape(G, K, T).transpose(0, 2, 1)

@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+import pallas_kernels as ops
 from moe_zoo.core.aux import Stat
 from moe_zoo.core.context import RoutingContext
 from moe_zoo.core.decision import Dense, TokenChoice
 from moe_zoo.core.schema import positive
 from moe_zoo.dispatch import expert_parallel
-from moe_zoo.dispatch.plan import RowPlan, dropped, move
+from moe_zoo.dispatch.plan import RowPlan, choice_of_row, dropped, move
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +49,11 @@ class Dropless:
 
     def plan(self, decision: TokenChoice, R: int | None = None) -> RowPlan:
         """Rows sorted by expert, cut to R (None: T * K)."""
-        T, K = decision.experts.shape
-        E, R = decision.num_experts, T * K if R is None else R
-        order_R, slot_N, group_sizes_E = sort_by_expert(decision.experts.reshape(-1), E, R)
-        live_R = jnp.arange(R) < group_sizes_E.sum()
-        choice_R = jnp.where(live_R, order_R, T * K)
-        return RowPlan(choice_R, slot_N.reshape(T, K), decision.gates, group_sizes_E, E, self.config.gate_on)
+        R = decision.experts.size if R is None else R
+        group_sizes_E, row_TK = ops.expert_rows(decision.experts, decision.num_experts)
+        slot_TK = jnp.minimum(row_TK, R)
+        choice_R = choice_of_row(slot_TK, R)
+        return RowPlan(choice_R, slot_TK, decision.gates, group_sizes_E, decision.num_experts, self.config.gate_on)
 
     def __call__(
         self, x_TD: Float[Array, "T D"], decision: TokenChoice | Dense, bank, ctx: RoutingContext
@@ -78,25 +78,6 @@ class Dropless:
         R = math.ceil(budget * T)
         kept_N = keep_largest(decision.experts.reshape(-1), decision.gates.reshape(-1), R, decision.num_experts)
         return TokenChoice(kept_N.reshape(T, K), decision.gates, decision.num_experts), R
-
-
-def sort_by_expert(
-    expert_N: Int[Array, "N"], E: int, R: int
-) -> tuple[Int[Array, "R"], Int[Array, "N"], Int[Array, "E"]]:
-    """Stable order of N choices by expert, cut to R rows; E means none and sorts last.
-
-    Returns (choice of each row, row of each choice or R, rows per expert).
-    """
-    N = expert_N.shape[0]
-    if (E + 1) * N < 2**31:
-        # one packed int32 key: sorting a single operand is several times cheaper than a key and a payload
-        order_N = jax.lax.sort(expert_N * N + jnp.arange(N, dtype=jnp.int32), is_stable=False) % N
-    else:
-        order_N = jnp.argsort(expert_N, stable=True).astype(jnp.int32)
-    row_N = jnp.zeros(N, jnp.int32).at[order_N].set(jnp.arange(N, dtype=jnp.int32), unique_indices=True)
-    slot_N = jnp.where((expert_N < E) & (row_N < R), row_N, R)
-    group_sizes_E = (expert_N[:, None] == jnp.arange(E)).sum(0, dtype=jnp.int32)
-    return order_N[:R], slot_N, group_sizes_E
 
 
 def keep_largest(expert_N: Int[Array, "N"], gate_N: Float[Array, "N"], R: int, E: int) -> Int[Array, "N"]:

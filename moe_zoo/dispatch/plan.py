@@ -63,6 +63,15 @@ class RowPlan:
             return self.combine(y_RD)
 
 
+def choice_of_row(slot_TK: Int[Array, "T K"], R: int) -> Int[Array, "R"]:
+    """The inverse of `slot`, as RowPlan has it."""
+    N = slot_TK.size
+    slot_N, choice_N = slot_TK.reshape(-1), jnp.arange(N, dtype=jnp.int32)
+    # the dropped ones each to a place of their own beyond the end: all indices are then unique
+    target_N = jnp.where(slot_N < R, slot_N, R + choice_N)
+    return jnp.full(R, N, jnp.int32).at[target_N].set(choice_N, mode="drop", unique_indices=True)
+
+
 def move(live: Int[Array, ""], plan: RowPlan, x_TD, bank) -> tuple[Float[Array, "T D"], dict[str, Stat]]:
     """Runs the plan and reports how many of the `live` choices were dropped on the way."""
     return plan.run(x_TD, bank), dropped(live, (plan.slot < plan.num_rows).sum())

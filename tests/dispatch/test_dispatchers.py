@@ -12,7 +12,7 @@ from naive import context, normal
 from moe_zoo.core import param as P
 from moe_zoo.core.decision import TokenChoice
 from moe_zoo.core.registry import ConfigError
-from moe_zoo.dispatch.capacity import Capacity, CapacityConfig, places
+from moe_zoo.dispatch.capacity import Capacity, CapacityConfig
 from moe_zoo.dispatch.dropless import Dropless, DroplessConfig
 from moe_zoo.experts.feed_forward import FeedForward
 from moe_zoo.layers.mlp import FeedForwardConfig
@@ -153,8 +153,10 @@ def test_capacity_drops_exactly_what_a_slot_major_loop_drops(group, name):
 
 
 def test_places_go_to_all_first_choices_before_any_second_one():
-    experts = jnp.array([[[0, 1], [0, 1], [1, 0], [E, 0]]])
-    np.testing.assert_array_equal(jax.jit(places, static_argnums=1)(experts, E), [[[0, 1], [1, 2], [0, 2], [0, 3]]])
+    experts = np.array([[0, 1], [0, 1], [1, 0], [E, 0]])
+    plan = Capacity(CapacityConfig(100.0)).plan(decision(experts, np.ones((4, 2))), context(4))
+    C = plan.num_rows // E
+    np.testing.assert_array_equal(plan.slot, experts * C + np.array([[0, 1], [1, 2], [0, 2], [0, 3]]))
 
 
 def test_padding_takes_no_capacity():
