@@ -125,21 +125,24 @@ def _kernel(s: Static, sizes: Ref, offset_ref: Ref, *refs: Ref) -> None:
             _lhs(s, r, lead, i).start()
 
         lead = schedule.next_tile(lead, r.table, count, s.tiles.rows, s.fragment)
+    w_lead = _next_stage((jnp.int32(0), jnp.int32(0)), count)
     for i in range(1, s.tiles.weight_buffers - 1):
-        _start_weights(s, r, jnp.int32(i), count, i)
+        _start_weights(s, r, w_lead, i)
+        w_lead = _next_stage(w_lead, count)
     r.carry[...] = jnp.zeros_like(r.carry)
     r.zeros[...] = jnp.zeros_like(r.zeros)
     for i in range(s.tiles.out_buffers):
         r.y_rows[i] = 0
     zero = jnp.int32(0)
-    state = (schedule.first_tile(r.table, s.fragment), lead, zero, jnp.int32(s.tiles.lhs_buffers - 1), zero, zero, zero)
+    at = schedule.first_tile(r.table, s.fragment)
+    state = (at, lead, w_lead, zero, jnp.int32(s.tiles.lhs_buffers - 1), zero, zero)
     jax.lax.fori_loop(zero, steps, functools.partial(_step, s, r, count, steps), state)
     _drain(s, r, count, rows, last_row, core)
 
 
 def _step(s: Static, r: Refs, count, steps, i, state):
     """One row tile: keeps the copies ahead, multiplies, hands the result to a copy."""
-    at, lead, x_slot, lead_slot, w_slot, w_stage, y_slot = state
+    at, lead, w_lead, x_slot, lead_slot, w_slot, y_slot = state
     t = s.tiles
 
     @pl.when(i + t.lhs_buffers - 1 < steps)
@@ -154,7 +157,7 @@ def _step(s: Static, r: Refs, count, steps, i, state):
     @pl.when(opens)
     def _():
         w_free = jnp.where(w_slot == 0, t.weight_buffers - 1, w_slot - 1)
-        _start_weights(s, r, w_stage + t.weight_buffers - 1, count, w_free)
+        _start_weights(s, r, w_lead, w_free)
         _weights(s, r, r.table.group[at.j], at.n, w_slot).wait()
 
     _lhs(s, r, at, x_slot).wait()
@@ -186,14 +189,14 @@ def _step(s: Static, r: Refs, count, steps, i, state):
     def _():
         _out(s, r, at.n, at.row, y_rows, y_slot).start()
 
-    moved = closes.astype(jnp.int32)
+    after = _next_stage(w_lead, count)
     return (
         schedule.next_tile(at, r.table, count, t.rows, s.fragment),
         schedule.next_tile(lead, r.table, count, t.rows, s.fragment),
+        tuple(jnp.where(opens, new, old) for new, old in zip(after, w_lead)),
         schedule.next_slot(x_slot, t.lhs_buffers),
         schedule.next_slot(lead_slot, t.lhs_buffers),
         jnp.where(closes, schedule.next_slot(w_slot, t.weight_buffers), w_slot),
-        w_stage + moved,
         schedule.next_slot(y_slot, t.out_buffers),
     )
 
@@ -251,24 +254,31 @@ def _weights(s: Static, r: Refs, g, n, slot):
     return pltpu.make_async_copy(src, r.w.at[slot], r.w_sem.at[slot])
 
 
-def _start_weights(s: Static, r: Refs, stage, count, slot) -> None:
-    """Stage = column tile * groups with rows + table entry."""
+def _next_stage(stage, count):
+    """A stage is a column tile and an entry of the table: one matrix tile to hold."""
+    n, j = stage
+    wraps = j + 1 >= count
+    return n + wraps.astype(jnp.int32), jnp.where(wraps, 0, j + 1)
 
-    @pl.when(stage < count * s.tiles.num_col_tiles(s.N))
+
+def _start_weights(s: Static, r: Refs, stage, slot) -> None:
+    n, j = stage
+
+    @pl.when(n < s.tiles.num_col_tiles(s.N))
     def _():
-        n = jax.lax.div(stage, jnp.maximum(count, 1))
-        _weights(s, r, r.table.group[stage - n * count], n, slot).start()
+        _weights(s, r, r.table.group[j], n, slot).start()
 
 
 def _lhs(s: Static, r: Refs, at: schedule.Cursor, slot):
     end = jnp.minimum(at.row + s.tiles.rows, schedule.round_up(r.table.end[at.j], s.fragment))
     if s.M % s.fragment:
         end = jnp.minimum(end, s.M)
-    rows = pl.multiple_of(end - at.row, 8)
-    return pltpu.make_async_copy(r.lhs.at[pl.ds(at.row, rows), :], r.x.at[slot, pl.ds(0, rows), :], r.x_sem.at[slot])
+    row, rows = pl.multiple_of(at.row, s.fragment), pl.multiple_of(end - at.row, 8)
+    return pltpu.make_async_copy(r.lhs.at[pl.ds(row, rows), :], r.x.at[slot, pl.ds(0, rows), :], r.x_sem.at[slot])
 
 
 def _out(s: Static, r: Refs, n, row, rows, slot):
+    row = pl.multiple_of(row, s.fragment)
     return pltpu.make_async_copy(
         r.y.at[slot, pl.ds(0, rows), :], r.out.at[pl.ds(row, rows), _columns(s, n)], r.y_sem.at[slot]
     )
