@@ -135,7 +135,7 @@ def _kernel(s: Static, sizes: Ref, offset_ref: Ref, *refs: Ref) -> None:
     for i in range(s.tiles.out_buffers):
         r.y_rows[i] = 0
     zero = jnp.int32(0)
-    state = _Walk(
+    walk = _Walk(
         at=schedule.first_tile(r.table, s.fragment),
         x_lead=lead,
         w_lead=_next_stage((zero, zero), count),
@@ -143,10 +143,12 @@ def _kernel(s: Static, sizes: Ref, offset_ref: Ref, *refs: Ref) -> None:
         x_slot=zero,
         x_lead_slot=zero + (s.tiles.lhs_buffers - 1),
         w_slot=zero,
-        w_lead_slot=zero + (1 if s.tiles.weight_buffers > 1 else 0),
+        w_lead_slot=zero + 1,
         y_slot=zero,
     )
-    jax.lax.fori_loop(zero, steps, functools.partial(_step, s, r, count, steps), state)
+    for _ in range(s.tiles.usual_weights - 2):
+        walk = _fetch_weights(s, r, count, walk, steps > 0)
+    jax.lax.fori_loop(zero, steps, functools.partial(_step, s, r, count, steps), walk)
     _drain(s, r, count, rows, last_row, core)
 
 
@@ -178,13 +180,7 @@ def _step(s: Static, r: Refs, count, steps, i, walk: _Walk) -> _Walk:
     # At most one matrix per row tile, so that the row tiles behind it in the queue do not starve. More than the usual
     # number are held only deep in a large group, where the HBM has time to spare: small groups to come will need it.
     deep = at.row - r.table.first[at.j] >= t.deep_rows
-    may_hold = jnp.where(deep, t.weight_buffers, min(t.weight_buffers, t.usual_weights))
-    fetch = (walk.w_held < may_hold) & (walk.w_lead[0] < t.num_col_tiles(s.N))
-
-    @pl.when(fetch)
-    def _():
-        n, j = walk.w_lead
-        _weights(s, r, r.table.group[j], n, walk.w_lead_slot).start()
+    walk = _fetch_weights(s, r, count, walk, walk.w_held < jnp.where(deep, t.weight_buffers, t.usual_weights))
 
     first, end = r.table.first[at.j], r.table.end[at.j]
     opens = at.row <= first
@@ -224,17 +220,33 @@ def _step(s: Static, r: Refs, count, steps, i, walk: _Walk) -> _Walk:
     def _():
         _out(s, r, at.n, at.row, y_rows, y_slot).start()
 
-    choose = lambda condition, new, old: jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
     return _Walk(
         at=schedule.next_tile(at, r.table, count, t.rows, s.fragment),
         x_lead=schedule.next_tile(walk.x_lead, r.table, count, t.rows, s.fragment),
-        w_lead=choose(fetch, _next_stage(walk.w_lead, count), walk.w_lead),
-        w_held=walk.w_held + fetch.astype(jnp.int32) - closes.astype(jnp.int32),
+        w_lead=walk.w_lead,
+        w_held=walk.w_held - closes.astype(jnp.int32),
         x_slot=schedule.next_slot(x_slot, t.lhs_buffers),
         x_lead_slot=schedule.next_slot(walk.x_lead_slot, t.lhs_buffers),
-        w_slot=choose(closes, schedule.next_slot(w_slot, t.weight_buffers), w_slot),
-        w_lead_slot=choose(fetch, schedule.next_slot(walk.w_lead_slot, t.weight_buffers), walk.w_lead_slot),
+        w_slot=jnp.where(closes, schedule.next_slot(w_slot, t.weight_buffers), w_slot),
+        w_lead_slot=walk.w_lead_slot,
         y_slot=schedule.next_slot(y_slot, t.out_buffers),
+    )
+
+
+def _fetch_weights(s: Static, r: Refs, count, walk: _Walk, wanted) -> _Walk:
+    """Asks for the next matrix tile, if wanted and if there is one. A buffer must be free."""
+    n, j = walk.w_lead
+    fetch = wanted & (n < s.tiles.num_col_tiles(s.N))
+
+    @pl.when(fetch)
+    def _():
+        _weights(s, r, r.table.group[j], n, walk.w_lead_slot).start()
+
+    after = _next_stage(walk.w_lead, count)
+    return walk._replace(
+        w_lead=tuple(jnp.where(fetch, new, old) for new, old in zip(after, walk.w_lead)),
+        w_held=walk.w_held + fetch.astype(jnp.int32),
+        w_lead_slot=jnp.where(fetch, schedule.next_slot(walk.w_lead_slot, s.tiles.weight_buffers), walk.w_lead_slot),
     )
 
 

@@ -1,11 +1,35 @@
-"""Tile sizes of the TPU kernels of the grouped matmul: formulas of the shape and the target, no table."""
+"""Tile sizes of the TPU kernels of the grouped matmul: formulas of the shape and the target, no table.
+
+Dims as in api.py. Times are in cycles of the target's clock.
+"""
 
 import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+
+from pallas_kernels import _tpu_schedule
+from pallas_kernels._tpu_target import Target
+
+LANES = 128
+#: Cycles of one straight run of the matrix units. Longer ones hide more of filling and draining, and are more code.
+BODY_CYCLES = 4096
+#: Share of VMEM that buffers may take; the compiler needs some for itself.
+VMEM_SHARE = 0.8
+VMEM_LIMIT_SHARE = 0.94
 
 
 @dataclasses.dataclass(frozen=True)
 class ForwardTiles:
-    """rows, cols: tile of the output. body_rows, body_cols: what one straight run of the matrix units multiplies."""
+    """How the forward kernel cuts its work.
+
+    rows, cols: tile of the output.
+    body_rows, body_cols: what one straight run of the matrix units multiplies; long and short runs of rows.
+    weight_buffers, usual_weights, deep_rows: matrix tiles in VMEM; how many are asked for ahead in general (with the
+      one in use), and the row of a group from which on all buffers are filled.
+    lhs_buffers, out_buffers: row tiles in VMEM.
+    """
 
     rows: int
     cols: int
@@ -23,5 +47,92 @@ class ForwardTiles:
         return -(-N // self.cols)
 
 
-def forward_tiles(M, K, N, G, dtype, out_dtype, target):
-    raise NotImplementedError
+def _round_up(x: int, to: int) -> int:
+    return -(-x // to) * to
+
+
+def _column_tiles(N: int) -> list[int]:
+    """Widths worth trying: for each number of tiles, the narrowest that covers N. Multiples of the lanes, or N."""
+    if N % LANES:
+        return [N]
+    return sorted({_round_up(-(-N // n), LANES) for n in range(1, N // LANES + 1)}, reverse=True)
+
+
+def _body_rows(M: int, fragment: int, target: Target) -> tuple[int, ...]:
+    """Long and short runs of rows.
+
+    A run costs some hundred cycles to fill and drain where partial products leave the matrix units (v6e: 340, of 2048
+    for 256 rows), little where they stay or where the units are slower. What a group wastes is half a short run.
+    """
+    long, short = (128, 64) if target.mxu_size == 128 else (256, 64) if target.mxu_accumulates else (512, 128)
+    rows = _round_up(M, fragment)
+    return (rows,) if rows <= short else (min(long, _round_up(rows, short)), short)
+
+
+def _body_cols(cols: int, K: int, rows: int, target: Target) -> int:
+    """The widest block of columns whose run stays within BODY_CYCLES, or the narrowest."""
+    blocks = [c for c in range(LANES, cols + 1, LANES) if cols % c == 0] or [cols]
+    blocks = [c for c in blocks if c % target.mxu_size == 0] or blocks
+    return max([c for c in blocks if rows * K * c <= BODY_CYCLES * target.macs_per_cycle], default=blocks[0])
+
+
+def forward_tiles(
+    M: int, K: int, N: int, G: int, lhs_dtype: Any, out_dtype: Any, target: Target
+) -> ForwardTiles | None:
+    """The tiles with the least estimated time, or None if nothing fits into VMEM."""
+    size, out_size = jnp.dtype(lhs_dtype).itemsize, jnp.dtype(out_dtype).itemsize
+    fragment = _tpu_schedule.fragment_rows(lhs_dtype, out_dtype)
+    body_rows = _body_rows(M, fragment, target)
+    macs = target.macs_per_cycle // (1 if size <= 2 else 6)
+    best = None
+    for cols in _column_tiles(N):
+        for rows in sorted({min(_round_up(r, body_rows[0]), _round_up(M, body_rows[0])) for r in (256, 512, 1024)}):
+            buffers = _buffers(rows, cols, K, body_rows, size, out_size, target)
+            if buffers is None:
+                continue
+            passes = -(-N // cols)
+            compute = M * K * passes * cols / macs
+            memory = (passes * M * K * size + G * K * N * size + M * N * out_size) / target.bytes_per_cycle
+            # Nothing overlaps the first copies and the last one; a step costs about 150 cycles of bookkeeping.
+            ends = (K * cols * size + rows * K * size + rows * cols * out_size) / target.bytes_per_cycle
+            steps = passes * (M / rows + min(G, M)) * 150
+            time = max(compute, memory) + ends + steps
+            if best is None or time < best[0]:
+                best = time, rows, cols, buffers
+    if best is None:
+        return None
+    _, rows, cols, (weights, lhs, out) = best
+    return ForwardTiles(
+        rows=rows,
+        cols=cols,
+        body_rows=body_rows,
+        body_cols=_body_cols(cols, K, body_rows[0], target),
+        weight_buffers=weights,
+        usual_weights=min(3, weights),
+        deep_rows=_deep_rows(K, cols, size, out_size, macs, target),
+        lhs_buffers=lhs,
+        out_buffers=out,
+        zero_rows=min(128, _round_up(M, fragment)),
+        vmem_limit_bytes=int(target.vmem_bytes * VMEM_LIMIT_SHARE),
+    )
+
+
+def _buffers(rows: int, cols: int, K: int, body_rows: Any, size: int, out_size: int, target: Target) -> Any:
+    """(weights, lhs, out) buffers: two of each are needed, then the row tiles get more, and the weights what is left."""
+    weight, lhs, out = K * cols * size, rows * K * size, rows * cols * out_size
+    room = target.vmem_bytes * VMEM_SHARE - 4 * body_rows[0] * cols - 256 * cols * out_size
+    counts = [2, 2, 2]
+    used = lambda: counts[0] * weight + counts[1] * lhs + counts[2] * out
+    if used() > room:
+        return None
+    for i, wanted in ((1, 3), (0, 3), (2, 3), (1, 4), (0, 8)):
+        while counts[i] < wanted and used() + (weight, lhs, out)[i] <= room:
+            counts[i] += 1
+    return tuple(counts)
+
+
+def _deep_rows(K: int, cols: int, size: int, out_size: int, macs: int, target: Target) -> int:
+    """Rows after which a group has computed longer than its own copies take. Runs reach 0.9 of the peak."""
+    spare = K * cols / macs / 0.9 - (K * size + cols * out_size) / target.bytes_per_cycle
+    weights = K * cols * size / target.bytes_per_cycle
+    return min(math.ceil(weights / spare), 2**30) if spare > 0 else 2**30
