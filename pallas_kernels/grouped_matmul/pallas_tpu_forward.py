@@ -266,10 +266,10 @@ def _multiply(s: Static, r: Refs, x_slot, w_slot, y_slot, rows) -> None:
             return block(0, 0)
         return jax.lax.fori_loop(0, t.cols // t.body_cols, block, 0)
 
-    long, short = t.body_rows[0], t.body_rows[-1]
-    longs = jax.lax.div(rows + (short - 1 if short < long else long - 1), jnp.int32(long))
+    long, short = t.body_rows
+    longs = jax.lax.div(rows + (long - 1 - t.short_runs * short), jnp.int32(long))
     jax.lax.fori_loop(0, longs, lambda k, _: body(pl.multiple_of(k * long, long), long), 0)
-    if short < long:
+    if t.short_runs:
         left = rows - longs * long
         shorts = jax.lax.div(left + (short - 1), jnp.int32(short))
         jax.lax.fori_loop(0, shorts, lambda k, _: body(pl.multiple_of(longs * long + k * short, short), short), 0)

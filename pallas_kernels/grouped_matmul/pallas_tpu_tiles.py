@@ -26,6 +26,7 @@ class ForwardTiles:
 
     rows, cols: tile of the output.
     body_rows, body_cols: what one straight run of the matrix units multiplies; long and short runs of rows.
+    short_runs: at most so many short runs in a tile; a longer rest is worth a long run.
     weight_buffers, usual_weights, deep_rows: matrix tiles in VMEM; how many are asked for ahead in general (with the
       one in use), and the row of a group from which on all buffers are filled.
     lhs_buffers, out_buffers: row tiles in VMEM.
@@ -33,7 +34,8 @@ class ForwardTiles:
 
     rows: int
     cols: int
-    body_rows: tuple[int, ...]
+    body_rows: tuple[int, int]
+    short_runs: int
     body_cols: int
     weight_buffers: int
     usual_weights: int
@@ -58,15 +60,23 @@ def _column_tiles(N: int) -> list[int]:
     return sorted({_round_up(-(-N // n), LANES) for n in range(1, N // LANES + 1)}, reverse=True)
 
 
-def _body_rows(M: int, fragment: int, target: Target) -> tuple[int, ...]:
-    """Long and short runs of rows.
+def _body_rows(M: int, fragment: int, target: Target) -> tuple[tuple[int, int], int]:
+    """Long and short runs of rows, and the most short runs that beat a long one.
 
     A run costs some hundred cycles to fill and drain where partial products leave the matrix units (v6e: 340, of 2048
     for 256 rows), little where they stay or where the units are slower. What a group wastes is half a short run.
     """
-    long, short = (128, 64) if target.mxu_size == 128 else (256, 64) if target.mxu_accumulates else (512, 128)
+    if target.mxu_size == 128:
+        long, short, short_runs = 128, 64, 1
+    elif target.mxu_accumulates:
+        long, short, short_runs = 256, 64, 2
+    else:
+        long, short, short_runs = 512, 128, 3
     rows = _round_up(M, fragment)
-    return (rows,) if rows <= short else (min(long, _round_up(rows, short)), short)
+    if rows <= short:
+        return (rows, rows), 0
+    long = min(long, _round_up(rows, short))
+    return (long, short), min(short_runs, long // short - 1)
 
 
 def _body_cols(cols: int, K: int, rows: int, target: Target) -> int:
@@ -82,7 +92,7 @@ def forward_tiles(
     """The tiles with the least estimated time, or None if nothing fits into VMEM."""
     size, out_size = jnp.dtype(lhs_dtype).itemsize, jnp.dtype(out_dtype).itemsize
     fragment = _tpu_schedule.fragment_rows(lhs_dtype, out_dtype)
-    body_rows = _body_rows(M, fragment, target)
+    body_rows, short_runs = _body_rows(M, fragment, target)
     macs = target.macs_per_cycle // (1 if size <= 2 else 6)
     best = None
     for cols in _column_tiles(N):
@@ -96,7 +106,8 @@ def forward_tiles(
             # Nothing overlaps the first copies and the last one; a step costs about 150 cycles of bookkeeping.
             ends = (K * cols * size + rows * K * size + rows * cols * out_size) / target.bytes_per_cycle
             steps = passes * (M / rows + min(G, M)) * 150
-            time = max(compute, memory) + ends + steps
+            # With one row tile on its way besides the one in use, a short tile cannot hide the next one's copy.
+            time = max(compute, memory) * (1.1 if buffers[1] < 3 else 1) + ends + steps
             if best is None or time < best[0]:
                 best = time, rows, cols, buffers
     if best is None:
@@ -106,6 +117,7 @@ def forward_tiles(
         rows=rows,
         cols=cols,
         body_rows=body_rows,
+        short_runs=short_runs,
         body_cols=_body_cols(cols, K, body_rows[0], target),
         weight_buffers=weights,
         usual_weights=min(3, weights),
