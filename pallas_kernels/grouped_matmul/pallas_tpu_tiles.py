@@ -148,3 +148,24 @@ def _deep_rows(K: int, cols: int, size: int, out_size: int, macs: int, target: T
     spare = K * cols / macs / 0.9 - (K * size + cols * out_size) / target.bytes_per_cycle
     weights = K * cols * size / target.bytes_per_cycle
     return min(math.ceil(weights / spare), 2**30) if spare > 0 else 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class DrhsTiles:
+    """How the kernel of the weights' gradient cuts its work.
+
+    left_cols, right_cols: tile of the gradient.
+    rows: row tile; body_rows, body_cols: rows and left columns of one straight run of the matrix units.
+    round_rows, zero_rows: rows of the gradient that are rounded at once, and of the buffer of zeros. Divide left_cols.
+    """
+
+    left_cols: int
+    right_cols: int
+    rows: int
+    body_rows: int
+    body_cols: int
+    row_buffers: int
+    out_buffers: int
+    round_rows: int
+    zero_rows: int
+    vmem_limit_bytes: int
