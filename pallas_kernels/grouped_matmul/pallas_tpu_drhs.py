@@ -157,18 +157,24 @@ def _step(s: Static, r: Refs, count, steps, i, walk: _Walk) -> _Walk:
     opens, closes = at.row <= first, below >= end
     for copy in _rows(s, r, at, walk.slot):
         copy.wait()
+    # Only a group's last tile has rows left for a short run: all others are full, and whole long runs.
+    long, short = t.body_rows
     live_end = jnp.minimum(end, below) - at.row
-    runs = jax.lax.div(live_end + (t.body_rows - 1), jnp.int32(t.body_rows))
+    longs = jax.lax.div(live_end + (long - 1 - (short if short < long else 0)), jnp.int32(long))
+    ends_short = live_end > longs * long
+    cleared_end = longs * long + jnp.where(ends_short, short, 0)
 
     @pl.when(opens & (first > at.row))
     def _():
         _keep(s, r, walk.slot, 0, lambda row: row >= first - at.row)
 
-    @pl.when(closes & (live_end < runs * t.body_rows))
+    @pl.when(closes & (live_end < cleared_end))
     def _():
-        _clear_rest(s, r, walk.slot, live_end, runs * t.body_rows)
+        _clear_rest(s, r, walk.slot, live_end, cleared_end)
 
-    jax.lax.fori_loop(0, runs, lambda k, _: _add(s, r, walk.slot, k, opens & (k == 0)), 0)
+    sums = longs - (closes & ~ends_short).astype(jnp.int32)
+    row_of = lambda run: pl.multiple_of(run * long, long)
+    jax.lax.fori_loop(0, sums, lambda k, _: _add(s, r, walk.slot, row_of(k), long, opens & (k == 0)), 0)
 
     @pl.when(closes)
     def _():
@@ -176,7 +182,12 @@ def _step(s: Static, r: Refs, count, steps, i, walk: _Walk) -> _Walk:
         def _():
             _out(s, r, 0, jnp.int32(0), walk.out_slot).wait()
 
-        _round(s, r, walk.out_slot)
+        for length, is_last in ((long, ~ends_short), (short, ends_short))[: 2 if short < long else 1]:
+
+            @pl.when(is_last)
+            def _(length=length):
+                _add(s, r, walk.slot, row_of(sums), length, opens & (sums == 0), out_slot=walk.out_slot)
+
         _out(s, r, r.table.group[at.j], at.n, walk.out_slot).start()
 
     return _Walk(
@@ -212,10 +223,10 @@ def _clear_rest(s: Static, r: Refs, slot, live_end, end) -> None:
     jax.lax.fori_loop(0, jax.lax.div(end - after, jnp.int32(s.fragment)), clear, 0)
 
 
-def _add(s: Static, r: Refs, slot, k, opens) -> int:
-    """Adds one run of rows to the sum, or starts the sum with it."""
+def _add(s: Static, r: Refs, slot, row, length: int, opens, out_slot=None) -> int:
+    """Adds one run of rows to the sum, or starts the sum with it. The last run of a group goes to the output."""
     t = s.tiles
-    rows = pl.ds(pl.multiple_of(k * t.body_rows, t.body_rows), t.body_rows)
+    rows = pl.ds(row, length)
     precision = jax.lax.Precision.HIGHEST if r.x.dtype == jnp.float32 else None
 
     def block(c, _):
@@ -227,21 +238,14 @@ def _add(s: Static, r: Refs, slot, k, opens) -> int:
             preferred_element_type=jnp.float32,
             precision=precision,
         )
-        r.sum[cols, :] = jnp.where(opens, 0, r.sum[cols, :]) + product
+        total = jnp.where(opens, 0, r.sum[cols, :]) + product
+        if out_slot is None:
+            r.sum[cols, :] = total
+        else:
+            r.w[out_slot, cols, :] = total.astype(r.w.dtype)
         return 0
 
-    return jax.lax.fori_loop(0, t.left_cols // t.body_cols, block, 0)
-
-
-def _round(s: Static, r: Refs, slot) -> None:
-    rows = s.tiles.round_rows
-
-    def body(k, _):
-        at = pl.ds(pl.multiple_of(k * rows, rows), rows)
-        r.w[slot, at, :] = r.sum[at, :].astype(r.w.dtype)
-        return 0
-
-    jax.lax.fori_loop(0, s.tiles.left_cols // rows, body, 0)
+    return block(0, 0) if t.body_cols == t.left_cols else jax.lax.fori_loop(0, t.left_cols // t.body_cols, block, 0)
 
 
 def _columns(total: int, cols: int, n):

@@ -155,17 +155,61 @@ class DrhsTiles:
     """How the kernel of the weights' gradient cuts its work.
 
     left_cols, right_cols: tile of the gradient.
-    rows: row tile; body_rows, body_cols: rows and left columns of one straight run of the matrix units.
-    round_rows, zero_rows: rows of the gradient that are rounded at once, and of the buffer of zeros. Divide left_cols.
+    rows: row tile, a multiple of the long run.
+    body_rows, body_cols: rows (in a long and a short run) and left columns of one straight run of the matrix units.
+    zero_rows: rows of the buffer of zeros. Divides left_cols.
     """
 
     left_cols: int
     right_cols: int
     rows: int
-    body_rows: int
+    body_rows: tuple[int, int]
     body_cols: int
     row_buffers: int
     out_buffers: int
-    round_rows: int
     zero_rows: int
     vmem_limit_bytes: int
+
+
+def drhs_tiles(M: int, A: int, B: int, G: int, dtype: Any, target: Target) -> DrhsTiles | None:
+    """The tiles with the least estimated time, or None if nothing fits into VMEM."""
+    size, fragment = jnp.dtype(dtype).itemsize, _tpu_schedule.fragment_rows(dtype)
+    long, short = (128, 128) if target.mxu_size == 128 else (512, 256) if target.mxu_accumulates else (256, 256)
+    all_rows = _round_up(M, fragment)
+    short = min(short, all_rows)
+    long = min(long, _round_up(all_rows, short))
+    macs = target.macs_per_cycle // (1 if size <= 2 else 6)
+    room = target.vmem_bytes * VMEM_SHARE
+    best = None
+    for left in _column_tiles(A):
+        for right in _column_tiles(B):
+            for rows in sorted({min(_round_up(r, long), _round_up(all_rows, long)) for r in (256, 512, 1024)}):
+                tile, row_tile = left * right, rows * (left + right) * size
+                used = tile * (4 + 2 * size) + 3 * row_tile + 4 * 256 * right
+                if used > room:
+                    continue
+                tiles_a, tiles_b = -(-A // left), -(-B // right)
+                compute = (M + G * short / 2) * tiles_a * tiles_b * tile / macs
+                memory = (M * (tiles_b * A + tiles_a * B) + G * A * B) * size / target.bytes_per_cycle
+                ends = (row_tile + tile * size) / target.bytes_per_cycle
+                steps = tiles_a * tiles_b * (M / rows + min(G, M)) * 150
+                time = max(compute, memory) + ends + steps
+                if best is None or time < best[0]:
+                    best = time, left, right, rows, min(4, 3 + int((room - used) // row_tile))
+    if best is None:
+        return None
+    _, left, right, rows, row_buffers = best
+    # Adding to the sum keeps the store units busy, so longer runs gain less than in the forward kernel.
+    most = BODY_CYCLES * target.macs_per_cycle // (1 if target.mxu_size == 128 else 2)
+    blocks = [c for c in range(LANES, left + 1, LANES) if left % c == 0] or [left]
+    return DrhsTiles(
+        left_cols=left,
+        right_cols=right,
+        rows=rows,
+        body_rows=(long, short),
+        body_cols=max([c for c in blocks if long * c * right <= most], default=blocks[0]),
+        row_buffers=row_buffers,
+        out_buffers=2,
+        zero_rows=next((z for z in (256, 128) if left % z == 0), left),
+        vmem_limit_bytes=int(target.vmem_bytes * VMEM_LIMIT_SHARE),
+    )
