@@ -4,6 +4,7 @@ Dims as in api.py. Times are in cycles of the target's clock.
 """
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -53,30 +54,29 @@ def _round_up(x: int, to: int) -> int:
     return -(-x // to) * to
 
 
-def _column_tiles(N: int) -> list[int]:
-    """Widths worth trying: for each number of tiles, the narrowest that covers N. Multiples of the lanes, or N."""
+def _column_tiles(N: int, target: Target) -> list[int]:
+    """Widths worth trying: for each number of tiles, the narrowest that covers N; or N, if it is no whole lanes."""
     if N % LANES:
         return [N]
-    return sorted({_round_up(-(-N // n), LANES) for n in range(1, N // LANES + 1)}, reverse=True)
+    unit = target.mxu_size if N % target.mxu_size == 0 else LANES
+    return sorted({_round_up(-(-N // n), unit) for n in range(1, N // unit + 1)}, reverse=True)
 
 
-def _body_rows(M: int, fragment: int, target: Target) -> tuple[tuple[int, int], int]:
-    """Long and short runs of rows, and the most short runs that beat a long one.
+def _runs(M: int, fragment: int, target: Target) -> list[tuple[int, int, int]]:
+    """Candidates for (rows of a long run, of a short one, the most short ones that beat a long one).
 
-    A run costs some hundred cycles to fill and drain where partial products leave the matrix units (v6e: 340, of 2048
-    for 256 rows), little where they stay or where the units are slower. What a group wastes is half a short run.
+    What a group wastes is half a short run. But a run has a fixed cost, see _run_overhead.
     """
     if target.mxu_size == 128:
-        long, short, short_runs = 128, 64, 1
+        runs = [(128, 64, 1)]
     elif target.mxu_accumulates:
-        long, short, short_runs = 256, 64, 2
+        runs = [(256, 64, 2)]
     else:
-        long, short, short_runs = 512, 128, 3
+        runs = [(512, 128, 3), (256, 128, 1)]
     rows = _round_up(M, fragment)
-    if rows <= short:
-        return (rows, rows), 0
-    long = min(long, _round_up(rows, short))
-    return (long, short), min(short_runs, long // short - 1)
+    if rows <= runs[0][1]:
+        return [(rows, rows, 0)]
+    return [(min(r[0], _round_up(rows, r[1])), r[1], r[2]) for r in runs]
 
 
 def _body_cols(cols: int, K: int, rows: int, target: Target) -> int:
@@ -92,16 +92,18 @@ def forward_tiles(
     """The tiles with the least estimated time, or None if nothing fits into VMEM."""
     size, out_size = jnp.dtype(lhs_dtype).itemsize, jnp.dtype(out_dtype).itemsize
     fragment = _tpu_schedule.fragment_rows(lhs_dtype, out_dtype)
-    body_rows, short_runs = _body_rows(M, fragment, target)
     macs = target.macs_per_cycle // (1 if size <= 2 else 6)
     best = None
-    for cols in _column_tiles(N):
-        for rows in sorted({min(_round_up(r, body_rows[0]), _round_up(M, body_rows[0])) for r in (256, 512, 1024)}):
-            buffers = _buffers(rows, cols, K, body_rows, size, out_size, target)
+    for cols, runs in itertools.product(_column_tiles(N, target), _runs(M, fragment, target)):
+        long, short, _ = runs
+        body_cols = _body_cols(cols, K, long, target)
+        for rows in sorted({min(_round_up(r, long), _round_up(M, long)) for r in (256, 512, 1024)}):
+            buffers = _buffers(rows, cols, K, long, size, out_size, target)
             if buffers is None:
                 continue
             passes = -(-N // cols)
-            compute = M * K * passes * cols / macs
+            compute = (M + G * short / 2) * K * passes * cols / macs
+            compute *= 1 + _run_overhead(target) / (long * K * body_cols / macs)
             memory = (passes * M * K * size + G * K * N * size + M * N * out_size) / target.bytes_per_cycle
             # Nothing overlaps the first copies and the last one; a step costs about 150 cycles of bookkeeping.
             ends = (K * cols * size + rows * K * size + rows * cols * out_size) / target.bytes_per_cycle
@@ -109,16 +111,16 @@ def forward_tiles(
             # With one row tile on its way besides the one in use, a short tile cannot hide the next one's copy.
             time = max(compute, memory) * (1.1 if buffers[1] < 3 else 1) + ends + steps
             if best is None or time < best[0]:
-                best = time, rows, cols, buffers
+                best = time, rows, cols, runs, body_cols, buffers
     if best is None:
         return None
-    _, rows, cols, (weights, lhs, out) = best
+    _, rows, cols, (long, short, short_runs), body_cols, (weights, lhs, out) = best
     return ForwardTiles(
         rows=rows,
         cols=cols,
-        body_rows=body_rows,
-        short_runs=short_runs,
-        body_cols=_body_cols(cols, K, body_rows[0], target),
+        body_rows=(long, short),
+        short_runs=min(short_runs, long // short - 1),
+        body_cols=body_cols,
         weight_buffers=weights,
         usual_weights=min(3, weights),
         deep_rows=_deep_rows(K, cols, size, out_size, macs, target),
@@ -129,10 +131,18 @@ def forward_tiles(
     )
 
 
-def _buffers(rows: int, cols: int, K: int, body_rows: Any, size: int, out_size: int, target: Target) -> Any:
+def _run_overhead(target: Target) -> int:
+    """Cycles to fill and drain the matrix units once, where they are not hidden.
+
+    They are hidden where the units are slow enough for all else to keep up (128 wide), or add up by themselves.
+    """
+    return 0 if target.mxu_size == 128 or target.mxu_accumulates else 340
+
+
+def _buffers(rows: int, cols: int, K: int, long: int, size: int, out_size: int, target: Target) -> Any:
     """(weights, lhs, out) buffers: two of each are needed, then the row tiles get more, and the weights what is left."""
     weight, lhs, out = K * cols * size, rows * K * size, rows * cols * out_size
-    room = target.vmem_bytes * VMEM_SHARE - 4 * body_rows[0] * cols - 256 * cols * out_size
+    room = target.vmem_bytes * VMEM_SHARE - 4 * long * cols - 256 * cols * out_size
     counts = [2, 2, 2]
     used = lambda: counts[0] * weight + counts[1] * lhs + counts[2] * out
     if used() > room:
@@ -181,8 +191,8 @@ def drhs_tiles(M: int, A: int, B: int, G: int, dtype: Any, target: Target) -> Dr
     macs = target.macs_per_cycle // (1 if size <= 2 else 6)
     room = target.vmem_bytes * VMEM_SHARE
     best = None
-    for left in _column_tiles(A):
-        for right in _column_tiles(B):
+    for left in _column_tiles(A, target):
+        for right in _column_tiles(B, target):
             for rows in sorted({min(_round_up(r, long), _round_up(all_rows, long)) for r in (256, 512, 1024)}):
                 tile, row_tile = left * right, rows * (left + right) * size
                 used = tile * (4 + 2 * size) + 3 * row_tile + 4 * 256 * right
