@@ -76,11 +76,13 @@ def matmul(
 ) -> Array:
     """out (M, N). M must be a multiple of 8. `offset_1` is int32[1]."""
     s, t = static, static.tiles
+    # Runs may read past the last row; what they make of it is not written.
+    x_rows = s.M + -s.M % s.fragment + t.body_rows[0] if t.lhs_stays else t.rows
     w_shape = (t.cols, s.K) if s.transpose_rhs else (s.K, t.cols)
     scratch = [
         *schedule.table_scratch(s.G),
         pltpu.VMEM((t.weight_buffers, *w_shape), rhs.dtype),
-        pltpu.VMEM((t.lhs_buffers, t.rows, s.K), lhs_MK.dtype),
+        pltpu.VMEM((t.lhs_buffers, x_rows, s.K), lhs_MK.dtype),
         pltpu.VMEM((t.out_buffers, t.rows, t.cols), out_dtype),
         pltpu.VMEM((s.fragment, t.cols), jnp.float32),
         pltpu.VMEM((s.fragment, t.cols), out_dtype),
@@ -128,6 +130,8 @@ def _kernel(s: Static, sizes: Ref, offset_ref: Ref, *refs: Ref) -> None:
             _lhs(s, r, lead, i).start()
 
         lead = schedule.next_tile(lead, r.table, count, s.tiles.rows, s.fragment)
+    if s.tiles.lhs_stays:
+        _all_lhs(s, r).start()
 
 
     r.carry[...] = jnp.zeros_like(r.carry)
@@ -148,6 +152,8 @@ def _kernel(s: Static, sizes: Ref, offset_ref: Ref, *refs: Ref) -> None:
     )
     for _ in range(s.tiles.usual_weights - 2):
         walk = _fetch_weights(s, r, count, walk, steps > 0)
+    if s.tiles.lhs_stays:
+        _all_lhs(s, r).wait()
     jax.lax.fori_loop(zero, steps, functools.partial(_step, s, r, count, steps), walk)
     _drain(s, r, count, rows, last_row, core)
 
@@ -173,9 +179,11 @@ def _step(s: Static, r: Refs, count, steps, i, walk: _Walk) -> _Walk:
     """One row tile: keeps the copies ahead, multiplies, hands the result to a copy."""
     t, at, x_slot, w_slot, y_slot = s.tiles, walk.at, walk.x_slot, walk.w_slot, walk.y_slot
 
-    @pl.when(i + t.lhs_buffers - 1 < steps)
-    def _():
-        _lhs(s, r, walk.x_lead, walk.x_lead_slot).start()
+    if not t.lhs_stays:
+
+        @pl.when(i + t.lhs_buffers - 1 < steps)
+        def _():
+            _lhs(s, r, walk.x_lead, walk.x_lead_slot).start()
 
     # At most one matrix per row tile, so that the row tiles behind it in the queue do not starve. More than the usual
     # number are held only deep in a large group, where the HBM has time to spare: small groups to come will need it.
@@ -191,9 +199,11 @@ def _step(s: Static, r: Refs, count, steps, i, walk: _Walk) -> _Walk:
     def _():
         _weights(s, r, r.table.group[at.j], at.n, w_slot).wait()
 
-    _lhs(s, r, at, x_slot).wait()
+    if not t.lhs_stays:
+        _lhs(s, r, at, x_slot).wait()
     _wait_out(s, r, y_slot)
-    _multiply(s, r, x_slot, w_slot, y_slot, jnp.minimum(below, end) - at.row)
+    x_row = at.row if t.lhs_stays else 0
+    _multiply(s, r, x_slot, x_row, w_slot, y_slot, jnp.minimum(below, end) - at.row)
 
     @pl.when(opens & (first > at.row))
     def _():
@@ -250,14 +260,14 @@ def _fetch_weights(s: Static, r: Refs, count, walk: _Walk, wanted) -> _Walk:
     )
 
 
-def _multiply(s: Static, r: Refs, x_slot, w_slot, y_slot, rows) -> None:
+def _multiply(s: Static, r: Refs, x_slot, x_row, w_slot, y_slot, rows) -> None:
     """y[:rows] = x[:rows] @ w, rounded up to whole bodies: long ones, and short ones for what is left."""
     t = s.tiles
 
     def body(row, length: int) -> int:
         def block(c, _):
             cols = pl.ds(pl.multiple_of(c * t.body_cols, t.body_cols), t.body_cols) if t.body_cols < t.cols else slice(None)
-            x = r.x[x_slot, pl.ds(row, length), :]
+            x = r.x[x_slot, pl.ds(pl.multiple_of(x_row + row, s.fragment), length), :]
             w = r.w[w_slot, cols, :] if s.transpose_rhs else r.w[w_slot, :, cols]
             r.y[y_slot, pl.ds(row, length), cols] = _dot(x, w, s.transpose_rhs).astype(r.y.dtype)
             return 0
@@ -299,6 +309,10 @@ def _next_stage(stage: Stage, count) -> Stage:
     n, j = stage
     wraps = j + 1 >= count
     return n + wraps.astype(jnp.int32), jnp.where(wraps, 0, j + 1)
+
+
+def _all_lhs(s: Static, r: Refs):
+    return pltpu.make_async_copy(r.lhs, r.x.at[0, : s.M, :], r.x_sem.at[0])
 
 
 def _lhs(s: Static, r: Refs, at: schedule.Cursor, slot):

@@ -16,6 +16,8 @@ from pallas_kernels._tpu_target import Target
 LANES = 128
 #: Cycles of one straight run of the matrix units. Longer ones hide more of filling and draining, and are more code.
 BODY_CYCLES = 4096
+#: So few rows of lhs are copied in once, instead of once per group.
+MOST_STAYING_ROWS = 256
 #: Share of VMEM that buffers may take; the compiler needs some for itself.
 VMEM_SHARE = 0.8
 VMEM_LIMIT_SHARE = 0.94
@@ -30,7 +32,7 @@ class ForwardTiles:
     short_runs: at most so many short runs in a tile; a longer rest is worth a long run.
     weight_buffers, usual_weights, deep_rows: matrix tiles in VMEM; how many are asked for ahead in general (with the
       one in use), and the row of a group from which on all buffers are filled.
-    lhs_buffers, out_buffers: row tiles in VMEM.
+    lhs_buffers, out_buffers: row tiles in VMEM. lhs_stays: all of lhs does, in one buffer.
     """
 
     rows: int
@@ -43,6 +45,7 @@ class ForwardTiles:
     deep_rows: int
     lhs_buffers: int
     out_buffers: int
+    lhs_stays: bool
     zero_rows: int
     vmem_limit_bytes: int
 
@@ -62,7 +65,7 @@ def _column_tiles(N: int, target: Target) -> list[int]:
     return sorted({_round_up(-(-N // n), unit) for n in range(1, N // unit + 1)}, reverse=True)
 
 
-def _runs(M: int, fragment: int, target: Target) -> list[tuple[int, int, int]]:
+def _runs(M: int, G: int, fragment: int, target: Target) -> list[tuple[int, int, int]]:
     """Candidates for (rows of a long run, of a short one, the most short ones that beat a long one).
 
     What a group wastes is half a short run. But a run has a fixed cost, see _run_overhead.
@@ -74,6 +77,9 @@ def _runs(M: int, fragment: int, target: Target) -> list[tuple[int, int, int]]:
     else:
         runs = [(512, 128, 3), (256, 128, 1)]
     rows = _round_up(M, fragment)
+    if M <= fragment * min(M, G):
+        # Groups of a few rows, as in decoding: a fragment, or two that share them.
+        rows = min(rows, 2 * fragment)
     if rows <= runs[0][1]:
         return [(rows, rows, 0)]
     return [(min(r[0], _round_up(rows, r[1])), r[1], r[2]) for r in runs]
@@ -94,7 +100,7 @@ def forward_tiles(
     fragment = _tpu_schedule.fragment_rows(lhs_dtype, out_dtype)
     macs = target.macs_per_cycle // (1 if size <= 2 else 6)
     best = None
-    for cols, runs in itertools.product(_column_tiles(N, target), _runs(M, fragment, target)):
+    for cols, runs in itertools.product(_column_tiles(N, target), _runs(M, G, fragment, target)):
         long, short, _ = runs
         body_cols = _body_cols(cols, K, long, target)
         for rows in sorted({min(_round_up(r, long), _round_up(M, long)) for r in (256, 512, 1024)}):
@@ -114,6 +120,7 @@ def forward_tiles(
                 best = time, rows, cols, runs, body_cols, buffers
     if best is None:
         return None
+    lhs_stays = M <= MOST_STAYING_ROWS and M <= best[1]
     _, rows, cols, (long, short, short_runs), body_cols, (weights, lhs, out) = best
     return ForwardTiles(
         rows=rows,
@@ -124,7 +131,8 @@ def forward_tiles(
         weight_buffers=weights,
         usual_weights=min(3, weights),
         deep_rows=_deep_rows(K, cols, size, out_size, macs, target),
-        lhs_buffers=lhs,
+        lhs_buffers=1 if lhs_stays else lhs,
+        lhs_stays=lhs_stays,
         out_buffers=out,
         zero_rows=min(128, _round_up(M, fragment)),
         vmem_limit_bytes=int(target.vmem_bytes * VMEM_LIMIT_SHARE),
