@@ -109,13 +109,19 @@ def forward_tiles(
                 continue
             passes = -(-N // cols)
             compute = (M + G * short / 2) * K * passes * cols / macs
-            compute *= 1 + _run_overhead(target) / (long * K * body_cols / macs)
+            compute *= 1 + _run_overhead(long, target) / (long * K * body_cols / macs)
             memory = (passes * M * K * size + G * K * N * size + M * N * out_size) / target.bytes_per_cycle
-            # Nothing overlaps the first copies and the last one; a step costs about 150 cycles of bookkeeping.
-            ends = (K * cols * size + rows * K * size + rows * cols * out_size) / target.bytes_per_cycle
-            steps = passes * (M / rows + min(G, M)) * 150
+            # A step costs about 150 cycles of bookkeeping. What bounds the kernel has to wait for its first copies, or
+            # leaves its last tile to be multiplied; nothing overlaps the last copy.
+            compute += passes * (M / rows + min(G, M)) * 150
+            first = (K * cols + rows * K) * size / target.bytes_per_cycle
+            last = _round_up(min(rows, -(-M // G)), short) * K * cols / macs + _run_overhead(short, target)
             # With one row tile on its way besides the one in use, a short tile cannot hide the next one's copy.
-            time = max(compute, memory) * (1.1 if buffers[1] < 3 else 1) + ends + steps
+            if buffers[1] < 3:
+                compute, memory = 1.1 * compute, 1.1 * memory
+            # The two overlap, but never wholly: groups differ.
+            time = max(compute + first, memory + last) + 0.1 * min(compute, memory)
+            time += min(rows, -(-M // G)) * cols * out_size / target.bytes_per_cycle
             if best is None or time < best[0]:
                 best = time, rows, cols, runs, body_cols, buffers
     if best is None:
@@ -139,12 +145,14 @@ def forward_tiles(
     )
 
 
-def _run_overhead(target: Target) -> int:
+def _run_overhead(rows: int, target: Target) -> int:
     """Cycles to fill and drain the matrix units once, where they are not hidden.
 
     They are hidden where the units are slow enough for all else to keep up (128 wide), or add up by themselves.
     """
-    return 0 if target.mxu_size == 128 or target.mxu_accumulates else 340
+    if target.mxu_size == 128 or target.mxu_accumulates:
+        return 0
+    return 300 if rows >= 512 else 450
 
 
 def _buffers(rows: int, cols: int, K: int, long: int, size: int, out_size: int, target: Target) -> Any:
