@@ -44,7 +44,9 @@ def why_not(lhs_MK: Array, rhs: Array, *, transpose_rhs: bool, out_dtype: Any, a
         or pallas_tpu_tiles.forward_tiles(M, N, K, G, lhs_MK.dtype, lhs_MK.dtype, target) is None
         or pallas_tpu_tiles.drhs_tiles(M, K, N, G, lhs_MK.dtype, target) is None
     ):
-        return f"no tiles of K {K} and N {N} fit into the {target.vmem_bytes >> 20} MiB of vector memory of {target.name}"
+        return (
+            f"no tiles of K {K} and N {N} fit into the {target.vmem_bytes >> 20} MiB of vector memory of {target.name}"
+        )
     return None
 
 

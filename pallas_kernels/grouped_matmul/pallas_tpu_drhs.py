@@ -84,9 +84,7 @@ def weight_gradient(
     hbm = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(
         functools.partial(_kernel, s),
-        out_shape=jax.ShapeDtypeStruct(
-            (s.G, s.A, s.B), dtype, manual_axis_type=jax.typeof(left_MA).manual_axis_type
-        ),
+        out_shape=jax.ShapeDtypeStruct((s.G, s.A, s.B), dtype, manual_axis_type=jax.typeof(left_MA).manual_axis_type),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2, grid=(s.num_cores,), in_specs=[hbm, hbm], out_specs=hbm, scratch_shapes=scratch
         ),

@@ -133,7 +133,6 @@ def _kernel(s: Static, sizes: Ref, offset_ref: Ref, *refs: Ref) -> None:
     if s.tiles.lhs_stays:
         _all_lhs(s, r).start()
 
-
     r.carry[...] = jnp.zeros_like(r.carry)
     r.zeros[...] = jnp.zeros_like(r.zeros)
     for i in range(s.tiles.out_buffers):
@@ -266,7 +265,11 @@ def _multiply(s: Static, r: Refs, x_slot, x_row, w_slot, y_slot, rows) -> None:
 
     def body(row, length: int) -> int:
         def block(c, _):
-            cols = pl.ds(pl.multiple_of(c * t.body_cols, t.body_cols), t.body_cols) if t.body_cols < t.cols else slice(None)
+            cols = (
+                pl.ds(pl.multiple_of(c * t.body_cols, t.body_cols), t.body_cols)
+                if t.body_cols < t.cols
+                else slice(None)
+            )
             x = r.x[x_slot, pl.ds(pl.multiple_of(x_row + row, s.fragment), length), :]
             w = r.w[w_slot, cols, :] if s.transpose_rhs else r.w[w_slot, :, cols]
             r.y[y_slot, pl.ds(row, length), cols] = _dot(x, w, s.transpose_rhs).astype(r.y.dtype)
@@ -362,6 +365,7 @@ def _write_last_fragment(s: Static, r: Refs, at, end, whole_end) -> None:
         own = jax.lax.broadcasted_iota(jnp.int32, (s.fragment, 1), 0) < end - whole_end
         r.edge[...] = jnp.where(own, r.carry[...], 0).astype(r.edge.dtype)
         _edge(s, r, at.n, whole_end, rows).start()
+
     # The next column tile starts with zeros above its first row again.
     r.carry[...] = jnp.zeros_like(r.carry)
 

@@ -156,7 +156,7 @@ def _run_overhead(rows: int, target: Target) -> int:
 
 
 def _buffers(rows: int, cols: int, K: int, long: int, size: int, out_size: int, target: Target) -> Any:
-    """(weights, lhs, out) buffers: two of each are needed, then the row tiles get more, and the weights what is left."""
+    """(weights, lhs, out) buffers: two of each at least, then more for row tiles, and for weights what is left."""
     weight, lhs, out = K * cols * size, rows * K * size, rows * cols * out_size
     room = target.vmem_bytes * VMEM_SHARE - 4 * long * cols - 256 * cols * out_size
     counts = [2, 2, 2]
