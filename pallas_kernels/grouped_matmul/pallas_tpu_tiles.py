@@ -111,9 +111,10 @@ def forward_tiles(
             compute = (M + G * short / 2) * K * passes * cols / macs
             compute *= 1 + _run_overhead(long, target) / (long * K * body_cols / macs)
             memory = (passes * M * K * size + G * K * N * size + M * N * out_size) / target.bytes_per_cycle
+            compute, memory = compute / target.num_cores, memory / target.num_cores  # cores divide the rows
             # A step costs about 150 cycles of bookkeeping. What bounds the kernel has to wait for its first copies, or
             # leaves its last tile to be multiplied; nothing overlaps the last copy.
-            compute += passes * (M / rows + min(G, M)) * 150
+            compute += passes * (M / rows + min(G, M)) * 150 / target.num_cores
             first = (K * cols + rows * K) * size / target.bytes_per_cycle
             last = _round_up(min(rows, -(-M // G)), short) * K * cols / macs + _run_overhead(short, target)
             # With one row tile on its way besides the one in use, a short tile cannot hide the next one's copy.
@@ -215,10 +216,12 @@ def drhs_tiles(M: int, A: int, B: int, G: int, dtype: Any, target: Target) -> Dr
                 if used > room:
                     continue
                 tiles_a, tiles_b = -(-A // left), -(-B // right)
-                compute = (M + G * short / 2) * tiles_a * tiles_b * tile / macs
-                memory = (M * (tiles_b * A + tiles_a * B) + G * A * B) * size / target.bytes_per_cycle
+                # Cores divide the tiles.
+                tiles = -(-tiles_a * tiles_b // target.num_cores)
+                compute = (M + G * short / 2) * tiles * tile / macs
+                memory = (M * (left + right) + G * tile) * tiles * size / target.bytes_per_cycle
                 ends = (row_tile + tile * size) / target.bytes_per_cycle
-                steps = tiles_a * tiles_b * (M / rows + min(G, M)) * 150
+                steps = tiles * (M / rows + min(G, M)) * 150
                 time = max(compute, memory) + ends + steps
                 if best is None or time < best[0]:
                     best = time, left, right, rows, min(4, 3 + int((room - used) // row_tile))
