@@ -113,7 +113,7 @@ def _kernel(s: Static, sizes: Ref, offset_ref: Ref, *refs: Ref) -> None:
     lhs, rhs, out, group, first, end, *buffers = refs
     r = Refs(sizes, lhs, rhs, out, schedule.RowTable(group, first, end), *buffers)
     core, offset = pl.program_id(0), offset_ref[0]
-    rows = schedule.row_range(sizes, offset, s.G, s.M, core, s.num_cores, s.fragment)
+    rows = schedule.row_range(sizes, offset, s.G, s.M, s.fragment, core, s.num_cores, s.tiles.least_rows)
     first_group = schedule.first_group(sizes, offset, s.G, rows)
 
     @pl.when(first_group < s.G)

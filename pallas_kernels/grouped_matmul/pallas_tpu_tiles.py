@@ -32,6 +32,7 @@ class ForwardTiles:
     short_runs: at most so many short runs in a tile; a longer rest is worth a long run.
     weight_buffers, usual_weights, deep_rows: matrix tiles in VMEM; how many are asked for ahead in general (with the
       one in use), and the row of a group from which on all buffers are filled.
+    least_rows: so many rows take as long to multiply as a matrix tile to copy.
     lhs_buffers, out_buffers: row tiles in VMEM. lhs_stays: all of lhs does, in one buffer.
     """
 
@@ -43,6 +44,7 @@ class ForwardTiles:
     weight_buffers: int
     usual_weights: int
     deep_rows: int
+    least_rows: int
     lhs_buffers: int
     out_buffers: int
     lhs_stays: bool
@@ -138,6 +140,7 @@ def forward_tiles(
         weight_buffers=weights,
         usual_weights=min(3, weights),
         deep_rows=_deep_rows(K, cols, size, out_size, macs, target),
+        least_rows=math.ceil(size * macs / target.bytes_per_cycle),
         lhs_buffers=1 if lhs_stays else lhs,
         lhs_stays=lhs_stays,
         out_buffers=out,

@@ -43,6 +43,7 @@ FORWARD_TILES = pallas_tpu_tiles.ForwardTiles(
     weight_buffers=4,
     usual_weights=3,
     deep_rows=40,
+    least_rows=60,
     lhs_buffers=3,
     out_buffers=2,
     lhs_stays=False,
