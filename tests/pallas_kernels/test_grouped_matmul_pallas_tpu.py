@@ -165,6 +165,20 @@ def test_weight_gradient_equals_float64(dtype):
             assert_close(got, expected, dtype)
 
 
+def test_two_cores(monkeypatch):
+    """Which share rows (forward) or tiles of the gradient; interpreted one after the other."""
+    monkeypatch.setattr(_tpu_target, "current", lambda: dataclasses.replace(_tpu_target.UNKNOWN, num_cores=2))
+    sizes_ref = RAGGED[0]
+    (left, left64), (right, right64) = rounded(draw(2, M, K), F32), rounded(draw(3, M, N), F32)
+    for sizes in (*RAGGED[:5], RAGGED[7]):
+        check_forward(sizes, F32, zero_rows=16)
+    expected = np.stack([left64[group].T @ right64[group] for group in slices(sizes_ref, 0, 9)])
+    got = pallas_tpu.weight_gradient(
+        left, right, jnp.array(sizes_ref), None, num_groups=9, tiles=DRHS_TILES, interpret=True
+    )
+    assert_close(got, expected, F32)
+
+
 def value_and_gradients(implementation, lhs, rhs, dout, sizes):
     out, pullback = jax.vjp(lambda lhs, rhs: grouped_matmul(lhs, rhs, sizes, implementation=implementation), lhs, rhs)
     return out, *pullback(dout)
