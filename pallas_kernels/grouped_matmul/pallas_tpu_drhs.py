@@ -81,7 +81,7 @@ def weight_gradient(
         pltpu.VMEM((t.zero_rows, t.right_cols), dtype),
         *(pltpu.SemaphoreType.DMA((n,)) for n in (t.row_buffers, t.out_buffers, 1)),
     ]
-    hbm = pl.BlockSpec(memory_space=pl.ANY)
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     return pl.pallas_call(
         functools.partial(_kernel, s),
         out_shape=jax.ShapeDtypeStruct((s.G, s.A, s.B), dtype, manual_axis_type=jax.typeof(left_MA).manual_axis_type),

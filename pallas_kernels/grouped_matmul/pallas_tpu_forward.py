@@ -90,7 +90,7 @@ def matmul(
         pltpu.SMEM((t.out_buffers,), jnp.int32),
         *(pltpu.SemaphoreType.DMA((n,)) for n in (t.weight_buffers, t.lhs_buffers, t.out_buffers, 1, 1)),
     ]
-    hbm = pl.BlockSpec(memory_space=pl.ANY)
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     itemsize = lambda a: jnp.dtype(a.dtype).itemsize
     return pl.pallas_call(
         functools.partial(_kernel, s),
