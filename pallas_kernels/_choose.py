@@ -31,7 +31,8 @@ def check_implementation(
 ) -> str | None:
     """Returns `implementation` if it can run.
 
-    `available`: what the op has besides kernels. `kernels` names the kernels that the op has, each with None or the reason why it can't take these operands.
+    `available`: what the op has besides kernels. `kernels` names the kernels that the op has, each with None or the
+    reason why it can't take these operands.
     Raises NotImplementedError for a kernel that can't run (naming backend, shape and reason), ValueError for an unknown
     name.
     """
