@@ -9,36 +9,48 @@ import difflib
 import functools
 import logging
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
 
 logger = logging.getLogger("pallas_kernels")
 
-#: Runs today, on any platform. "reference" is the oracle of the tests, "xla_tiles" is built for CPUs.
+#: On any platform. "reference" is the oracle of the tests, "xla_tiles" is built for CPUs (not every op needs it).
 AVAILABLE = ("reference", "xla", "xla_tiles")
-#: Valid names whose kernels don't exist yet.
-PLANNED = ("pallas_tpu", "pallas_gpu")
+#: Kernels for one kind of device. Not every op has every one.
+KERNELS = ("pallas_tpu", "pallas_gpu")
 
 
 def check_implementation(
-    op: str, implementation: str | None, shapes: str, available: tuple[str, ...] = AVAILABLE
+    op: str,
+    implementation: str | None,
+    shapes: str,
+    kernels: Mapping[str, str | None] = MappingProxyType({}),
+    available: tuple[str, ...] = AVAILABLE,
 ) -> str | None:
-    """Returns `implementation` if it can run; `available` are those of the op.
+    """Returns `implementation` if it can run.
 
-    Raises NotImplementedError for a planned kernel (naming backend, shape and reason), ValueError for an unknown name.
+    `available`: what the op has besides kernels. `kernels` names the kernels that the op has, each with None or the
+    reason why it can't take these operands.
+    Raises NotImplementedError for a kernel that can't run (naming backend, shape and reason), ValueError for an unknown
+    name.
     """
     if implementation is None:
-        _log_choice_once(op)
+        _log_choice_once(op, available, *kernels.items())
         return None
     if implementation in available:
         return implementation
-    if implementation in PLANNED:
+    if implementation in KERNELS:
+        reason = kernels.get(implementation, "this kernel has not been written yet")
+        if reason is None:
+            return implementation
+        others = available + tuple(name for name, why_not in kernels.items() if why_not is None)
         raise NotImplementedError(
-            f"{op}: implementation {implementation!r} is not available for {shapes}: this kernel has not been written "
-            f"yet. Available now: {', '.join(available)}, or None to choose by platform."
+            f"{op}: implementation {implementation!r} is not available for {shapes}: {reason}. "
+            f"Available now: {', '.join(others)}, or None to choose by platform."
         )
-    known = tuple(dict.fromkeys(available + PLANNED))
+    known = available + KERNELS
     near = difflib.get_close_matches(str(implementation), known, n=1, cutoff=0.0)[0]
     raise ValueError(
         f"{op}: unknown implementation {implementation!r}: did you mean {near!r}? known: {', '.join(known)}, or None."
@@ -46,16 +58,27 @@ def check_implementation(
 
 
 @functools.cache
-def _log_choice_once(op: str) -> None:
-    logger.info("%s: implementation=None: 'xla_tiles' when lowered for cpu, 'xla' for any other platform", op)
+def _log_choice_once(op: str, available: tuple[str, ...], *kernels: tuple[str, str | None]) -> None:
+    """Says what None will run; once per op and reason."""
+    cpu = "xla_tiles" if "xla_tiles" in available else "xla"
+    why_not = dict(kernels).get("pallas_tpu", "")
+    tpu = "'pallas_tpu' for tpu, " if why_not is None else f"'xla' for tpu ({why_not}), " if why_not else ""
+    other = "any other platform" if why_not == "" else "others"
+    logger.info("%s: implementation=None: %r when lowered for cpu, %s'xla' for %s", op, cpu, tpu, other)
 
 
 def run(implementation: str | None, table: Mapping[str, Callable[..., Any]], *args: Any) -> Any:
     """Calls the named entry of `table`, or, for None, the one for the platform this is being lowered for.
 
+    A Pallas kernel is called with interpret=True where this is lowered for a CPU. None takes "pallas_tpu" on a TPU if
+    the table has it.
     All entries must return the same shapes and dtypes. Differentiation has to happen outside (a custom_vjp around
     this call): the derivative of a platform switch would carry the residuals of every branch.
     """
+    if implementation == "pallas_tpu":
+        kernel = table[implementation]
+        return jax.lax.platform_dependent(*args, tpu=kernel, cpu=functools.partial(kernel, interpret=True))
     if implementation is not None:
         return table[implementation](*args)
-    return jax.lax.platform_dependent(*args, cpu=table["xla_tiles"], default=table["xla"])
+    tpu = {"tpu": table["pallas_tpu"]} if "pallas_tpu" in table else {}
+    return jax.lax.platform_dependent(*args, cpu=table.get("xla_tiles", table["xla"]), default=table["xla"], **tpu)

@@ -4,8 +4,7 @@ Dims: T tokens, E experts, K experts per token.
 """
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +15,10 @@ from pallas_kernels.route_top_k import pallas_tpu, pallas_tpu_rows, reference, s
 from pallas_kernels.route_top_k.scoring import Priority, ScoreFunction, Settings
 
 _OP = "route_top_k"
-_ROUTE = {
-    "xla": xla.route,
-    "pallas_tpu": pallas_tpu.route,
-    "pallas_tpu_interpret": functools.partial(pallas_tpu.route, interpret=True),
-}
+_ROUTE = {"xla": xla.route, "pallas_tpu": pallas_tpu.route}
 _POSITIONS = {"reference": reference.positions, "xla": xla.positions}
-_ROWS = {
-    "reference": reference.rows,
-    "xla": xla.rows,
-    "pallas_tpu": pallas_tpu_rows.rows,
-    "pallas_tpu_interpret": functools.partial(pallas_tpu_rows.rows, interpret=True),
-}
-_AVAILABLE = ("reference", *_ROUTE)
-_KERNELS = ("pallas_tpu", "pallas_tpu_interpret")
+_ROWS = {"reference": reference.rows, "xla": xla.rows, "pallas_tpu": pallas_tpu_rows.rows}
+_AVAILABLE = ("reference", "xla")
 
 
 class TopKRoutes(NamedTuple):
@@ -79,9 +68,9 @@ def route_top_k(
       priority: which choices are earlier: "token", those of earlier tokens; "choice", all first choices in token order,
         then all second ones, as capacity limits give places (GShard).
       return_scores: also return the scores of all experts.
-      implementation: "reference", "xla", "pallas_tpu" (one launch), "pallas_tpu_interpret" (the same kernel, slowly, on
-        any platform: for tests), or None: "pallas_tpu" on TPU, inside a shard_map over all mesh axes, where the
-        kernel's limits allow it; else "xla". (XLA cannot partition a kernel, and outside shard_map it may have to.)
+      implementation: "reference", "xla", "pallas_tpu" (one launch; interpreted where it is lowered for a CPU), or
+        None: "pallas_tpu" on TPU, inside a shard_map over all mesh axes, where the kernel's limits allow it; else
+        "xla". (XLA cannot partition a kernel, and outside shard_map it may have to.)
 
     Ties go to the lower id. A NaN score is chosen last and never twice; its gate is NaN. A biased score of -inf counts
     as the least finite number.
@@ -99,16 +88,12 @@ def route_top_k(
     _check(logits_TE, k, bias_E, valid_T, shapes)
     _check_choice(_OP, "score_function", score_function, scoring.SCORE_FUNCTIONS)
     _check_choice(_OP, "priority", priority, scoring.PRIORITIES)
-    if implementation is not None:
-        _choose.check_implementation(_OP, implementation, shapes, _AVAILABLE)
     settings = Settings(k, score_function, renormalize, float(scale), priority, return_scores)
     refusal = pallas_tpu.refusal(logits_TE.shape, logits_TE.dtype, settings)
-    _check_refusal(_OP, implementation, refusal, shapes)
+    implementation = _chosen(_OP, implementation, shapes, refusal)
     operands = _varying.same_varying(logits_TE, bias_E, valid_T)
     if implementation == "reference":
         return TopKRoutes(*reference.route(*operands, settings=settings))
-    if implementation is None and (refusal or not _inside_shard_map()):
-        implementation = "xla"
     return TopKRoutes(*_route(settings, implementation, *operands))
 
 
@@ -130,7 +115,8 @@ def expert_positions(
     """
     _check_choice("expert_positions", "priority", priority, scoring.PRIORITIES)
     experts_TK = jnp.asarray(experts_TK)
-    _check_ids("expert_positions", experts_TK, implementation, tuple(_POSITIONS))
+    shapes = _check_ids("expert_positions", experts_TK)
+    _choose.check_implementation("expert_positions", implementation or "xla", shapes, available=_AVAILABLE)
     return _POSITIONS[implementation or "xla"](experts_TK, num_experts=num_experts, priority=priority)
 
 
@@ -144,34 +130,25 @@ def expert_rows(
     """
     op = "expert_rows"
     experts_TK = jnp.asarray(experts_TK)
-    shapes = _check_ids(op, experts_TK, implementation, tuple(_ROWS))
     refusal = pallas_tpu_rows.refusal(experts_TK.shape, num_experts)
-    _check_refusal(op, implementation, refusal, shapes)
+    implementation = _chosen(op, implementation, _check_ids(op, experts_TK), refusal)
     table = {name: functools.partial(function, num_experts=num_experts) for name, function in _ROWS.items()}
-    if implementation is None and (refusal or not _inside_shard_map()):
-        implementation = "xla"
-    return _run(implementation, table, experts_TK)
+    return _choose.run(implementation, table, experts_TK)
 
 
-def _check_ids(op: str, experts_TK: Array, implementation: str | None, known: tuple[str, ...]) -> str:
+def _check_ids(op: str, experts_TK: Array) -> str:
     shapes = _checks.describe(experts=experts_TK)
     _checks.check_rank(op, "experts", experts_TK, "T K")
     _checks.check_integer(op, "experts", experts_TK, shapes)
-    if implementation is not None:
-        _choose.check_implementation(op, implementation, shapes, known)
     return shapes
 
 
-def _check_refusal(op: str, implementation: str | None, refusal: str | None, shapes: str) -> None:
-    if refusal and implementation in _KERNELS:
-        raise NotImplementedError(f"{op}: implementation {implementation!r} cannot run {shapes}: {refusal}")
-
-
-def _run(implementation: str | None, table: Mapping[str, Callable], *operands: Array | None) -> Any:
-    """The named one, or for None the kernel on TPU and XLA elsewhere."""
-    if implementation is not None:
-        return table[implementation](*operands)
-    return jax.lax.platform_dependent(*operands, tpu=table["pallas_tpu"], default=table["xla"])
+def _chosen(op: str, implementation: str | None, shapes: str, refusal: str | None) -> str | None:
+    """The implementation to run; None where the platform decides. `refusal`: why the kernel can't take the operands."""
+    if implementation is None and not _inside_shard_map():
+        refusal = refusal or "outside shard_map XLA may have to partition it"
+    implementation = _choose.check_implementation(op, implementation, shapes, {"pallas_tpu": refusal}, _AVAILABLE)
+    return "xla" if implementation is None and refusal else implementation
 
 
 def _inside_shard_map() -> bool:
@@ -202,7 +179,7 @@ def _check_choice(op: str, name: str, given: str, known: tuple[str, ...]) -> Non
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _route(settings, implementation, logits_TE, bias_E, valid_T):
     table = {name: functools.partial(function, settings=settings) for name, function in _ROUTE.items()}
-    return _run(implementation, table, logits_TE, bias_E, valid_T)
+    return _choose.run(implementation, table, logits_TE, bias_E, valid_T)
 
 
 def _forward(settings, implementation, logits_TE, bias_E, valid_T):

@@ -109,7 +109,7 @@ def route(
         scratch_shapes=_scratch(static),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary")),
         cost_estimate=_cost(static, logits_TE.dtype.itemsize),
-        interpret=pltpu.InterpretParams() if interpret else False,
+        interpret=interpret,
         name="route_top_k",
     )(*operands)
     return experts.T, gates.T, counts[0], positions.T, scores[0].T if scores else None

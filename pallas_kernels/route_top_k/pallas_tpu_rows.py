@@ -61,7 +61,7 @@ def rows(experts_TK: Array, *, num_experts: int, interpret: bool = False) -> tup
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary")),
         cost_estimate=pl.CostEstimate(flops=6 * T * K * E, transcendentals=0, bytes_accessed=12 * T * K + 4 * E),
-        interpret=pltpu.InterpretParams() if interpret else False,
+        interpret=interpret,
         name="expert_rows",
     )(experts_TK.astype(jnp.int32).T)
     return counts[0], ranks.T

@@ -121,7 +121,7 @@ INTERPRETED = [
 @pytest.mark.parametrize(("shape", "name", "extras"), INTERPRETED, ids=str)
 def test_kernel_interpreted(shape, name, extras):
     logits, settings, expected = case(shape, SETTINGS[name], *extras)
-    check_routes(route_top_k(logits, shape[2], implementation="pallas_tpu_interpret", **settings), expected)
+    check_routes(route_top_k(logits, shape[2], implementation="pallas_tpu", **settings), expected)
 
 
 def test_kernel_carries_across_blocks():
@@ -129,12 +129,12 @@ def test_kernel_carries_across_blocks():
     T, E = 4 * 512 + 700, 4
     logits = draw(1, T, E)
     for priority in ("token", "choice"):
-        got = route_top_k(logits, 2, priority=priority, implementation="pallas_tpu_interpret")
+        got = route_top_k(logits, 2, priority=priority, implementation="pallas_tpu")
         expected = route_top_k(logits, 2, priority=priority, implementation="reference")
         check_routes(got, expected)
 
 
-ALL = [*FAST, "pallas_tpu_interpret"]
+ALL = [*FAST, "pallas_tpu"]
 
 
 @pytest.mark.parametrize("implementation", ALL)
@@ -217,7 +217,7 @@ def test_float64():
         check_routes(routes, naive(logits, 3, renormalize=True), rtol=1e-12)
         assert routes.gates.dtype == np.float64 and routes.experts.dtype == routes.positions.dtype == np.int32
         with pytest.raises(NotImplementedError, match="it computes in float32"):
-            route_top_k(logits, 3, implementation="pallas_tpu_interpret")
+            route_top_k(logits, 3, implementation="pallas_tpu")
 
 
 @pytest.mark.parametrize("implementation", FAST)
@@ -233,10 +233,10 @@ def test_positions_of_given_ids(implementation, priority, T, K, E):
     assert counts.dtype == positions.dtype == np.int32
 
 
-@pytest.mark.parametrize("implementation", [*FAST, "pallas_tpu_interpret"])
+@pytest.mark.parametrize("implementation", [*FAST, "pallas_tpu"])
 @pytest.mark.parametrize(("T", "K", "E"), [(40, 3, 4), (1, 1, 1), (65, 1, 300), (700, 9, 11), (0, 2, 3)])
 def test_rows_are_a_stable_sort(implementation, T, K, E):
-    if implementation == "pallas_tpu_interpret" and T == 0:
+    if implementation == "pallas_tpu" and T == 0:
         with pytest.raises(NotImplementedError, match="there is no choice"):
             expert_rows(np.zeros((0, K), np.int32), E, implementation=implementation)
         return
@@ -274,7 +274,7 @@ def test_the_tpu_looks_nothing_up():
     assert not any(f" {op}(" in text for op in ("gather", "sort", "scatter"))
 
 
-@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu_interpret", None])
+@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu", None])
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map(implementation, check_vma):
     """Tokens sharded over 8 devices, bias replicated; positions count within each shard."""
