@@ -14,6 +14,8 @@ from typing import Any
 
 import jax
 
+from pallas_kernels import _tpu_target
+
 logger = logging.getLogger("pallas_kernels")
 
 #: On any platform. "reference" is the oracle of the tests, "xla_tiles" is built for CPUs (not every op needs it).
@@ -77,6 +79,10 @@ def run(implementation: str | None, table: Mapping[str, Callable[..., Any]], *ar
     """
     if implementation == "pallas_tpu":
         kernel = table[implementation]
+        if _tpu_target.current() is not _tpu_target.UNKNOWN:
+            # no switch where it isn't needed: jax cannot lower one for a TPU whose other branch has ordered effects,
+            # as an interpreted kernel's callbacks are
+            return kernel(*args)
         return jax.lax.platform_dependent(*args, tpu=kernel, cpu=functools.partial(kernel, interpret=True))
     if implementation is not None:
         return table[implementation](*args)
