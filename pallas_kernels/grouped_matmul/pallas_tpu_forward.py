@@ -1,9 +1,9 @@
 """TPU kernel of the grouped matmul: each row times its group's matrix, or the matrix's transpose, read in place.
 
 One launch, no XLA ops around it. The scalar core lists the groups that have rows (_tpu_schedule.py) and walks over
-(column tile, group, row tile). A group's matrix stays in VMEM while the group's rows pass by, with all of K: sums never
-leave the registers' neighbourhood for a partial result. Matrices of the next groups, row tiles and output tiles are
-copied ahead and behind, across all edges of the walk.
+(column tile, group, row tile). A group's matrix stays in VMEM while the group's rows pass by, with all of K, so that no
+partial sum is stored and read again. Matrices of the next groups, row tiles and output tiles are copied ahead and
+behind, across all edges of the walk.
 
 Rows: a tile's rows are multiplied in steps of `body_rows`, as many as the group needs. Rows of a step that belong to
 other groups, or hold whatever the buffer held before, only reach their own output rows, and these are never written:
@@ -204,24 +204,9 @@ def _step(s: Static, r: Refs, count, steps, i, walk: _Walk) -> _Walk:
     x_row = at.row if t.lhs_stays else 0
     _multiply(s, r, x_slot, x_row, w_slot, y_slot, jnp.minimum(below, end) - at.row)
 
-    @pl.when(opens & (first > at.row))
-    def _():
-        own = jax.lax.broadcasted_iota(jnp.int32, (s.fragment, 1), 0) >= first - at.row
-        y = r.y[y_slot, : s.fragment, :].astype(jnp.float32)
-        r.y[y_slot, : s.fragment, :] = jnp.where(own, y, r.carry[...]).astype(r.y.dtype)
-
     # The end of a group inside a fragment: that fragment waits for the next group, or for the zeros after the last.
     whole_end = schedule.round_down(end, s.fragment)
-
-    @pl.when(closes & (whole_end < end))
-    def _():
-        at_row = pl.multiple_of(whole_end - at.row, s.fragment)
-        r.carry[...] = r.y[y_slot, pl.ds(at_row, s.fragment), :].astype(jnp.float32)
-
-    @pl.when(closes & (at.j == count - 1))
-    def _():
-        _write_last_fragment(s, r, at, end, whole_end)
-
+    _hand_over(s, r, at, y_slot, first, end, whole_end, opens, closes, is_last=at.j == count - 1)
     y_rows = pl.multiple_of(jnp.where(closes, whole_end, below) - at.row, s.fragment)
     r.y_rows[y_slot] = y_rows
 
@@ -240,6 +225,25 @@ def _step(s: Static, r: Refs, count, steps, i, walk: _Walk) -> _Walk:
         w_lead_slot=walk.w_lead_slot,
         y_slot=schedule.next_slot(y_slot, t.out_buffers),
     )
+
+
+def _hand_over(s: Static, r: Refs, at, y_slot, first, end, whole_end, opens, closes, is_last) -> None:
+    """Takes the rows above a group from the group before it, and leaves those below whole_end to the next."""
+
+    @pl.when(opens & (first > at.row))
+    def _():
+        own = jax.lax.broadcasted_iota(jnp.int32, (s.fragment, 1), 0) >= first - at.row
+        y = r.y[y_slot, : s.fragment, :].astype(jnp.float32)
+        r.y[y_slot, : s.fragment, :] = jnp.where(own, y, r.carry[...]).astype(r.y.dtype)
+
+    @pl.when(closes & (whole_end < end))
+    def _():
+        at_row = pl.multiple_of(whole_end - at.row, s.fragment)
+        r.carry[...] = r.y[y_slot, pl.ds(at_row, s.fragment), :].astype(jnp.float32)
+
+    @pl.when(closes & is_last)
+    def _():
+        _write_last_fragment(s, r, at, end, whole_end)
 
 
 def _fetch_weights(s: Static, r: Refs, count, walk: _Walk, wanted) -> _Walk:
@@ -265,11 +269,7 @@ def _multiply(s: Static, r: Refs, x_slot, x_row, w_slot, y_slot, rows) -> None:
 
     def body(row, length: int) -> int:
         def block(c, _):
-            cols = (
-                pl.ds(pl.multiple_of(c * t.body_cols, t.body_cols), t.body_cols)
-                if t.body_cols < t.cols
-                else slice(None)
-            )
+            cols = pl.ds(pl.multiple_of(c * t.body_cols, t.body_cols), t.body_cols)
             x = r.x[x_slot, pl.ds(pl.multiple_of(x_row + row, s.fragment), length), :]
             w = r.w[w_slot, cols, :] if s.transpose_rhs else r.w[w_slot, :, cols]
             r.y[y_slot, pl.ds(row, length), cols] = _dot(x, w, s.transpose_rhs).astype(r.y.dtype)
