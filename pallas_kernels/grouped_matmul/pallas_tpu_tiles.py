@@ -144,7 +144,7 @@ def forward_tiles(
         lhs_buffers=1 if lhs_stays else lhs,
         lhs_stays=lhs_stays,
         out_buffers=out,
-        zero_rows=min(128, _round_up(M, fragment)),
+        zero_rows=min(256, _round_up(M, fragment)),
         vmem_limit_bytes=int(target.vmem_bytes * VMEM_LIMIT_SHARE),
     )
 
