@@ -59,11 +59,14 @@ def _round_up(x: int, to: int) -> int:
     return -(-x // to) * to
 
 
-def _column_tiles(N: int, target: Target) -> list[int]:
+def _mxu_unit(N: int, target: Target) -> int:
+    return target.mxu_size if N % target.mxu_size == 0 else LANES
+
+
+def _column_tiles(N: int, unit: int) -> list[int]:
     """Widths worth trying: for each number of tiles, the narrowest that covers N; or N, if it is no whole lanes."""
     if N % LANES:
         return [N]
-    unit = target.mxu_size if N % target.mxu_size == 0 else LANES
     return sorted({_round_up(-(-N // n), unit) for n in range(1, N // unit + 1)}, reverse=True)
 
 
@@ -102,7 +105,7 @@ def forward_tiles(
     fragment = _tpu_schedule.fragment_rows(lhs_dtype, out_dtype)
     macs = target.macs_per_cycle // (1 if size <= 2 else 6)
     best = None
-    for cols, runs in itertools.product(_column_tiles(N, target), _runs(M, G, fragment, target)):
+    for cols, runs in itertools.product(_column_tiles(N, _mxu_unit(N, target)), _runs(M, G, fragment, target)):
         long, short, _ = runs
         body_cols = _body_cols(cols, K, long, target)
         for rows in sorted({min(_round_up(r, long), _round_up(M, long)) for r in (256, 512, 1024)}):
@@ -144,7 +147,7 @@ def forward_tiles(
         lhs_buffers=1 if lhs_stays else lhs,
         lhs_stays=lhs_stays,
         out_buffers=out,
-        zero_rows=min(128, _round_up(M, fragment)),
+        zero_rows=min(256, _round_up(M, fragment)),
         vmem_limit_bytes=int(target.vmem_bytes * VMEM_LIMIT_SHARE),
     )
 
@@ -211,8 +214,10 @@ def drhs_tiles(M: int, A: int, B: int, G: int, dtype: Any, target: Target) -> Dr
     macs = target.macs_per_cycle // (1 if size <= 2 else 6)
     room = target.vmem_bytes * VMEM_SHARE
     best = None
-    for left in _column_tiles(A, target):
-        for right in _column_tiles(B, target):
+    # For narrow matrix units the compiler transposes left in blocks of 256 columns, and pads others.
+    unit = 2 * LANES if target.mxu_size == LANES and A % (2 * LANES) == 0 else LANES
+    for left in _column_tiles(A, unit):
+        for right in _column_tiles(B, _mxu_unit(B, target)):
             for rows in sorted({min(_round_up(r, long), _round_up(all_rows, long)) for r in (256, 512, 1024)}):
                 tile, row_tile = left * right, rows * (left + right) * size
                 used = tile * (4 + 2 * size) + 3 * row_tile + 4 * 256 * right
@@ -221,27 +226,36 @@ def drhs_tiles(M: int, A: int, B: int, G: int, dtype: Any, target: Target) -> Dr
                 tiles_a, tiles_b = -(-A // left), -(-B // right)
                 # Cores divide the tiles.
                 tiles = -(-tiles_a * tiles_b // target.num_cores)
+                body_cols = _drhs_body_cols(left, right, long, unit, target)
                 compute = (M + G * short / 2) * tiles * tile / macs
+                compute *= 1 + _run_overhead(long, target) / (long * body_cols * right / macs)
                 memory = (M * (left + right) + G * tile) * tiles * size / target.bytes_per_cycle
                 ends = (row_tile + tile * size) / target.bytes_per_cycle
                 steps = tiles * (M / rows + min(G, M)) * 150
                 time = max(compute, memory) + ends + steps
                 if best is None or time < best[0]:
-                    best = time, left, right, rows, min(4, 3 + int((room - used) // row_tile))
+                    best = time, left, right, rows, body_cols, min(4, 3 + int((room - used) // row_tile))
     if best is None:
         return None
-    _, left, right, rows, row_buffers = best
-    # Adding to the sum keeps the store units busy, so longer runs gain less than in the forward kernel.
-    most = BODY_CYCLES * target.macs_per_cycle // (1 if target.mxu_size == 128 else 2)
-    blocks = [c for c in range(LANES, left + 1, LANES) if left % c == 0] or [left]
+    _, left, right, rows, body_cols, row_buffers = best
     return DrhsTiles(
         left_cols=left,
         right_cols=right,
         rows=rows,
         body_rows=(long, short),
-        body_cols=max([c for c in blocks if long * c * right <= most], default=blocks[0]),
+        body_cols=body_cols,
         row_buffers=row_buffers,
         out_buffers=2,
         zero_rows=next((z for z in (256, 128) if left % z == 0), left),
         vmem_limit_bytes=int(target.vmem_bytes * VMEM_LIMIT_SHARE),
     )
+
+
+def _drhs_body_cols(left: int, right: int, rows: int, unit: int, target: Target) -> int:
+    """The widest block of left's columns whose run isn't too long, or the narrowest.
+
+    Adding to the sum keeps the store units busy, so longer runs gain less than in the forward kernel.
+    """
+    most = BODY_CYCLES * target.macs_per_cycle // (1 if target.mxu_size == 128 else 2)
+    blocks = [c for c in range(unit, left + 1, unit) if left % c == 0] or [left]
+    return max([c for c in blocks if rows * c * right <= most], default=blocks[0])
