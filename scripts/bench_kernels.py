@@ -8,7 +8,7 @@ depend on, so an interrupted run goes on where it stopped. Exit code 1 if a bar 
 
 Columns: sim ms; sim over the roofline; speed-up over the peer; MXU flops issued over useful; HBM bytes over the least
 possible; kernels that XLA runs beside ours; VMEM; VLIW bundles; seconds to compile. A "?" marks a simulation that met
-a decision it could not follow.
+a decision it could not follow, which its verdicts repeat; one that did less than the least possible is an error.
 """
 
 import argparse
@@ -41,6 +41,8 @@ _COLUMNS = (
     ("bundles", "bundles", "{:d}"),
     ("compile_s", "compile s", "{:.0f}"),
 )
+#: Less than the least possible is no result.
+_AT_LEAST_ONE = ("over_roofline", "issued_over_useful", "bytes_over_least")
 _NAMES = ("op", "shape", "pass", "generation", "routing", "implementation")
 
 
@@ -103,7 +105,7 @@ def _simulated(variant: dict) -> dict[str, Any]:
     total = lambda *keys: sum(k[key] for k in kernels for key in keys)
     least = variant["min_bytes"]
     useful = variant["useful_flops"]
-    return {
+    figures = {
         "sim_ms": variant["sim_seconds"] * 1e3,
         "over_roofline": variant["sim_seconds"] / variant["roofline_s"],
         "issued_over_useful": total("issued_flops") / useful if useful else None,
@@ -111,6 +113,9 @@ def _simulated(variant: dict) -> dict[str, Any]:
         "core_imbalance": max(max(k["cores_cycles"]) / min(k["cores_cycles"]) for k in kernels),
         "doubtful": total("unknown_decisions", "unmatched_waits") > 0,
     }
+    below = [name for name in _AT_LEAST_ONE if figures[name] is not None and figures[name] < 0.99]
+    # work was skipped: the kernel's scalar program was not followed
+    return {"error": f"not simulated: {', '.join(below)} below 1"} if below else figures
 
 
 def add_speedups(rows: list[dict]) -> None:

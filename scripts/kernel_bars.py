@@ -45,7 +45,9 @@ class Bar:
         if row.get("not_available"):
             return "not available"
         value = row.get(self.metric)
-        return "pass" if value is not None and (value >= limit if self.at_least else value <= limit) else "FAIL"
+        if value is None or not (value >= limit if self.at_least else value <= limit):
+            return "FAIL"
+        return "pass?" if row.get("doubtful") else "pass"
 
     def text(self, limit: float) -> str:
         return f"{self.metric} {'>=' if self.at_least else '<='} {limit:g} {self.note}".strip()
@@ -96,7 +98,9 @@ BARS = (
 
 
 def judge(rows: list[dict]) -> list[dict[str, Any]]:
-    """One verdict per bar and row that it speaks of: "pass", "FAIL", or "not available" for what a kernel refuses."""
+    """One verdict per bar and row that it speaks of: "pass", "pass?" where the simulation is in doubt, "FAIL", or
+    "not available" for what a kernel refuses.
+    """
     return [
         {"case": _name(row), "bar": bar.text(limit), "value": row.get(bar.metric), "verdict": bar.verdict(row, limit)}
         for row in rows
