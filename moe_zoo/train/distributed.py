@@ -7,6 +7,7 @@ and the console; arrays travel as collectives of the devices, words through jax'
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -120,15 +121,15 @@ def put(value: Any, sharding: Sharding) -> jax.Array:
     return jax.make_array_from_callback(value.shape, sharding, lambda index: np.array(value[index]))
 
 
-def rows_here(sharding: Sharding, batch_size: int, path: str) -> np.ndarray | None:
+def rows_here(sharding: NamedSharding, batch_size: int, path: str) -> np.ndarray | None:
     """Which rows of a batch the devices of this process hold, sorted; None: all. Raises ConfigError, naming `path`."""
-    try:
-        held = sharding.addressable_devices_indices_map((batch_size,)).values()
-    except ValueError:
-        parts = sharding.num_devices
-        raise ConfigError(f"{path}: {batch_size} rows do not divide over the mesh of {parts} devices") from None
+    axes = sharding.spec[0]
+    parts = math.prod(sharding.mesh.shape[axis] for axis in axes)
+    if batch_size % parts:
+        raise ConfigError(f"{path}: {batch_size} does not divide over mesh axes {axes} of size {parts}")
     if sharding.is_fully_addressable:
         return None
+    held = sharding.addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held]))
 
 

@@ -63,6 +63,7 @@ def train(
     corpus = distributed.load_once(lambda: load_corpus(config.data.source, tokenizer))
     parts = split(corpus, config.data.fractions, config.data.seed, tokenizer=tokenizer)
     rows = distributed.rows_here(batch_sharding(mesh), config.data.batch_size, "data.batch_size")
+    distributed.rows_here(batch_sharding(mesh), config.data.eval_batch_size, "data.eval_batch_size")
     data = train_iterator(
         parts["train"], tokenizer, seq_len=config.data.seq_len, batch_size=config.data.batch_size,
         seed=config.data.seed, rows=rows,

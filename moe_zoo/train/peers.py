@@ -24,6 +24,7 @@ from moe_zoo.core.registry import ConfigError
 
 _BEAT = 1.0  # seconds between counts
 LOST = 3  # exit code of a process whose peers are gone
+_RESUME = "the same commands go on from the last checkpoint"
 _FATAL = b"JAX distributed service detected fatal errors"
 _joined: "Peers | None" = None
 
@@ -131,7 +132,8 @@ class Peers:
                     "give --coordinator=HOST:PORT --processes=N --process=I"
                 ) from error
             where = given.coordinator or "the cluster's coordinator"
-            raise ConfigError(f"cannot connect to {where}: {' '.join(str(error).split())[:300]}") from error
+            used = "another program has that port: " * (b"Address already in use" in self._log.take())
+            raise ConfigError(f"cannot connect to {where}: {used}{' '.join(str(error).split())[:300]}") from error
         from moe_zoo.train.distributed import client
 
         self._client = client()
@@ -161,7 +163,7 @@ class Peers:
 
 
 def _lost(who: str) -> str:
-    return f"{who} is gone; the same commands go on from the last checkpoint"
+    return f"{who} is gone; {_RESUME}"
 
 
 class _Watch:
@@ -242,7 +244,7 @@ class _Watch:
             lost = [str(peer) for peer, (_, since) in self._seen.items() if now - since > self._patience]
             if lost:
                 who = f"process{'es' * (len(lost) > 1)} {', '.join(lost[:8])}{', ...' * (len(lost) > 8)}"
-                words = f"no sign of life from {who} for {self._patience:g} s: {_lost('it')}"
+                words = f"no sign of life from {who} for {self._patience:g} s; {_RESUME}"
                 self._say(words)
                 self._die(words)
 
@@ -279,13 +281,19 @@ class _RuntimeLog:
                 self._shown = upto
             self._waiting = end
 
+    def take(self) -> bytes:
+        """What was not shown, and now will not be."""
+        text = os.pread(self._file.fileno(), 1 << 20, self._shown)
+        self._shown = self._waiting = self._shown + len(text)
+        return text
+
     def _run(self) -> None:
         while True:
             time.sleep(1)
             self.forward()
 
     def _abort(self, number: int) -> None:
-        text = os.pread(self._file.fileno(), 1 << 20, self._shown)
+        text = self.take()
         if _FATAL in text:
             line, code = self._explain(text.decode(errors="replace"))
             os.write(self._real, f"error: {line}\n".encode())
