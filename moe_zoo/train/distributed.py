@@ -65,7 +65,7 @@ def main_only(work: Callable[[], T]) -> T | None:
             result = work()
         except Exception as error:
             failure = error
-    told = tell(None if failure is None else _words(failure))
+    told = tell(None if failure is None else one_line(failure))
     if failure is not None:
         raise failure
     if told is not None:
@@ -176,7 +176,7 @@ class Agreement:
         self._underway = started
 
 
-def _words(error: BaseException) -> str:
-    """One line; the name of what was not expected."""
+def one_line(error: BaseException) -> str:
+    """What an error says; with its type, if it is not one of ours that speak for themselves."""
     text = " ".join(str(error).split())
     return text if isinstance(error, (ValueError, RuntimeError)) and text else f"{type(error).__name__}: {text}"

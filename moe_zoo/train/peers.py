@@ -185,13 +185,14 @@ class _Watch:
     def tell(self, error: BaseException) -> None:
         """Lets the others know that this process fails, and how."""
         self._done.set()  # this process has its own line to print
-        words = " ".join(str(error).split()) or type(error).__name__
-        self._say(f"process {self.me} stopped: {words}")
+        from moe_zoo.train.distributed import one_line
+
+        self._say(f"process {self.me} stopped: {one_line(error)}")
 
     def leave(self, code: int) -> NoReturn:
         """Exits at once; process 0, without which the others could not be told, waits until they know."""
         self._done.set()
-        self._quietly(lambda: self._client.key_value_set(f"moe_zoo/left/{self.me}", "1"))
+        self._briefly(lambda: self._client.key_value_set(f"moe_zoo/left/{self.me}", "1"))
         if self.me == 0:
             gone = {peer for peer, (_, since) in self._seen.items() if time.monotonic() - since > self._patience}
             deadline = time.monotonic() + 10
@@ -208,7 +209,13 @@ class _Watch:
 
     def _say(self, words: str) -> None:
         # the first to say something is the cause: a key is set once
-        self._quietly(lambda: self._client.key_value_set("moe_zoo/failed", words))
+        self._briefly(lambda: self._client.key_value_set("moe_zoo/failed", words))
+
+    def _briefly(self, call: Callable) -> None:
+        """Without an answer from a service that may have stopped, this process ends all the same."""
+        attempt = threading.Thread(target=self._quietly, args=(call,), daemon=True)
+        attempt.start()
+        attempt.join(3)
 
     def _quietly(self, call: Callable):
         try:
