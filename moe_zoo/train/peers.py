@@ -99,7 +99,8 @@ class Peers:
     """The other processes of this run."""
 
     def __init__(self, config: PeersConfig):
-        self._config, self.watch, self._log = config, None, _RuntimeLog(self._explain)
+        self._config, self.watch, self._client = config, None, None
+        self._log = _RuntimeLog(self._explain)
 
     def finish(self) -> None:
         """Waits for all to come here."""
@@ -147,7 +148,7 @@ class Peers:
         """(one line, exit code) for what the coordination service said before it aborted."""
         given = self._config
         reason = re.search(r"absl::Status: (.*)", text)
-        if self.watch is None:
+        if self._client is None:
             who = (
                 "the cluster" if given.auto else f"process {given.process} of {given.processes} at {given.coordinator}"
             )
@@ -157,7 +158,7 @@ class Peers:
             ), 2
         if "different incarnation" in text:
             return "two processes have the same --process number, or one was started again alone", LOST
-        if "Failed to send RPC" in text and self.watch.me:
+        if "Failed to send RPC" in text:
             return _lost("process 0"), LOST
         return _lost(f"a process ({reason[1] if reason else 'unknown'})"), LOST
 
@@ -174,7 +175,6 @@ class _Watch:
         self._client, self._patience, self._log = client, patience, log
         self.watched = range(1, processes) if me == 0 else (0,)
         self._seen = {peer: ("", time.monotonic()) for peer in self.watched}
-        self._left: set[int] = set()
         self._done = threading.Event()
         for target in (self._count, self._look):
             threading.Thread(target=target, daemon=True).start()
