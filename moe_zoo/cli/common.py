@@ -63,6 +63,7 @@ def _expected(error: Exception) -> bool:
         ("moe_zoo.data.errors", "DataError"),
         ("moe_zoo.checkpoints.native", "CheckpointError"),
         ("moe_zoo.train.loop", "TrainingError"),
+        ("moe_zoo.train.distributed", "PeerError"),
     ]
     known = [getattr(sys.modules[module], name) for module, name in names if module in sys.modules]
     return isinstance(error, (ConfigError, *known))

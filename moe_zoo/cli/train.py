@@ -1,37 +1,59 @@
 """Train a model: train.py --config=configs/quickstart.py --workdir=runs/quickstart [--config.KEY=VALUE ...]"""
 
+import argparse
 import importlib
 import re
-import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from moe_zoo.cli import common
+from moe_zoo.train import peers
+from moe_zoo.train.peers import PeersConfig
 
 #: paths of what belongs to a router, or is shared by the routers of all layers
 ROUTERS_OWN = re.compile(r"\.router\.|^shared\.")
 
 
-def train(argv: Sequence[str]) -> dict[str, Any]:
-    """Trains and reports. Returns the report."""
+def train(argv: Sequence[str]) -> dict[str, Any] | None:
+    """Trains and reports, with the other processes of the run if there are any. Returns the report (process 0's)."""
+    arguments, overrides = parse(argv)
+    who = PeersConfig(**{field.name: getattr(arguments, field.name) for field in fields(PeersConfig)})
+    with peers.joined(who):
+        return train_and_report(arguments, overrides)
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
+    """(arguments, overrides) of the command line."""
     parser = common.Parser(prog="train", description=__doc__)
-    parser.add_argument("--config", required=True, help="a config file or the name of one, with :PRESET")
-    parser.add_argument(
-        "--workdir", required=True, help="where checkpoints, metrics and pictures go; resumes what is there"
-    )
-    parser.add_argument(
-        "--init-from",
-        metavar="PATH",
+    add = parser.add_argument
+    add("--config", required=True, help="a config file or the name of one, with :PRESET")
+    add("--workdir", required=True, help="where checkpoints, metrics and pictures go; resumes what is there")
+    add(
+        "--init-from", metavar="PATH",
         help="begin with the weights, model settings and tokenizer of a run or checkpoint",
-    )
-    parser.add_argument(
+    )  # fmt: skip
+    add(
         "--writer", metavar="MODULE:NAME", action="append", default=[],
         help="another logger: called without arguments, gives an object with write, truncate_after and close",
     )  # fmt: skip
-    parser.add_argument("--overwrite", action="store_true", help="remove the run that is in --workdir and start again")
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    arguments, overrides = parser.parse_known(argv)
+    add("--overwrite", action="store_true", help="remove the run that is in --workdir and start again")
+    add("--json", action="store_true", help="end with one line of JSON")
+    several = parser.add_argument_group("several processes", "the same command in each; docs/distributed.md")
+    add = several.add_argument
+    add(
+        "--distributed", dest="auto", action="store_true", help="who is who is found out: TPU pod, SLURM, GKE, Open MPI"
+    )
+    add("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    add("--processes", type=int, metavar="N", help="how many there are")
+    add("--process", type=int, metavar="I", help="which one this is, 0 to N - 1")
+    add("--connect-timeout", type=int, metavar="SECONDS", default=300, help="until all must be there (300)")
+    add("--peer-timeout", type=int, metavar="SECONDS", default=30, help="a process is lost after this silence (30)")
+    return parser.parse_known(argv)
 
+
+def train_and_report(arguments: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> dict[str, Any] | None:
+    """The work of one process."""
     # settings first: a mistake in them must not wait for anything heavier
     from moe_zoo.train.config import differences, load_config
 
@@ -56,6 +78,8 @@ def train(argv: Sequence[str]) -> dict[str, Any]:
     from moe_zoo.train.report import make_report
 
     report = make_report(config, arguments.workdir, run)
+    if report is None:  # not process 0
+        return None
     final_table(report)
     if not report["causal"]:
         print(f"router {config.model.router.name!r} is not causal: these bits per byte can see the future")
@@ -97,7 +121,7 @@ def make_writer(spec: str) -> Any:
 
 def main() -> None:
     """The process: parses sys.argv, exits with its code."""
-    sys.exit(common.run(train))
+    peers.end(peers.exit_code(lambda: common.run(train)))
 
 
 if __name__ == "__main__":

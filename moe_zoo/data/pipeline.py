@@ -142,8 +142,7 @@ def train_iterator(
     seq_len: int,
     batch_size: int,
     seed: int,
-    shard_index: int = 0,
-    shard_count: int = 1,
+    rows: Int[np.ndarray, " R"] | None = None,
     prefetch: int = 4,
 ) -> "grain.DatasetIterator[Batch]":
     """Returns an endless iterator of training batches; each epoch visits every row once, in a new order.
@@ -156,34 +155,32 @@ def train_iterator(
       corpus: documents made with `tokenizer`.
       tokenizer: for its special ids.
       seq_len: S, positions of a row.
-      batch_size: rows of the global batch. Every shard gets a block of batch_size / shard_count of them, so the shards'
-        blocks one after the other are the batch that one process would see.
+      batch_size: rows of the global batch.
       seed: orders documents and rows.
-      shard_index: which block, usually `jax.process_index()`.
-      shard_count: how many blocks, usually `jax.process_count()`.
+      rows: which of the batch's rows to cut, in this order: those that the devices of a process hold. None means all.
       prefetch: batches made ahead by a thread; 0 makes them in the caller's.
 
     Raises:
-      DataError: see `PackedSource`; or batch_size does not divide into shard_count blocks.
+      DataError: see `PackedSource`; or `rows` are not of the batch.
     """
-    if batch_size < 1 or shard_count < 1 or batch_size % shard_count or not 0 <= shard_index < shard_count:
-        raise DataError(
-            f"batch_size {batch_size}, shard {shard_index} of {shard_count}: expected a batch_size that is a positive "
-            "multiple of the number of shards, and 0 <= shard_index < shard_count."
-        )
+    _check_rows(batch_size, rows)
     source = PackedSource(corpus, tokenizer, seq_len, seed=check_seed(seed))
     import grain  # 0.4-0.9 s and it brings jax: only who trains pays
 
-    block = batch_size // shard_count
-    begin = shard_index * block
-
     def read(indices):
-        return source.rows(indices[begin : begin + block])
+        return source.rows(indices if rows is None else indices[rows])
 
     # Row numbers are shuffled and batched, then a batch is read at once: several times cheaper than row by row.
     dataset = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().batch(batch_size).map(read)
     options = grain.ReadOptions(num_threads=1 if prefetch else 0, prefetch_buffer_size=prefetch)
     return iter(dataset.to_iter_dataset(options))
+
+
+def _check_rows(batch_size: int, rows: Int[np.ndarray, " R"] | None) -> None:
+    if batch_size < 1:
+        raise DataError(f"batch_size {batch_size}: expected at least 1.")
+    if rows is not None and not (len(rows) and 0 <= min(rows) <= max(rows) < batch_size):
+        raise DataError(f"rows {list(rows)[:8]} of a batch of {batch_size}: expected some of 0 to {batch_size - 1}.")
 
 
 def spaced_rows(num_rows: int, max_rows: int | None) -> Int[np.ndarray, " R"]:
@@ -202,6 +199,7 @@ def eval_batches(
     stride: int | None = None,
     batch_size: int,
     max_rows: int | None = None,
+    rows: Int[np.ndarray, " R"] | None = None,
 ) -> Iterator[Batch]:
     """Returns an iterator over the batches of one evaluation, documents in the corpus' order.
 
@@ -215,23 +213,25 @@ def eval_batches(
       stride: see `PackedSource`; None means seq_len. Smaller gives each counted target more context, and more rows.
       batch_size: B.
       max_rows: for a quick look, only that many rows, evenly spaced, always the same ones.
+      rows: which rows of each batch to cut, ascending; None means all.
 
     Raises:
       DataError: see `PackedSource` and `spaced_rows`; at once, not at the first batch.
     """
-    if batch_size < 1:
-        raise DataError(f"batch_size {batch_size}: expected at least 1.")
+    _check_rows(batch_size, rows)
     source = PackedSource(corpus, tokenizer, seq_len, stride)
     indices = spaced_rows(len(source), max_rows)
-    return _batches(source, indices, batch_size)
+    return _batches(source, indices, batch_size, np.arange(batch_size) if rows is None else np.asarray(rows))
 
 
-def _batches(source: PackedSource, indices: Int[np.ndarray, " R"], batch_size: int) -> Iterator[Batch]:
+def _batches(
+    source: PackedSource, indices: Int[np.ndarray, " N"], batch_size: int, rows: Int[np.ndarray, " R"]
+) -> Iterator[Batch]:
     for begin in range(0, len(indices), batch_size):
-        chosen = indices[begin : begin + batch_size]
+        chosen = indices[begin + rows[rows < len(indices) - begin]]
         batch = source.rows(chosen)
-        if len(chosen) < batch_size:
-            filler = source.empty_rows(batch_size - len(chosen))
+        if len(chosen) < len(rows):
+            filler = source.empty_rows(len(rows) - len(chosen))
             batch = {name: np.concatenate([array, filler[name]]) for name, array in batch.items()}
         yield batch
 

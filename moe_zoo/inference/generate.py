@@ -12,6 +12,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from moe_zoo.sharding import readable
+
 _BUCKET = 64  # prompt lengths and token counts are rounded up to this: one compilation per bucket
 
 
@@ -54,10 +56,10 @@ def generate(
         tokens[row, S - len(prompt) :], valid[row, S - len(prompt) :] = prompt, True
     graphdef, state = nnx.split(model)
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(len(prompts)))
-    stops = jnp.asarray(list(stop_ids) or [-1], jnp.int32)
+    # all from the host, where every process of a run has the same
     out = _run(
-        graphdef, _round_up(max_new_tokens), top_k, state, tokens, valid, keys, stops, max_new_tokens,
-        jnp.float32(temperature), jnp.float32(top_p),
+        graphdef, _round_up(max_new_tokens), top_k, state, tokens, valid, np.asarray(jax.random.key_data(keys)),
+        np.asarray(list(stop_ids) or [-1], np.int32), max_new_tokens, np.float32(temperature), np.float32(top_p),
     )  # fmt: skip
     ids, lengths = jax.device_get(out)
     return [ids[row, : lengths[row]] for row in range(len(prompts))]
@@ -66,6 +68,7 @@ def generate(
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _run(graphdef, N, top_k, state, tokens, valid, keys, stops, limit, temperature, top_p):
     model = nnx.merge(graphdef, state)
+    keys = jax.random.wrap_key_data(keys)
     B, S = tokens.shape
     positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0).astype(jnp.int32)
     logits, _, cache = model(tokens, positions=positions, valid=valid, cache=model.init_cache(B, S + N))
@@ -91,7 +94,7 @@ def _run(graphdef, N, top_k, state, tokens, valid, keys, stops, limit, temperatu
         jnp.zeros(B, bool), (cache, positions[:, -1] + 1),
     )  # fmt: skip
     _, ids, lengths, *_ = jax.lax.while_loop(more, advance, start)
-    return ids, lengths
+    return readable(model.mesh, (ids, lengths))
 
 
 def sample(key, logits_V: Float[Array, "V"], temperature, top_p, top_k: int | None) -> Array:

@@ -86,7 +86,7 @@ def load(workdir: str | Path, *, mesh=None, step: int | None = None) -> Loaded:
     settings = read_settings(workdir)
     config = build(ModelConfig, settings["model"], "model")
     tokenizer = load_tokenizer(settings["data"]["tokenizer"])
-    mesh = mesh or make_mesh(devices=jax.devices()[:1])
+    mesh = mesh or make_mesh(devices=jax.local_devices()[:1])
     checkpoints = Checkpoints(workdir)
     step = checkpoints.latest() if step is None else step
     if step is None:

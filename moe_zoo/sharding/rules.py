@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 
+import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_zoo.core.registry import ConfigError, nearest
@@ -54,6 +55,13 @@ def sharding_of(
             )
         spec.append(mesh_axes if len(mesh_axes) > 1 else mesh_axes[0] if mesh_axes else None)
     return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def readable(mesh: Mesh | None, tree):
+    """Outputs of a jitted function; if the mesh spans processes, whole on every device, so that each can read them."""
+    if mesh is None or not mesh.is_multi_process:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def batch_sharding(mesh: Mesh, rules: Mapping = DEFAULT_RULES) -> NamedSharding:

@@ -12,6 +12,8 @@ from flax import nnx
 from moe_zoo.core.aux import merge_stats
 from moe_zoo.data import Corpus, Tokenizer, eval_batches
 from moe_zoo.models.decoder import per_layer
+from moe_zoo.sharding import readable
+from moe_zoo.train import distributed
 from moe_zoo.train.objective import cross_entropy, forward
 
 
@@ -37,11 +39,12 @@ def evaluate(
     graphdef, state = nnx.split(model)
     X = len(corpus.domains)
     nats, count, layers = np.zeros(X), np.zeros(X), None
+    rows = None if sharding is None else distributed.rows_here(sharding, batch_size, "data.eval_batch_size")
     for batch in eval_batches(
-        corpus, tokenizer, seq_len=seq_len, stride=stride, batch_size=batch_size, max_rows=max_rows
+        corpus, tokenizer, seq_len=seq_len, stride=stride, batch_size=batch_size, max_rows=max_rows, rows=rows
     ):
         if sharding is not None:
-            batch = jax.device_put(batch, sharding)
+            batch = distributed.put_batch(batch, sharding, batch_size)
         n, c, layer = jax.device_get(_eval_step(graphdef, X, state, batch))
         nats, count = nats + n, count + c
         layers = layer if layers is None else {k: (ids, merge_stats(layers[k][1], s)) for k, (ids, s) in layer.items()}
@@ -72,10 +75,11 @@ def evaluate(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _eval_step(graphdef, num_domains, state, batch):
-    logits, aux = forward(nnx.merge(graphdef, state), batch, num_domains=num_domains)
+    model = nnx.merge(graphdef, state)
+    logits, aux = forward(model, batch, num_domains=num_domains)
     nll_BS = jnp.where(batch["loss_mask"], cross_entropy(logits, batch["targets"]), 0)
     # (domains, B, S): few domains, so comparing is cheaper than a scatter
     mine = (batch["domain"] == jnp.arange(num_domains)[:, None, None]) & batch["loss_mask"]
     nats = jnp.where(mine, nll_BS, 0).sum((1, 2))
     layers = {path: (ids, a.stats) for path, (ids, a) in aux.layers.items()}
-    return nats, mine.sum((1, 2)), layers
+    return readable(model.mesh, (nats, mine.sum((1, 2)), layers))

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 import moe_zoo
 from moe_zoo.checkpoints import CheckpointError, Checkpoints
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.data import DataError, load_corpus, load_tokenizer, split, train_iterator
 from moe_zoo.models.counting import count_parameters
-from moe_zoo.sharding import make_mesh
+from moe_zoo.sharding import batch_sharding, make_mesh
+from moe_zoo.train import distributed
 from moe_zoo.train.config import Config
 from moe_zoo.train.evaluate import evaluate
 from moe_zoo.train.guard import explain
@@ -50,6 +51,8 @@ def train(
     "seconds", "tokens_per_second", "finished"}.
     """
     workdir = Path(workdir).absolute()
+    distributed.same_settings(config.to_dict())
+    mesh = make_mesh(config.mesh)
 
     # -- data ---------------------------------------------------------------------------------------------------------
     tokenizer = load_tokenizer(config.data.tokenizer)
@@ -57,21 +60,24 @@ def train(
         raise ConfigError(
             f"model.vocab_size: {config.model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size}"
         )
-    corpus = load_corpus(config.data.source, tokenizer)
+    corpus = distributed.load_once(lambda: load_corpus(config.data.source, tokenizer))
     parts = split(corpus, config.data.fractions, config.data.seed, tokenizer=tokenizer)
+    rows = distributed.rows_here(batch_sharding(mesh), config.data.batch_size, "data.batch_size")
+    distributed.rows_here(batch_sharding(mesh), config.data.eval_batch_size, "data.eval_batch_size")
     data = train_iterator(
-        parts["train"], tokenizer, seq_len=config.data.seq_len, batch_size=config.data.batch_size, seed=config.data.seed
-    )
+        parts["train"], tokenizer, seq_len=config.data.seq_len, batch_size=config.data.batch_size,
+        seed=config.data.seed, rows=rows,
+    )  # fmt: skip
     per_domain = parts["train"].trained_bytes_per_domain(), parts["train"].targets_per_domain()
     bytes_per_token = sum(per_domain[0].values()) / sum(per_domain[1].values())
 
-    # -- mesh, model, optimizer ---------------------------------------------------------------------------------------
-    mesh = make_mesh(config.mesh)
+    # -- model, optimizer ---------------------------------------------------------------------------------------------
     objective = config.train.objective.make()
     trainer = Trainer(config, mesh, objective)
 
     # -- work directory, checkpoint -----------------------------------------------------------------------------------
-    with prepare_workdir(workdir, config, corpus.fingerprint, overwrite):
+    lock = distributed.main_only(lambda: prepare_workdir(workdir, config, corpus.fingerprint, overwrite))
+    with lock or contextlib.nullcontext():
         check_memory(trainer)
         checkpoints = Checkpoints(workdir, config.checkpoint.keep)
         step, seconds = 0, 0.0
@@ -82,15 +88,13 @@ def train(
         else:
             counts = None if begin_from else parts["train"].token_counts(config.model.vocab_size)
             state = trainer.init_state(counts, begin_from)
-        write_settings(workdir, config, corpus.fingerprint)
-        writers = [JsonlWriter(workdir / "metrics.jsonl"), *writers]
-        if config.log.tensorboard:
-            writers.append(TensorBoardWriter(workdir / "tensorboard", resume_step=step if step else None))
+        distributed.main_only(lambda: write_settings(workdir, config, corpus.fingerprint))
+        writers = distributed.main_only(lambda: all_writers(workdir, config, step, writers)) or []
 
         # -- loop -----------------------------------------------------------------------------------------------------
         steps, limit = config.train.steps, (config.train.minutes or 0) * 60
-        fraction = lambda: min(1.0, step / steps if steps else watch.seconds / limit)
-        unfinished = lambda: step < steps if steps else watch.seconds < limit
+        fraction = lambda: min(1.0, step / steps if steps else agreed.seconds / limit)
+        unfinished = lambda: step < steps if steps else agreed.seconds < limit
         speed = lambda: watch.steps_per_second * tokens_per_step
         tokens_per_step = config.data.batch_size * config.data.seq_len
         stats = None
@@ -109,13 +113,15 @@ def train(
             checkpoints.save(step, state, meta)
 
         shown = Progress(steps, config.train.minutes)
-        with _disk_errors(workdir), Writers(writers) as log, shown as progress, _StopSignal() as stop:
+        with _disk_errors(workdir), Writers(writers) as log, shown as progress, _StopSignal() as signals:
+            agreed = distributed.Agreement(mesh, signals, watch)
             log.truncate_after(step)
             announce(progress, trainer, parts, step, begin_from)
-            while unfinished() and not stop.asked and step != stop_at:
-                batch = jax.device_put(next(data), trainer.batch_sharding)
-                state, stats = trainer.train_step(state, batch, jnp.float32(fraction()))
+            while unfinished() and not agreed.stop and step != stop_at:
+                batch = distributed.put_batch(next(data), trainer.batch_sharding, config.data.batch_size)
+                state, stats = trainer.train_step(state, batch, np.float32(fraction()))
                 watch.step(stats)
+                agreed.after_step()
                 step += 1
                 ended = not unfinished()
                 if step % config.log.every == 0 or ended:
@@ -161,6 +167,14 @@ def train(
         }  # fmt: skip
 
 
+def all_writers(workdir: Path, config: Config, step: int, further: Sequence[Writer]) -> list[Writer]:
+    """metrics.jsonl, TensorBoard if it is asked for, and `further`."""
+    writers = [JsonlWriter(workdir / "metrics.jsonl"), *further]
+    if config.log.tensorboard:
+        writers.append(TensorBoardWriter(workdir / "tensorboard", resume_step=step if step else None))
+    return writers
+
+
 @contextlib.contextmanager
 def _disk_errors(workdir: Path):
     try:
@@ -202,6 +216,7 @@ def announce(progress: Progress, trainer: Trainer, parts, step: int, begin_from)
         drawn = f"; drawn fresh: {', '.join(fresh[:5])}{', ...' * (len(fresh) > 5)}" if fresh else ""
         progress.print(f"weights given for {len(trainer.shapes) - len(fresh)} of {len(trainer.shapes)} arrays{drawn}")
     where = plural(trainer.mesh.devices.size, f"{jax.devices()[0].platform} device")
+    where += f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     begin = f"goes on from step {step}" if step else "starts"
     progress.print(f"{begin} on {where}, jax {jax.__version__}; the first step compiles")
 
@@ -285,7 +300,7 @@ class _StopSignal:
 
     def __exit__(self, *exception):
         for number, handler in self._old.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)  # None: not set from Python
 
 
 __all__ = ["CheckpointError", "DataError", "TrainingError", "train"]

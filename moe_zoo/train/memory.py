@@ -25,7 +25,8 @@ def check_memory(trainer: Trainer) -> None:
     gradients = sum(math.prod(trainer.shapes[n].shape) * 4 for n in trainer.partition.trainable)
     platform = next(iter(needed)).platform
     if platform == "cpu":  # simulated devices share the host
-        have, need, where = _host_bytes(), sum(needed.values()) + gradients, "this host"
+        here = gradients * len(needed) // trainer.mesh.devices.size
+        have, need, where = _host_bytes(), sum(needed.values()) + here, "this host"
     else:
         device = max(needed, key=needed.get)
         have = (device.memory_stats() or {}).get("bytes_limit")

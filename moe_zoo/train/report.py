@@ -10,24 +10,34 @@ from moe_zoo.analysis.plots import plot_domain_experts, plot_expert_load, plot_l
 from moe_zoo.data import compressed_bits_per_byte
 from moe_zoo.inference import Loaded
 from moe_zoo.models.counting import count_parameters, train_flops_per_token
+from moe_zoo.train import distributed
 from moe_zoo.train.config import Config
 from moe_zoo.train.evaluate import evaluate
 from moe_zoo.train.log_writers import read_metrics
 
 
-def make_report(config: Config, workdir: str | Path, run: dict[str, Any]) -> dict[str, Any]:
-    """Evaluates the test split, draws the pictures into workdir/pictures and writes workdir/report.json."""
+def make_report(config: Config, workdir: str | Path, run: dict[str, Any]) -> dict[str, Any] | None:
+    """Evaluates the test split, draws the pictures into workdir/pictures and writes workdir/report.json.
+
+    Of several processes all evaluate and the first one writes: the others return None.
+    """
     trainer, parts, tokenizer = run["trainer"], run["parts"], run["tokenizer"]
     model = trainer.model(run["state"])
     result = evaluate(
         model, parts["test"], tokenizer, seq_len=config.data.seq_len, stride=config.data.eval_stride,
         batch_size=config.data.eval_batch_size, sharding=trainer.batch_sharding,
     )  # fmt: skip
-    compressed = compressed_bits_per_byte(parts["test"], tokenizer)
+    result["sample"] = draw_sample(config, Loaded(model, config.model, tokenizer))
+    return distributed.main_only(lambda: _write(config, Path(workdir), run, result))
+
+
+def _write(config: Config, workdir: Path, run: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    trainer, test = run["trainer"], run["parts"]["test"]
+    compressed = compressed_bits_per_byte(test, run["tokenizer"])
     column = lambda kind: {name: values[kind] for name, values in compressed.items()}
     report = result | {
         "split": "test",
-        "causal": model.causal,
+        "causal": trainer.abstract.causal,
         "gzip": column("gzip"),
         "xz": column("xz"),
         "tokens_per_second": run["tokens_per_second"],
@@ -37,9 +47,8 @@ def make_report(config: Config, workdir: str | Path, run: dict[str, Any]) -> dic
         "flops_per_token": train_flops_per_token(trainer.abstract, config.data.seq_len),
         "versions": {"jax": jax.__version__, "device": jax.devices()[0].device_kind},
     }
-    report["sample"] = draw_sample(config, Loaded(model, config.model, tokenizer))
-    report["pictures"] = draw_pictures(Path(workdir), report, parts["test"].domains)
-    (Path(workdir) / "report.json").write_text(json.dumps(report, indent=2))
+    report["pictures"] = draw_pictures(workdir, report, test.domains)
+    (workdir / "report.json").write_text(json.dumps(report, indent=2))
     return report
 
 

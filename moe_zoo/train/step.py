@@ -15,7 +15,7 @@ from moe_zoo.core.aux import reduce_stacked
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.models import Decoder
 from moe_zoo.sharding import batch_sharding, sharding_of
-from moe_zoo.train import guard
+from moe_zoo.train import distributed, guard
 from moe_zoo.train.config import Config
 from moe_zoo.train.objective import Objective
 from moe_zoo.train.optimizer import learning_rate, make_optimizer, opt_shardings, rate_scales
@@ -93,9 +93,7 @@ class Trainer:
                     f"for {list(self.shapes[path].shape)}"
                 )
         # no alias: the state is donated, and the caller keeps what it gave
-        place = lambda var, path, x: jax.device_put(
-            x.astype(self.shapes[path].dtype), self.shardings[path], may_alias=False if path in given else None
-        )
+        place = lambda var, path, x: distributed.put(x.astype(self.shapes[path].dtype), self.shardings[path])
         values = P.arrays(P.materialize(self.abstract, self.config.train.seed, place, given))
         state = {
             group: {n: values[n] for n in getattr(self.partition, group)}
@@ -106,7 +104,7 @@ class Trainer:
         # jitted, so that equal values are separate buffers: the state is donated
         state["objective"] = jax.jit(self.objective.init_state, out_shardings=self.replicated)()
         state["guard"] = jax.jit(guard.init, out_shardings=self.replicated)()
-        state["step"] = jax.device_put(jnp.zeros((), jnp.int32), self.replicated)
+        state["step"] = distributed.put(np.zeros((), np.int32), self.replicated)
         return state
 
     def abstract_state(self) -> State:

@@ -78,13 +78,11 @@ def test_seed_decides(corpus):
     assert not np.array_equal(next(_iterator(corpus))["tokens"], next(_iterator(corpus, seed=6))["tokens"])
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_shards_together_are_the_batch_of_one(corpus, count):
+def test_chosen_rows_are_those_of_the_whole_batch(corpus):
     whole = _take(_iterator(corpus), 5)
-    shards = [_take(_iterator(corpus, shard_index=i, shard_count=count), 5) for i in range(count)]
-    steps = list(zip(*shards, strict=True))
-    joined = [{name: np.concatenate([shard[name] for shard in step]) for name in step[0]} for step in steps]
-    _equal(joined, whole)
+    for rows in (np.arange(B // 2), np.array([0, B - 1]), np.array([1])):
+        chosen = _take(_iterator(corpus, rows=rows), 5)
+        _equal(chosen, [{name: array[rows] for name, array in batch.items()} for batch in whole])
 
 
 def test_a_corpus_smaller_than_a_batch():
@@ -93,10 +91,10 @@ def test_a_corpus_smaller_than_a_batch():
     assert batch["tokens"].shape == (B, S) and batch["loss_mask"].sum() == B * 5
 
 
-@pytest.mark.parametrize("options", [dict(shard_count=3), dict(shard_index=2, shard_count=2), dict(shard_count=0)])
-def test_bad_shards(corpus, options):
-    with pytest.raises(DataError, match="multiple"):
-        _iterator(corpus, **options)
+@pytest.mark.parametrize("rows", [[], [-1], [B]])
+def test_rows_that_are_not_of_the_batch(corpus, rows):
+    with pytest.raises(DataError, match=f"expected some of 0 to {B - 1}"):
+        _iterator(corpus, rows=np.array(rows, int))
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
