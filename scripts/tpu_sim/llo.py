@@ -3,7 +3,7 @@
 import dataclasses
 import re
 
-_BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|\d+)\s+(?:[A-Z]{2}\s*)?:(?:\s*>)*\s*\{", re.M)
+_BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|\d+)\s+([A-Z]{2}\s*)?:((?:\s*>)*)\s*\{", re.M)
 _COMMENT = re.compile(r"/\*(.*?)\*/", re.S)
 _REGION = re.compile(r"Start region (\d+)|Start/End empty region (\d+)|End region (\d+)")
 _DMA_SIZE = re.compile(r"/\*size_in_granules=\*/([^,]+),")
@@ -24,16 +24,21 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """What issues in one cycle. Sizes of its DMAs and the kind of a general one stand in comments."""
+    """What issues in one cycle. Sizes of its DMAs and the kind of a general one stand in comments.
+
+    `label`: "LB" at the top of a loop, "PF" after one, ...; `depth`: loops around it.
+    """
 
     instructions: list[Instruction]
     dma_sizes: list[str]
     dma_kind: str | None
+    label: str
+    depth: int
 
 
 def count_bundles(text: str) -> int:
     """Without taking them apart."""
-    return len(_BUNDLE.findall(text))
+    return sum(1 for _ in _BUNDLE.finditer(text))
 
 
 def core_id_allocation(text: str) -> str | None:
@@ -48,7 +53,8 @@ def parse(text: str) -> tuple[list[Bundle], dict[int, int]]:
     An empty region may go unmarked. The one that is skipped to when a condition fails has the number after that of the
     body, and lies where the body ends.
     """
-    starts = [m.start() for m in _BUNDLE.finditer(text)] + [len(text)]
+    heads = list(_BUNDLE.finditer(text))
+    starts = [head.start() for head in heads] + [len(text)]
     bundles, region_start, after_region = [], {}, {}
     for i, (begin, end) in enumerate(zip(starts, starts[1:])):
         chunk = text[begin:end]
@@ -58,11 +64,11 @@ def parse(text: str) -> tuple[list[Bundle], dict[int, int]]:
                     after_region[int(closed)] = i + 1
                 else:
                     region_start[int(opened or empty)] = i
-        bundles.append(_bundle(chunk))
+        bundles.append(_bundle(chunk, (heads[i][1] or "").strip(), heads[i][2].count(">")))
     return bundles, {region + 1: at for region, at in after_region.items()} | region_start
 
 
-def _bundle(chunk: str) -> Bundle:
+def _bundle(chunk: str, label: str, depth: int) -> Bundle:
     body = _COMMENT.sub("", chunk)
     body = body[body.index("{") + 1 : body.rindex("}")]
     instructions = []
@@ -72,4 +78,4 @@ def _bundle(chunk: str) -> Bundle:
             dst, op, rest = match.groups()
             instructions.append(Instruction(dst, op, _NOTE.sub("", rest).strip()))
     kind = _DMA_KIND.search(chunk)
-    return Bundle(instructions, _DMA_SIZE.findall(chunk), kind.group(1).replace("-", "_") if kind else None)
+    return Bundle(instructions, _DMA_SIZE.findall(chunk), kind.group(1).replace("-", "_") if kind else None, label, depth)

@@ -149,7 +149,7 @@ def simulate(
         for step in program.steps[i] or ():
             step(m)
         if program.branches[i]:
-            jump = _branch(m, program.branches[i], i + generation.delay_slots + 1) or jump
+            jump = _branch(m, program.branches[i], program.after_slots(i, generation.delay_slots)) or jump
         following = program.follows[i] if jump is None else min(program.follows[i], jump[0])
         before = m.cycles
         matmuls = m.pass_bundles(program, i, following, generation.mxu_cycles)

@@ -37,10 +37,28 @@ class Program:
             unit: list(itertools.accumulate((count[unit] for count in matmuls), initial=0)) for unit in self.units
         }
         self.follows = self._follows()
+        self._places = [(bundle.label, bundle.depth) for bundle in bundles]
+
+    def after_slots(self, i: int, delay_slots: int) -> int:
+        """The bundle from which the branch in bundle i jumps, if it is taken.
+
+        tpu7x has one slot, and closes loops early: what the text still counts to the loop runs in every turn, or the
+        loop's variables would not advance.
+        """
+        after = i + delay_slots + 1
+        target = self.branches[i][1]
+        if delay_slots > 1 or target is None or target > i:
+            return after
+        depth, at = self._places[i][1] or 1, after
+        while at < self.size and not self._places[at][0] and self.branches[at] is None:
+            at += 1
+            if self._places[at - 1][1] >= depth:
+                after = at
+        return after
 
     def block_starts(self, delay_slots: int) -> list[int]:
         """First bundles of the basic blocks."""
-        after_branch = {i + delay_slots + 1 for i, branch in enumerate(self.branches) if branch}
+        after_branch = {self.after_slots(i, delay_slots) for i, branch in enumerate(self.branches) if branch}
         return sorted(set(self._region_start.values()) | {0} | after_branch)
 
     def matmuls_between(self, begin: int, end: int) -> int:
