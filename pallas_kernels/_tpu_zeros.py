@@ -18,12 +18,16 @@ Scalar = schedule.Scalar
 
 
 class Progress(NamedTuple):
-    """Rows [0, head_end) and [tail_first, num_rows) of every column tile become zero; next: from `row` of tile `n`."""
+    """Rows [0, head_end) and [tail_first, num_rows) of every column tile become zero; next: from `row` of tile `n`.
+
+    debt: copies that earlier steps were too short of to start, times the number of steps.
+    """
 
     head_end: Scalar
     tail_first: Scalar
     n: Scalar
     row: Scalar
+    debt: Scalar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,24 +52,26 @@ class Fill:
         head_end = jnp.where(core == 0, head_end, 0)
         tail_first = jnp.where(core == num_cores - 1, jnp.minimum(tail_first, self.num_rows), self.num_rows)
         some = (head_end > 0) | (tail_first < self.num_rows)
-        return Progress(
-            head_end, tail_first, jnp.where(some, 0, self.num_tiles), jnp.where(head_end > 0, 0, tail_first)
-        )
+        n, row = jnp.where(some, 0, self.num_tiles), jnp.where(head_end > 0, 0, tail_first)
+        return Progress(head_end, tail_first, n, row, debt=jnp.int32(0))
 
     def copies(self, zeros: Progress) -> Scalar:
         """How many copies fill everything. The head and the tail may end with a short one."""
         number = lambda rows: jax.lax.div(rows + (self.most_rows - 1), jnp.int32(self.most_rows))
         return (number(zeros.head_end) + number(self.num_rows - zeros.tail_first)) * self.num_tiles
 
-    def copies_per_step(self, zeros: Progress, steps: Scalar) -> Scalar:
-        """Enough to be done after `steps`, a power of two: a division takes the scalar core longer than this loop."""
-        copies, steps = self.copies(zeros), jnp.maximum(steps, 1)
-        enough = jax.lax.while_loop(lambda n: n * steps < copies, lambda n: 2 * n, jnp.int32(1))
-        return jnp.where(copies > 0, enough, 0)
-
     def start(self, zeros: Progress, copies: Scalar) -> Progress:
         """Starts the next `copies` copies, or as many as are left."""
         return self._walk(zeros, copies, lambda copy: copy.start())
+
+    def start_share(self, zeros: Progress, copies: Scalar, steps: Scalar) -> Progress:
+        """Starts the share of one of `steps` steps: copies / steps on average, by counting rather than by division."""
+        due, debt = jax.lax.while_loop(
+            lambda state: state[1] >= steps,
+            lambda state: (state[0] + 1, state[1] - steps),
+            (jnp.int32(0), zeros.debt + copies),
+        )
+        return self.start(zeros._replace(debt=debt), due)
 
     def wait(self, zeros: Progress) -> None:
         """Waits for all copies; `zeros` as `outside` gave it."""

@@ -157,7 +157,7 @@ def _kernel(s: Static, sizes: Ref, offset_ref: Ref, *refs: Ref) -> None:
     fill = _zero_fill(s, r)
     live_end = last_row if s.num_cores == 1 else rows.live_end
     all_zeros = fill.outside(rows.live_first, live_end, s.fragment, core, s.num_cores)
-    step = functools.partial(_step, s, r, count, steps, fill.copies_per_step(all_zeros, steps))
+    step = functools.partial(_step, s, r, count, steps, fill.copies(all_zeros))
     walk, zeros = jax.lax.fori_loop(zero, steps, step, (walk, all_zeros))
     _drain(s, r, count, last_row, zeros, all_zeros)
 
@@ -179,7 +179,7 @@ class _Walk(NamedTuple):
     y_slot: Scalar
 
 
-def _step(s: Static, r: Refs, count, steps, zeros_per_step, i, state):
+def _step(s: Static, r: Refs, count, steps, zero_copies, i, state):
     """One row tile: keeps the copies ahead, multiplies, hands the result to a copy. `state`: walk and zero fill."""
     walk, zeros = state
     t, at, x_slot, w_slot, y_slot = s.tiles, walk.at, walk.x_slot, walk.w_slot, walk.y_slot
@@ -220,7 +220,7 @@ def _step(s: Static, r: Refs, count, steps, zeros_per_step, i, state):
     def _():
         _out(s, r, at.n, at.row, y_rows, y_slot).start()
 
-    zeros = _zero_fill(s, r).start(zeros, zeros_per_step)
+    zeros = _zero_fill(s, r).start_share(zeros, zero_copies, steps)
     walk = _Walk(
         at=schedule.next_tile(at, r.table, count, t.rows, s.fragment),
         x_lead=schedule.next_tile(walk.x_lead, r.table, count, t.rows, s.fragment),

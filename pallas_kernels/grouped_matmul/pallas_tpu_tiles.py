@@ -126,7 +126,7 @@ def forward_tiles(
             if buffers[1] < 3:
                 compute, memory = 1.1 * compute, 1.1 * memory
             # The two overlap, but never wholly: groups differ.
-            time = max(compute + first, memory + last) + 0.1 * min(compute, memory)
+            time = max(compute + first, memory + last) + 0.3 * min(compute, memory)
             time += min(rows, -(-M // G)) * cols * out_size / target.bytes_per_cycle
             if best is None or time < best[0]:
                 best = time, rows, cols, runs, body_cols, buffers
@@ -159,7 +159,7 @@ def _run_overhead(rows: int, target: Target) -> int:
     """
     if target.mxu_size == 128 or target.mxu_accumulates:
         return 0
-    return 300 if rows >= 512 else 450
+    return 300 if rows >= 512 else 520
 
 
 def _buffers(rows: int, cols: int, K: int, long: int, size: int, out_size: int, target: Target) -> Any:
