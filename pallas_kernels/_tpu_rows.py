@@ -1,0 +1,447 @@
+"""TPU kernel of row-wise products: rows sorted by group, times their group's matrices, with an elementwise end.
+
+    out_o[r] = end_o(products[r], sides[r]),  products_p[r] = rows_p[r] @ weights_p[group of r]  (or its transpose)
+
+One launch, no XLA ops around it. The scalar core lists the groups that have rows (_tpu_schedule.py) and walks over
+(column tile, group, row tile). A group's matrices stay in VMEM, with all of their inner dim, while the group's rows
+pass by, so a sum in float32 is complete before the elementwise end takes it, and only the end's outputs go to HBM.
+Matrices of the next groups, row tiles and output tiles are copied ahead and behind, across all edges of the walk.
+
+Rows: a tile's rows are multiplied in steps of `body_rows`, as many as the group needs. Rows of a step that belong to
+other groups, or hold whatever the buffer held before, only reach their own output rows, and these are never written:
+- Whole fragments go out by a copy of exactly as many rows.
+- The last fragment of a group, if the group ends inside it, stays in VMEM (`carry`), and the next group puts these rows
+  above its own. After the last group it is written with zeros below.
+- Rows before the first and after the last group are filled from a buffer of zeros.
+
+Dims: R rows, K inner, N columns, G groups of the weights.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
+
+from pallas_kernels import _tpu_schedule as schedule
+
+Ref = Any
+#: (products, sides) -> outputs: float32 arrays of one shape.
+End = Callable[[list[Array], list[Array]], tuple[Array, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """rows, cols: tile of the outputs. body_rows, body_cols: what one straight run of the matrix units multiplies.
+
+    `body_rows` lists one length, or a long and a short one. All lengths are multiples of 16, `body_cols` of 128.
+    """
+
+    rows: int
+    cols: int
+    body_rows: tuple[int, ...]
+    body_cols: int
+    weight_buffers: int
+    row_buffers: int
+    out_buffers: int
+    zero_rows: int
+    vmem_limit_bytes: int
+
+    def num_col_tiles(self, N: int) -> int:
+        return -(-N // self.cols)
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """What the kernel knows while it is compiled."""
+
+    R: int
+    K: int
+    N: int
+    G: int
+    num_rows: int
+    num_weights: int
+    num_sides: int
+    num_outs: int
+    transpose: bool
+    fragment: int
+    num_cores: int
+    tiles: Tiles
+    end: End
+
+
+@dataclasses.dataclass(frozen=True)
+class Refs:
+    """Operands in HBM, sizes in SMEM, buffers in VMEM, and their semaphores."""
+
+    sizes: Ref
+    rows: tuple[Ref, ...]
+    weights: tuple[Ref, ...]
+    sides: tuple[Ref, ...]
+    outs: tuple[Ref, ...]
+    table: schedule.RowTable
+    x: Ref
+    w: Ref
+    side: Ref
+    y: Ref
+    carry: Ref
+    edge: Ref
+    zeros: Ref
+    y_rows: Ref
+    w_sem: Ref
+    x_sem: Ref
+    y_sem: Ref
+    edge_sem: Ref
+    zero_sem: Ref
+
+
+def multiply(
+    rows: tuple[Array, ...],
+    weights: tuple[Array, ...],
+    sides: tuple[Array, ...],
+    sizes_L: Array,
+    offset_1: Array,
+    *,
+    end: End,
+    num_outs: int,
+    transpose: bool,
+    tiles: Tiles,
+    num_cores: int,
+    name: str,
+    interpret: Any,
+) -> tuple[Array, ...]:
+    """`num_outs` arrays (R, N) in the rows' dtype; zeros in rows of no group.
+
+    rows: one (R, K) for all weights, or one each. weights: (G, K, N), with `transpose` (G, N, K). sides: (R, N).
+    R must be a multiple of 8. `offset_1` is int32[1].
+    """
+    (R, K), G, dtype = rows[0].shape, weights[0].shape[0], rows[0].dtype
+    N = weights[0].shape[1 if transpose else 2]
+    s = Static(
+        R, K, N, G, len(rows), len(weights), len(sides), num_outs, transpose, schedule.fragment_rows(dtype),
+        num_cores, tiles, end,
+    )  # fmt: skip
+    hbm = pl.BlockSpec(memory_space=pl.ANY)
+    operands = (*rows, *weights, *sides)
+    out = jax.ShapeDtypeStruct((R, N), dtype, manual_axis_type=jax.typeof(rows[0]).manual_axis_type)
+    return pl.pallas_call(
+        functools.partial(_kernel, s),
+        out_shape=[out] * num_outs,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(num_cores,),
+            in_specs=[hbm] * len(operands),
+            out_specs=[hbm] * num_outs,
+            scratch_shapes=_scratch(s, dtype),
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",), vmem_limit_bytes=tiles.vmem_limit_bytes
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * R * K * N * len(weights),
+            transcendentals=0,
+            bytes_accessed=sum(a.size * a.dtype.itemsize for a in operands) + num_outs * R * N * dtype.itemsize,
+        ),
+        name=name,
+        interpret=interpret,
+    )(sizes_L, offset_1, *operands)
+
+
+def _scratch(s: Static, dtype: Any) -> list[Any]:
+    t = s.tiles
+    w_shape = (t.cols, s.K) if s.transpose else (s.K, t.cols)
+    return [
+        *schedule.table_scratch(s.G),
+        pltpu.VMEM((t.row_buffers, s.num_rows, t.rows, s.K), dtype),
+        pltpu.VMEM((t.weight_buffers, s.num_weights, *w_shape), dtype),
+        pltpu.VMEM((t.row_buffers, max(s.num_sides, 1), t.rows if s.num_sides else 8, t.cols), dtype),
+        pltpu.VMEM((t.out_buffers, s.num_outs, t.rows, t.cols), dtype),
+        pltpu.VMEM((s.num_outs, s.fragment, t.cols), jnp.float32),
+        pltpu.VMEM((s.num_outs, s.fragment, t.cols), dtype),
+        pltpu.VMEM((t.zero_rows, t.cols), dtype),
+        pltpu.SMEM((t.out_buffers,), jnp.int32),
+        *(pltpu.SemaphoreType.DMA((n,)) for n in (t.weight_buffers, t.row_buffers, t.out_buffers, 1, 1)),
+    ]
+
+
+def _refs(s: Static, sizes: Ref, refs: tuple[Ref, ...]) -> Refs:
+    split = []
+    for count in (s.num_rows, s.num_weights, s.num_sides, s.num_outs):
+        split.append(refs[:count])
+        refs = refs[count:]
+    return Refs(sizes, *split, schedule.RowTable(*refs[:3]), *refs[3:])
+
+
+def _kernel(s: Static, sizes: Ref, offset_ref: Ref, *refs: Ref) -> None:
+    r, t = _refs(s, sizes, refs), s.tiles
+    core, offset = pl.program_id(0), offset_ref[0]
+    rows = schedule.row_range(sizes, offset, s.G, s.R, core, s.num_cores, s.fragment)
+    first_group = schedule.first_group(sizes, offset, s.G, rows)
+
+    @pl.when(first_group < s.G)
+    def _():
+        _start(_weights(s, r, first_group, jnp.int32(0), 0))
+
+    count, last_row = schedule.build_table(sizes, offset, s.G, rows, r.table)
+    steps = schedule.count_tiles(r.table, count, t.rows, s.fragment) * t.num_col_tiles(s.N)
+    lead = schedule.first_tile(r.table, s.fragment)
+    for i in range(t.row_buffers - 1):
+
+        @pl.when(i < steps)
+        def _(lead=lead, i=i):
+            _start(_row_tile(s, r, lead, i))
+
+        lead = schedule.next_tile(lead, r.table, count, t.rows, s.fragment)
+    for i in range(1, t.weight_buffers - 1):
+        _start_weights(s, r, jnp.int32(i), count, i)
+    r.carry[...] = jnp.zeros_like(r.carry)
+    r.zeros[...] = jnp.zeros_like(r.zeros)
+    for i in range(t.out_buffers):
+        r.y_rows[i] = 0
+    zero = jnp.int32(0)
+    state = (schedule.first_tile(r.table, s.fragment), lead, zero, jnp.int32(t.row_buffers - 1), zero, zero, zero)
+    jax.lax.fori_loop(zero, steps, functools.partial(_step, s, r, count, steps), state)
+    _drain(s, r, count, rows, last_row, core)
+
+
+def _step(s: Static, r: Refs, count, steps, i, state):
+    """One row tile: keeps the copies ahead, multiplies, hands the results to copies."""
+    at, lead, x_slot, lead_slot, w_slot, w_stage, y_slot = state
+    t = s.tiles
+
+    @pl.when(i + t.row_buffers - 1 < steps)
+    def _():
+        _start(_row_tile(s, r, lead, lead_slot))
+
+    first, end = r.table.first[at.j], r.table.end[at.j]
+    opens, below = at.row <= first, at.row + t.rows
+    closes = below >= end
+
+    @pl.when(opens)
+    def _():
+        w_free = jnp.where(w_slot == 0, t.weight_buffers - 1, w_slot - 1)
+        _start_weights(s, r, w_stage + t.weight_buffers - 1, count, w_free)
+        _wait(_weights(s, r, r.table.group[at.j], at.n, w_slot))
+
+    _wait(_row_tile(s, r, at, x_slot))
+    _wait_out(s, r, y_slot)
+    _multiply(s, r, x_slot, w_slot, y_slot, jnp.minimum(below, end) - at.row)
+
+    @pl.when(opens & (first > at.row))
+    def _():
+        own = jax.lax.broadcasted_iota(jnp.int32, (s.fragment, 1), 0) >= first - at.row
+        for o in range(s.num_outs):
+            y = r.y[y_slot, o, : s.fragment, :].astype(jnp.float32)
+            r.y[y_slot, o, : s.fragment, :] = jnp.where(own, y, r.carry[o]).astype(r.y.dtype)
+
+    # The end of a group inside a fragment: that fragment waits for the next group, or for the zeros after the last.
+    whole_end = schedule.round_down(end, s.fragment)
+
+    @pl.when(closes & (whole_end < end))
+    def _():
+        at_row = pl.multiple_of(whole_end - at.row, s.fragment)
+        for o in range(s.num_outs):
+            r.carry[o] = r.y[y_slot, o, pl.ds(at_row, s.fragment), :].astype(jnp.float32)
+
+    @pl.when(closes & (at.j == count - 1))
+    def _():
+        _write_last_fragment(s, r, at, end, whole_end)
+
+    y_rows = pl.multiple_of(jnp.where(closes, whole_end, below) - at.row, s.fragment)
+    r.y_rows[y_slot] = y_rows
+
+    @pl.when(y_rows > 0)
+    def _():
+        _start(_out(s, r, at.n, at.row, y_rows, y_slot))
+
+    return (
+        schedule.next_tile(at, r.table, count, t.rows, s.fragment),
+        schedule.next_tile(lead, r.table, count, t.rows, s.fragment),
+        schedule.next_slot(x_slot, t.row_buffers),
+        schedule.next_slot(lead_slot, t.row_buffers),
+        jnp.where(closes, schedule.next_slot(w_slot, t.weight_buffers), w_slot),
+        w_stage + closes.astype(jnp.int32),
+        schedule.next_slot(y_slot, t.out_buffers),
+    )
+
+
+def _multiply(s: Static, r: Refs, x_slot, w_slot, y_slot, rows) -> None:
+    """y[:rows] from x[:rows], rounded up to whole bodies: as many of the longest as fit, then one of what is left."""
+    t = s.tiles
+    long, short = t.body_rows[0], t.body_rows[-1]
+
+    def body(row, length: int) -> None:
+        def block(c, _):
+            first = pl.multiple_of(c * t.body_cols, t.body_cols)
+            cols = slice(None) if t.body_cols == t.cols else pl.ds(first, t.body_cols)
+            _body(s, r, x_slot, w_slot, y_slot, pl.ds(row, length), cols)
+            return 0
+
+        block(0, 0) if t.body_cols == t.cols else jax.lax.fori_loop(0, t.cols // t.body_cols, block, 0)
+
+    def many(k, _):
+        body(pl.multiple_of(k * long, long), long)
+        return 0
+
+    full = jax.lax.div(rows + long - 1 - short % long, jnp.int32(long))
+    jax.lax.fori_loop(0, full, many, 0)
+    if short < long:
+
+        @pl.when(full * long < rows)
+        def _():
+            body(pl.multiple_of(full * long, long), short)
+
+
+def _body(s: Static, r: Refs, x_slot, w_slot, y_slot, rows, cols) -> None:
+    products = []
+    for p in range(s.num_weights):
+        w = r.w[w_slot, p, cols, :] if s.transpose else r.w[w_slot, p, :, cols]
+        products.append(_dot(r.x[x_slot, p if s.num_rows > 1 else 0, rows, :], w, s.transpose))
+    sides = [r.side[x_slot, i, rows, cols].astype(jnp.float32) for i in range(s.num_sides)]
+    for o, value in enumerate(s.end(products, sides)):
+        r.y[y_slot, o, rows, cols] = value.astype(r.y.dtype)
+
+
+def _dot(x, w, transpose: bool):
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    dims = (((1,), (1 if transpose else 0,)), ((), ()))
+    return jax.lax.dot_general(x, w, dims, preferred_element_type=jnp.float32, precision=precision)
+
+
+def _start(copies: list[Any]) -> None:
+    for copy in copies:
+        copy.start()
+
+
+def _wait(copies: list[Any]) -> None:
+    for copy in copies:
+        copy.wait()
+
+
+def _columns(s: Static, n):
+    """The column tile n. The last one is moved back so that it ends with the array."""
+    first = n * s.tiles.cols
+    if s.N % s.tiles.cols:
+        first = jnp.minimum(first, s.N - s.tiles.cols)
+    return slice(None) if s.tiles.cols == s.N else pl.ds(pl.multiple_of(first, 128), s.tiles.cols)
+
+
+def _weights(s: Static, r: Refs, g, n, slot) -> list[Any]:
+    cols = _columns(s, n)
+    src = lambda w: w.at[g, cols, :] if s.transpose else w.at[g, :, cols]
+    return [
+        pltpu.make_async_copy(src(w), r.w.at[slot, p], r.w_sem.at[slot]) for p, w in enumerate(r.weights)
+    ]
+
+
+def _start_weights(s: Static, r: Refs, stage, count, slot) -> None:
+    """Stage = column tile * groups with rows + table entry."""
+
+    @pl.when(stage < count * s.tiles.num_col_tiles(s.N))
+    def _():
+        n = jax.lax.div(stage, jnp.maximum(count, 1))
+        _start(_weights(s, r, r.table.group[stage - n * count], n, slot))
+
+
+def _row_tile(s: Static, r: Refs, at: schedule.Cursor, slot) -> list[Any]:
+    """The copies of a tile's rows, and of the sides' part in its columns."""
+    end = jnp.minimum(at.row + s.tiles.rows, schedule.round_up(r.table.end[at.j], s.fragment))
+    if s.R % s.fragment:
+        end = jnp.minimum(end, s.R)
+    row, rows = pl.multiple_of(at.row, s.fragment), pl.multiple_of(end - at.row, 8)
+    src, dst, sem, cols = pl.ds(row, rows), pl.ds(0, rows), r.x_sem.at[slot], _columns(s, at.n)
+    copies = [pltpu.make_async_copy(x.at[src, :], r.x.at[slot, i, dst, :], sem) for i, x in enumerate(r.rows)]
+    return copies + [
+        pltpu.make_async_copy(a.at[src, cols], r.side.at[slot, i, dst, :], sem) for i, a in enumerate(r.sides)
+    ]
+
+
+def _out(s: Static, r: Refs, n, row, rows, slot) -> list[Any]:
+    dst = pl.ds(pl.multiple_of(row, s.fragment), rows)
+    return [
+        pltpu.make_async_copy(r.y.at[slot, o, pl.ds(0, rows), :], out.at[dst, _columns(s, n)], r.y_sem.at[slot])
+        for o, out in enumerate(r.outs)
+    ]
+
+
+def _wait_out(s: Static, r: Refs, slot) -> None:
+    rows = pl.multiple_of(r.y_rows[slot], s.fragment)
+
+    @pl.when(rows > 0)
+    def _():
+        _wait(_out(s, r, jnp.int32(0), jnp.int32(0), rows, slot))
+
+
+def _edge(s: Static, r: Refs, n, row, rows) -> list[Any]:
+    dst = pl.ds(pl.multiple_of(row, 8), rows)
+    return [
+        pltpu.make_async_copy(r.edge.at[o, pl.ds(0, rows), :], out.at[dst, _columns(s, n)], r.edge_sem.at[0])
+        for o, out in enumerate(r.outs)
+    ]
+
+
+def _edge_rows(s: Static, whole_end):
+    return pl.multiple_of(jnp.minimum(s.R - whole_end, s.fragment), 8)
+
+
+def _write_last_fragment(s: Static, r: Refs, at, end, whole_end) -> None:
+    """Writes the fragment in which the last group ends, with zeros below."""
+
+    @pl.when(whole_end < end)
+    def _():
+        rows = _edge_rows(s, whole_end)
+
+        @pl.when(at.n > 0)
+        def _():
+            _wait(_edge(s, r, jnp.int32(0), whole_end, rows))
+
+        own = jax.lax.broadcasted_iota(jnp.int32, (s.fragment, 1), 0) < end - whole_end
+        for o in range(s.num_outs):
+            r.edge[o] = jnp.where(own, r.carry[o], 0).astype(r.edge.dtype)
+        _start(_edge(s, r, at.n, whole_end, rows))
+
+    # The next column tile starts with zeros above its first row again.
+    r.carry[...] = jnp.zeros_like(r.carry)
+
+
+def _drain(s: Static, r: Refs, count, rows: schedule.RowRange, last_row, core) -> None:
+    """Zeros for the rows of no group at hand; then waits for every copy that is still on its way."""
+    for slot in range(s.tiles.out_buffers):
+        _wait_out(s, r, slot)
+    whole_end = schedule.round_down(last_row, s.fragment)
+
+    @pl.when((count > 0) & (whole_end < last_row))
+    def _():
+        _wait(_edge(s, r, jnp.int32(0), jnp.int32(0), _edge_rows(s, whole_end)))
+
+    live_end = last_row if s.num_cores == 1 else rows.live_end
+    head_end = schedule.round_down(rows.live_first, s.fragment)
+    tail_first = jnp.where(live_end <= rows.live_first, head_end, schedule.round_up(live_end, s.fragment))
+    # With several cores, the first fills the head and the last the tail.
+    head_end = jnp.where(core == 0, head_end, 0)
+    tail_first = jnp.where(core == s.num_cores - 1, jnp.minimum(tail_first, s.R), s.R)
+    for wait in (False, True):
+        for n in range(s.tiles.num_col_tiles(s.N)):
+            _zero_rows(s, r, n, jnp.int32(0), head_end, wait)
+            _zero_rows(s, r, n, tail_first, jnp.int32(s.R), wait)
+
+
+def _zero_rows(s: Static, r: Refs, n: int, first, end, wait: bool) -> None:
+    """Starts, or waits for, the copies of zeros to rows [first, end) of column tile n."""
+    step = s.tiles.zero_rows
+
+    def body(k, _):
+        row = pl.multiple_of(first + k * step, 8)
+        rows = pl.multiple_of(jnp.minimum(end - row, step), 8)
+        for out in r.outs:
+            src, dst = r.zeros.at[pl.ds(0, rows), :], out.at[pl.ds(row, rows), _columns(s, n)]
+            copy = pltpu.make_async_copy(src, dst, r.zero_sem.at[0])
+            copy.wait() if wait else copy.start()
+        return 0
+
+    jax.lax.fori_loop(0, jax.lax.div(end - first + step - 1, jnp.int32(step)), body, 0)
