@@ -17,7 +17,7 @@ Dims as in api.py; R rows of a tile, F rows of a fragment, C columns of a column
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,9 @@ from pallas_kernels import _tpu_schedule as schedule
 from pallas_kernels.grouped_matmul.pallas_tpu_tiles import ForwardTiles
 
 Ref = Any
+Scalar = schedule.Scalar
+#: A column tile and an entry of the table: one matrix tile to hold.
+Stage = tuple[Scalar, Scalar]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,26 +128,63 @@ def _kernel(s: Static, sizes: Ref, offset_ref: Ref, *refs: Ref) -> None:
             _lhs(s, r, lead, i).start()
 
         lead = schedule.next_tile(lead, r.table, count, s.tiles.rows, s.fragment)
-    for i in range(1, s.tiles.weight_buffers - 1):
-        _start_weights(s, r, jnp.int32(i), count, i)
+
+
     r.carry[...] = jnp.zeros_like(r.carry)
     r.zeros[...] = jnp.zeros_like(r.zeros)
     for i in range(s.tiles.out_buffers):
         r.y_rows[i] = 0
     zero = jnp.int32(0)
-    state = (schedule.first_tile(r.table, s.fragment), lead, zero, jnp.int32(s.tiles.lhs_buffers - 1), zero, zero, zero)
+    state = _Walk(
+        at=schedule.first_tile(r.table, s.fragment),
+        x_lead=lead,
+        w_lead=_next_stage((zero, zero), count),
+        w_held=zero + 1,
+        x_slot=zero,
+        x_lead_slot=zero + (s.tiles.lhs_buffers - 1),
+        w_slot=zero,
+        w_lead_slot=zero + (1 if s.tiles.weight_buffers > 1 else 0),
+        y_slot=zero,
+    )
     jax.lax.fori_loop(zero, steps, functools.partial(_step, s, r, count, steps), state)
     _drain(s, r, count, rows, last_row, core)
 
 
-def _step(s: Static, r: Refs, count, steps, i, state):
+class _Walk(NamedTuple):
+    """Where the walk stands: the tile being multiplied, the next one to copy in, and the buffers they use.
+
+    w_lead is the next matrix tile to copy in, w_held the number of those asked for and not yet done with.
+    """
+
+    at: schedule.Cursor
+    x_lead: schedule.Cursor
+    w_lead: Stage
+    w_held: Scalar
+    x_slot: Scalar
+    x_lead_slot: Scalar
+    w_slot: Scalar
+    w_lead_slot: Scalar
+    y_slot: Scalar
+
+
+def _step(s: Static, r: Refs, count, steps, i, walk: _Walk) -> _Walk:
     """One row tile: keeps the copies ahead, multiplies, hands the result to a copy."""
-    at, lead, x_slot, lead_slot, w_slot, w_stage, y_slot = state
-    t = s.tiles
+    t, at, x_slot, w_slot, y_slot = s.tiles, walk.at, walk.x_slot, walk.w_slot, walk.y_slot
 
     @pl.when(i + t.lhs_buffers - 1 < steps)
     def _():
-        _lhs(s, r, lead, lead_slot).start()
+        _lhs(s, r, walk.x_lead, walk.x_lead_slot).start()
+
+    # At most one matrix per row tile, so that the row tiles behind it in the queue do not starve. More than the usual
+    # number are held only deep in a large group, where the HBM has time to spare: small groups to come will need it.
+    deep = at.row - r.table.first[at.j] >= t.deep_rows
+    may_hold = jnp.where(deep, t.weight_buffers, min(t.weight_buffers, t.usual_weights))
+    fetch = (walk.w_held < may_hold) & (walk.w_lead[0] < t.num_col_tiles(s.N))
+
+    @pl.when(fetch)
+    def _():
+        n, j = walk.w_lead
+        _weights(s, r, r.table.group[j], n, walk.w_lead_slot).start()
 
     first, end = r.table.first[at.j], r.table.end[at.j]
     opens = at.row <= first
@@ -153,8 +193,6 @@ def _step(s: Static, r: Refs, count, steps, i, state):
 
     @pl.when(opens)
     def _():
-        w_free = jnp.where(w_slot == 0, t.weight_buffers - 1, w_slot - 1)
-        _start_weights(s, r, w_stage + t.weight_buffers - 1, count, w_free)
         _weights(s, r, r.table.group[at.j], at.n, w_slot).wait()
 
     _lhs(s, r, at, x_slot).wait()
@@ -186,23 +224,25 @@ def _step(s: Static, r: Refs, count, steps, i, state):
     def _():
         _out(s, r, at.n, at.row, y_rows, y_slot).start()
 
-    moved = closes.astype(jnp.int32)
-    return (
-        schedule.next_tile(at, r.table, count, t.rows, s.fragment),
-        schedule.next_tile(lead, r.table, count, t.rows, s.fragment),
-        schedule.next_slot(x_slot, t.lhs_buffers),
-        schedule.next_slot(lead_slot, t.lhs_buffers),
-        jnp.where(closes, schedule.next_slot(w_slot, t.weight_buffers), w_slot),
-        w_stage + moved,
-        schedule.next_slot(y_slot, t.out_buffers),
+    choose = lambda condition, new, old: jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+    return _Walk(
+        at=schedule.next_tile(at, r.table, count, t.rows, s.fragment),
+        x_lead=schedule.next_tile(walk.x_lead, r.table, count, t.rows, s.fragment),
+        w_lead=choose(fetch, _next_stage(walk.w_lead, count), walk.w_lead),
+        w_held=walk.w_held + fetch.astype(jnp.int32) - closes.astype(jnp.int32),
+        x_slot=schedule.next_slot(x_slot, t.lhs_buffers),
+        x_lead_slot=schedule.next_slot(walk.x_lead_slot, t.lhs_buffers),
+        w_slot=choose(closes, schedule.next_slot(w_slot, t.weight_buffers), w_slot),
+        w_lead_slot=choose(fetch, schedule.next_slot(walk.w_lead_slot, t.weight_buffers), walk.w_lead_slot),
+        y_slot=schedule.next_slot(y_slot, t.out_buffers),
     )
 
 
 def _multiply(s: Static, r: Refs, x_slot, w_slot, y_slot, rows) -> None:
-    """y[:rows] = x[:rows] @ w, rounded up to whole bodies: as many of the longest as fit, then one of what is left."""
+    """y[:rows] = x[:rows] @ w, rounded up to whole bodies: long ones, and short ones for what is left."""
     t = s.tiles
 
-    def body(row, length: int) -> None:
+    def body(row, length: int) -> int:
         def block(c, _):
             cols = pl.ds(pl.multiple_of(c * t.body_cols, t.body_cols), t.body_cols) if t.body_cols < t.cols else slice(None)
             x = r.x[x_slot, pl.ds(row, length), :]
@@ -211,24 +251,16 @@ def _multiply(s: Static, r: Refs, x_slot, w_slot, y_slot, rows) -> None:
             return 0
 
         if t.body_cols == t.cols:
-            block(0, 0)
-        else:
-            jax.lax.fori_loop(0, t.cols // t.body_cols, block, 0)
+            return block(0, 0)
+        return jax.lax.fori_loop(0, t.cols // t.body_cols, block, 0)
 
-    long = t.body_rows[0]
-    short = t.body_rows[-1]
-    full = jax.lax.div(rows + (long - short - 1 if short < long else long - 1), jnp.int32(long))
-
-    def many(k, _):
-        body(pl.multiple_of(k * long, long), long)
-        return 0
-
-    jax.lax.fori_loop(0, full, many, 0)
+    long, short = t.body_rows[0], t.body_rows[-1]
+    longs = jax.lax.div(rows + (short - 1 if short < long else long - 1), jnp.int32(long))
+    jax.lax.fori_loop(0, longs, lambda k, _: body(pl.multiple_of(k * long, long), long), 0)
     if short < long:
-
-        @pl.when(full * long < rows)
-        def _():
-            body(pl.multiple_of(full * long, long), short)
+        left = rows - longs * long
+        shorts = jax.lax.div(left + (short - 1), jnp.int32(short))
+        jax.lax.fori_loop(0, shorts, lambda k, _: body(pl.multiple_of(longs * long + k * short, short), short), 0)
 
 
 def _dot(x, w, transpose_rhs: bool):
@@ -251,24 +283,22 @@ def _weights(s: Static, r: Refs, g, n, slot):
     return pltpu.make_async_copy(src, r.w.at[slot], r.w_sem.at[slot])
 
 
-def _start_weights(s: Static, r: Refs, stage, count, slot) -> None:
-    """Stage = column tile * groups with rows + table entry."""
-
-    @pl.when(stage < count * s.tiles.num_col_tiles(s.N))
-    def _():
-        n = jax.lax.div(stage, jnp.maximum(count, 1))
-        _weights(s, r, r.table.group[stage - n * count], n, slot).start()
+def _next_stage(stage: Stage, count) -> Stage:
+    n, j = stage
+    wraps = j + 1 >= count
+    return n + wraps.astype(jnp.int32), jnp.where(wraps, 0, j + 1)
 
 
 def _lhs(s: Static, r: Refs, at: schedule.Cursor, slot):
     end = jnp.minimum(at.row + s.tiles.rows, schedule.round_up(r.table.end[at.j], s.fragment))
     if s.M % s.fragment:
         end = jnp.minimum(end, s.M)
-    rows = pl.multiple_of(end - at.row, 8)
-    return pltpu.make_async_copy(r.lhs.at[pl.ds(at.row, rows), :], r.x.at[slot, pl.ds(0, rows), :], r.x_sem.at[slot])
+    row, rows = pl.multiple_of(at.row, s.fragment), pl.multiple_of(end - at.row, 8)
+    return pltpu.make_async_copy(r.lhs.at[pl.ds(row, rows), :], r.x.at[slot, pl.ds(0, rows), :], r.x_sem.at[slot])
 
 
 def _out(s: Static, r: Refs, n, row, rows, slot):
+    row = pl.multiple_of(row, s.fragment)
     return pltpu.make_async_copy(
         r.y.at[slot, pl.ds(0, rows), :], r.out.at[pl.ds(row, rows), _columns(s, n)], r.y_sem.at[slot]
     )

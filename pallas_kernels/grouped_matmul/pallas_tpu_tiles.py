@@ -12,6 +12,8 @@ class ForwardTiles:
     body_rows: tuple[int, ...]
     body_cols: int
     weight_buffers: int
+    usual_weights: int
+    deep_rows: int
     lhs_buffers: int
     out_buffers: int
     zero_rows: int
