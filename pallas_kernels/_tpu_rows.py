@@ -20,7 +20,7 @@ Dims: R rows, K inner, N columns, G groups of the weights.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,10 @@ from jaxtyping import Array
 from pallas_kernels import _tpu_schedule as schedule
 
 Ref = Any
-#: (products, sides) -> outputs: float32 arrays of one shape.
+Scalar = schedule.Scalar
+#: A column tile and an entry of the table: one group's matrices to hold.
+Stage = tuple[Scalar, Scalar]
+#: (products, sides) -> outputs: float32 arrays of one shape. Hashable, and equal if it does the same.
 End = Callable[[list[Array], list[Array]], tuple[Array, ...]]
 
 
@@ -40,6 +43,7 @@ class Tiles:
     """rows, cols: tile of the outputs. body_rows, body_cols: what one straight run of the matrix units multiplies.
 
     `body_rows` lists one length, or a long and a short one. All lengths are multiples of 16, `body_cols` of 128.
+    Beyond `deep_rows` rows of a group, all `weight_buffers` may be in use, before that `usual_weights`.
     """
 
     rows: int
@@ -47,6 +51,8 @@ class Tiles:
     body_rows: tuple[int, ...]
     body_cols: int
     weight_buffers: int
+    usual_weights: int
+    deep_rows: int
     row_buffers: int
     out_buffers: int
     zero_rows: int
@@ -100,6 +106,10 @@ class Refs:
     zero_sem: Ref
 
 
+# Jitted for the cache: layers of one shape are traced once.
+@functools.partial(
+    jax.jit, static_argnames=("end", "num_outs", "transpose", "tiles", "num_cores", "name", "interpret")
+)
 def multiply(
     rows: tuple[Array, ...],
     weights: tuple[Array, ...],
@@ -197,35 +207,58 @@ def _kernel(s: Static, sizes: Ref, offset_ref: Ref, *refs: Ref) -> None:
             _start(_row_tile(s, r, lead, i))
 
         lead = schedule.next_tile(lead, r.table, count, t.rows, s.fragment)
-    for i in range(1, t.weight_buffers - 1):
-        _start_weights(s, r, jnp.int32(i), count, i)
     r.carry[...] = jnp.zeros_like(r.carry)
     r.zeros[...] = jnp.zeros_like(r.zeros)
     for i in range(t.out_buffers):
         r.y_rows[i] = 0
     zero = jnp.int32(0)
-    state = (schedule.first_tile(r.table, s.fragment), lead, zero, jnp.int32(t.row_buffers - 1), zero, zero, zero)
-    jax.lax.fori_loop(zero, steps, functools.partial(_step, s, r, count, steps), state)
+    walk = _Walk(
+        at=schedule.first_tile(r.table, s.fragment),
+        x_lead=lead,
+        w_lead=_next_stage((zero, zero), count),
+        w_held=zero + 1,
+        x_slot=zero,
+        x_lead_slot=zero + (t.row_buffers - 1),
+        w_slot=zero,
+        w_lead_slot=zero + (1 if t.weight_buffers > 1 else 0),
+        y_slot=zero,
+    )
+    jax.lax.fori_loop(zero, steps, functools.partial(_step, s, r, count, steps), walk)
     _drain(s, r, count, rows, last_row, core)
 
 
-def _step(s: Static, r: Refs, count, steps, i, state):
+class _Walk(NamedTuple):
+    """Where the walk stands: the tile being multiplied, the next one to copy in, and the buffers they use.
+
+    w_lead is the next stage to copy in, w_held the number of those asked for and not yet done with.
+    """
+
+    at: schedule.Cursor
+    x_lead: schedule.Cursor
+    w_lead: Stage
+    w_held: Scalar
+    x_slot: Scalar
+    x_lead_slot: Scalar
+    w_slot: Scalar
+    w_lead_slot: Scalar
+    y_slot: Scalar
+
+
+def _step(s: Static, r: Refs, count, steps, i, walk: _Walk) -> _Walk:
     """One row tile: keeps the copies ahead, multiplies, hands the results to copies."""
-    at, lead, x_slot, lead_slot, w_slot, w_stage, y_slot = state
-    t = s.tiles
+    t, at, x_slot, w_slot, y_slot = s.tiles, walk.at, walk.x_slot, walk.w_slot, walk.y_slot
 
     @pl.when(i + t.row_buffers - 1 < steps)
     def _():
-        _start(_row_tile(s, r, lead, lead_slot))
+        _start(_row_tile(s, r, walk.x_lead, walk.x_lead_slot))
 
+    fetch = _fetch_weights(s, r, walk)
     first, end = r.table.first[at.j], r.table.end[at.j]
     opens, below = at.row <= first, at.row + t.rows
     closes = below >= end
 
     @pl.when(opens)
     def _():
-        w_free = jnp.where(w_slot == 0, t.weight_buffers - 1, w_slot - 1)
-        _start_weights(s, r, w_stage + t.weight_buffers - 1, count, w_free)
         _wait(_weights(s, r, r.table.group[at.j], at.n, w_slot))
 
     _wait(_row_tile(s, r, at, x_slot))
@@ -259,42 +292,58 @@ def _step(s: Static, r: Refs, count, steps, i, state):
     def _():
         _start(_out(s, r, at.n, at.row, y_rows, y_slot))
 
-    return (
-        schedule.next_tile(at, r.table, count, t.rows, s.fragment),
-        schedule.next_tile(lead, r.table, count, t.rows, s.fragment),
-        schedule.next_slot(x_slot, t.row_buffers),
-        schedule.next_slot(lead_slot, t.row_buffers),
-        jnp.where(closes, schedule.next_slot(w_slot, t.weight_buffers), w_slot),
-        w_stage + closes.astype(jnp.int32),
-        schedule.next_slot(y_slot, t.out_buffers),
+    choose = lambda condition, new, old: jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+    return _Walk(
+        at=schedule.next_tile(at, r.table, count, t.rows, s.fragment),
+        x_lead=schedule.next_tile(walk.x_lead, r.table, count, t.rows, s.fragment),
+        w_lead=choose(fetch, _next_stage(walk.w_lead, count), walk.w_lead),
+        w_held=walk.w_held + fetch.astype(jnp.int32) - closes.astype(jnp.int32),
+        x_slot=schedule.next_slot(x_slot, t.row_buffers),
+        x_lead_slot=schedule.next_slot(walk.x_lead_slot, t.row_buffers),
+        w_slot=choose(closes, schedule.next_slot(w_slot, t.weight_buffers), w_slot),
+        w_lead_slot=choose(fetch, schedule.next_slot(walk.w_lead_slot, t.weight_buffers), walk.w_lead_slot),
+        y_slot=schedule.next_slot(y_slot, t.out_buffers),
     )
 
 
+def _fetch_weights(s: Static, r: Refs, walk: _Walk) -> Array:
+    """Starts the copies of the next stage if it is time to. Returns whether it did.
+
+    At most one stage per row tile, so that the row tiles behind it in the queue do not starve. More than the usual
+    number are held only deep in a large group, where the HBM has time to spare: small groups to come will need it.
+    """
+    t = s.tiles
+    deep = walk.at.row - r.table.first[walk.at.j] >= t.deep_rows
+    may_hold = jnp.where(deep, t.weight_buffers, min(t.weight_buffers, t.usual_weights))
+    fetch = (walk.w_held < may_hold) & (walk.w_lead[0] < t.num_col_tiles(s.N))
+
+    @pl.when(fetch)
+    def _():
+        n, j = walk.w_lead
+        _start(_weights(s, r, r.table.group[j], n, walk.w_lead_slot))
+
+    return fetch
+
+
 def _multiply(s: Static, r: Refs, x_slot, w_slot, y_slot, rows) -> None:
-    """y[:rows] from x[:rows], rounded up to whole bodies: as many of the longest as fit, then one of what is left."""
+    """y[:rows] from x[:rows], rounded up to whole bodies: long ones, and short ones for what is left."""
     t = s.tiles
     long, short = t.body_rows[0], t.body_rows[-1]
 
-    def body(row, length: int) -> None:
+    def body(row, length: int) -> int:
         def block(c, _):
             first = pl.multiple_of(c * t.body_cols, t.body_cols)
             cols = slice(None) if t.body_cols == t.cols else pl.ds(first, t.body_cols)
             _body(s, r, x_slot, w_slot, y_slot, pl.ds(row, length), cols)
             return 0
 
-        block(0, 0) if t.body_cols == t.cols else jax.lax.fori_loop(0, t.cols // t.body_cols, block, 0)
+        return block(0, 0) if t.body_cols == t.cols else jax.lax.fori_loop(0, t.cols // t.body_cols, block, 0)
 
-    def many(k, _):
-        body(pl.multiple_of(k * long, long), long)
-        return 0
-
-    full = jax.lax.div(rows + long - 1 - short % long, jnp.int32(long))
-    jax.lax.fori_loop(0, full, many, 0)
+    longs = jax.lax.div(rows + (short if short < long else long) - 1, jnp.int32(long))
+    jax.lax.fori_loop(0, longs, lambda k, _: body(pl.multiple_of(k * long, long), long), 0)
     if short < long:
-
-        @pl.when(full * long < rows)
-        def _():
-            body(pl.multiple_of(full * long, long), short)
+        shorts = jax.lax.div(rows - longs * long + (short - 1), jnp.int32(short))
+        jax.lax.fori_loop(0, shorts, lambda k, _: body(pl.multiple_of(longs * long + k * short, short), short), 0)
 
 
 def _body(s: Static, r: Refs, x_slot, w_slot, y_slot, rows, cols) -> None:
@@ -339,13 +388,10 @@ def _weights(s: Static, r: Refs, g, n, slot) -> list[Any]:
     ]
 
 
-def _start_weights(s: Static, r: Refs, stage, count, slot) -> None:
-    """Stage = column tile * groups with rows + table entry."""
-
-    @pl.when(stage < count * s.tiles.num_col_tiles(s.N))
-    def _():
-        n = jax.lax.div(stage, jnp.maximum(count, 1))
-        _start(_weights(s, r, r.table.group[stage - n * count], n, slot))
+def _next_stage(stage: Stage, count) -> Stage:
+    n, j = stage
+    wraps = j + 1 >= count
+    return n + wraps.astype(jnp.int32), jnp.where(wraps, 0, j + 1)
 
 
 def _row_tile(s: Static, r: Refs, at: schedule.Cursor, slot) -> list[Any]:

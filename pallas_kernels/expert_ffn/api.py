@@ -5,18 +5,20 @@ Dims: R rows, D model, F expert hidden, E experts of the weights, L experts in t
 
 import difflib
 import functools
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _checks, _choose, _varying
-from pallas_kernels.expert_ffn import reference, xla, xla_tiles
+from pallas_kernels.expert_ffn import pallas_tpu, reference, xla, xla_tiles
 from pallas_kernels.expert_ffn.activations import ACTIVATIONS
 
 _OP = "expert_ffn"
-_FORWARD = {"xla": xla.forward, "xla_tiles": xla_tiles.forward}
-_BACKWARD = {"xla": xla.backward, "xla_tiles": xla_tiles.backward}
+_FORWARD = {"xla": xla.forward, "xla_tiles": xla_tiles.forward, "pallas_tpu": pallas_tpu.forward}
+_BACKWARD = {"xla": xla.backward, "xla_tiles": xla_tiles.backward, "pallas_tpu": pallas_tpu.backward}
 
 
 def expert_ffn(
@@ -44,7 +46,8 @@ def expert_ffn(
       group_offset: int scalar, may be traced. The weights then hold only experts [group_offset, group_offset + E) of
         the L experts in group_sizes; rows of other experts give 0. Must lie in [0, L - E].
       implementation: "reference", "xla" (`jax.lax.ragged_dot`), "xla_tiles" (one fused loop over row tiles, for CPUs),
-        or None to choose by platform: "xla_tiles" on CPU, "xla" elsewhere.
+        "pallas_tpu" (float32 and bfloat16; on CPU interpreted, for tests), or None to choose by platform: "xla_tiles"
+        on CPU, "pallas_tpu" on TPU if it takes the dtype, "xla" elsewhere.
 
     Raises:
       ValueError, TypeError: shapes or dtypes that don't fit, an unknown activation or implementation.
@@ -60,7 +63,7 @@ def expert_ffn(
     )
     _check(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_L, offset, shapes)
     _check_activation(activation)
-    implementation = _choose.check_implementation(_OP, implementation, shapes)
+    implementation = _choose.check_implementation(_OP, implementation, shapes, pallas_tpu.refuses(x_RD.dtype))
     offset = None if offset is None else offset.astype(jnp.int32)
     operands = _varying.same_varying(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_L, offset)
     if implementation == "reference":
@@ -90,12 +93,18 @@ def _check_activation(activation: str) -> None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _expert_ffn(activation, implementation, x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset):
-    table = {k: functools.partial(f, activation=activation, save=False) for k, f in _FORWARD.items()}
+    table = _table(_FORWARD, x_RD.dtype, activation=activation, save=False)
     return _choose.run(implementation, table, x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset)[0]
 
 
+def _table(entries: Mapping[str, Callable[..., Any]], dtype: Any, **how: Any) -> dict[str, Callable[..., Any]]:
+    """The implementations that take `dtype`, with their keyword arguments."""
+    skip = {"pallas_tpu"} if pallas_tpu.refuses(dtype) else set()
+    return {name: functools.partial(f, **how) for name, f in entries.items() if name not in skip}
+
+
 def _forward(activation, implementation, x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset):
-    table = {k: functools.partial(f, activation=activation, save=True) for k, f in _FORWARD.items()}
+    table = _table(_FORWARD, x_RD.dtype, activation=activation, save=True)
     operands = (x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset)
     y_RD, gate_RF, up_RF = _choose.run(implementation, table, *operands)
     return y_RD, (operands, gate_RF, up_RF)
@@ -103,7 +112,7 @@ def _forward(activation, implementation, x_RD, w_gate_EDF, w_up_EDF, w_down_EFD,
 
 def _backward(activation, implementation, saved, dy_RD):
     operands, gate_RF, up_RF = saved
-    table = {k: functools.partial(f, activation=activation) for k, f in _BACKWARD.items()}
+    table = _table(_BACKWARD, dy_RD.dtype, activation=activation)
     gradients = _choose.run(implementation, table, *operands, gate_RF, up_RF, dy_RD)
     return (*gradients, None, None)
 

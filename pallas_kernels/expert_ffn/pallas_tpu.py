@@ -5,6 +5,7 @@ kernel from dy to the gradients of the pre-activations (and the hidden layer aga
 and the weight gradients. Dims as in api.py.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,11 @@ from jaxtyping import Array
 from pallas_kernels import _tpu_rows, _tpu_target
 from pallas_kernels.expert_ffn import activations, pallas_tpu_tiles
 from pallas_kernels.grouped_matmul import xla as grouped
+
+
+def refuses(dtype: Any) -> str | None:
+    """Why these kernels don't take rows of `dtype`, or None."""
+    return None if dtype in (jnp.float32, jnp.bfloat16) else f"the kernel takes float32 and bfloat16, not {dtype}"
 
 
 def forward(
@@ -35,11 +41,7 @@ def forward(
     gated = w_gate_EDF is not None
     weights = (w_gate_EDF, w_up_EDF) if gated else (w_up_EDF,)
 
-    def end(products: list[Array], _: list[Array]) -> tuple[Array, ...]:
-        gate, up = products if gated else (None, products[0])
-        hidden = activations.hidden(activation, gate, up)
-        return (hidden, *products) if save else (hidden,)
-
+    end = _Hidden(activation, save)
     hidden_RF, *saved = run("expert_ffn_up", (x_RD,), weights, (), end, 1 + save * len(weights))
     (y_RD,) = run("expert_ffn_down", (hidden_RF,), (w_down_EFD,), (), _total, 1)
     if not save:
@@ -64,19 +66,37 @@ def backward(
     """(dx, dw_gate or None, dw_up, dw_down)."""
     run = _Runner(sizes_L, offset, interpret)
     gated = w_gate_EDF is not None
-
-    def end(products: list[Array], sides: list[Array]) -> tuple[Array, ...]:
-        gate, up = sides if gated else (None, sides[0])
-        gradients = activations.hidden_and_gradients(activation, gate, up, products[0])
-        return tuple(a for a in gradients if a is not None)
-
-    sides = (gate_RF, up_RF) if gated else (up_RF,)
+    sides, end = (gate_RF, up_RF) if gated else (up_RF,), _Gradients(activation)
     hidden_RF, *d_RF = run("expert_ffn_dhidden", (dy_RD,), (w_down_EFD,), sides, end, 1 + len(sides), transpose=True)
     weights = (w_gate_EDF, w_up_EDF) if gated else (w_up_EDF,)
     (dx_RD,) = run("expert_ffn_dx", tuple(d_RF), weights, (), _total, 1, transpose=True)
     weight = functools.partial(grouped.weight_gradient, sizes_L=sizes_L, offset=offset, num_groups=w_up_EDF.shape[0])
     dw_gate_EDF = weight(x_RD, d_RF[0]) if gated else None
     return dx_RD, dw_gate_EDF, weight(x_RD, d_RF[-1]), weight(hidden_RF, dy_RD)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Hidden:
+    """Pre-activations -> hidden layer, and the pre-activations themselves if they are to be saved."""
+
+    activation: str
+    save: bool
+
+    def __call__(self, pre: list[Array], _: list[Array]) -> tuple[Array, ...]:
+        hidden = activations.hidden(self.activation, pre[0] if len(pre) > 1 else None, pre[-1])
+        return (hidden, *pre) if self.save else (hidden,)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Gradients:
+    """The hidden layer's gradient and the saved pre-activations -> hidden layer, gradients of the pre-activations."""
+
+    activation: str
+
+    def __call__(self, dhidden: list[Array], pre: list[Array]) -> tuple[Array, ...]:
+        gate = pre[0] if len(pre) > 1 else None
+        gradients = activations.hidden_and_gradients(self.activation, gate, pre[-1], dhidden[0])
+        return tuple(a for a in gradients if a is not None)
 
 
 def _total(products: list[Array], _: list[Array]) -> tuple[Array, ...]:

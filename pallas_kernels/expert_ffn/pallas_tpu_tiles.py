@@ -5,6 +5,9 @@ import dataclasses
 from pallas_kernels._tpu_rows import Tiles
 from pallas_kernels._tpu_target import MIB, Target
 
+#: Cycles of the matrix units in one straight run of code: enough to hide its start and end, few enough to compile fast.
+BODY_CYCLES = 4096
+
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
@@ -23,31 +26,55 @@ class Shape:
 
 def tiles(shape: Shape, target: Target) -> Tiles:
     """The widest column tile that fits: rows are read once per column tile."""
-    mean = max(shape.R // shape.G, 1)
-    body = min(max(16, 1 << (mean - 1).bit_length()), target.mxu_size)
-    rows = body * max(1, min(512, shape.R) // body)
     limit = target.vmem_bytes - 8 * MIB
-    cols = shape.N
-    for count in range(1, shape.N // 128 + 1):
-        cols = -(-shape.N // count // 128) * 128 if shape.N % 128 == 0 else shape.N
-        if _bytes(shape, rows, cols, 2) <= limit:
-            break
+    body = _body_rows(shape, target)
+    rows, cols, weight_buffers = _fit(shape, body[0], limit)
     return Tiles(
         rows=rows,
         cols=cols,
-        body_rows=(body,),
-        body_cols=cols if cols % 512 else 512,
-        weight_buffers=3 if _bytes(shape, rows, cols, 3) <= limit else 2,
-        row_buffers=3,
-        out_buffers=2,
+        body_rows=body,
+        body_cols=_body_cols(shape, body[0], cols, target),
+        weight_buffers=weight_buffers,
+        usual_weights=3,
+        deep_rows=rows,
+        row_buffers=ROW_BUFFERS,
+        out_buffers=OUT_BUFFERS,
         zero_rows=128,
         vmem_limit_bytes=limit,
     )
 
 
-def _bytes(s: Shape, rows: int, cols: int, weight_buffers: int) -> int:
-    numbers = weight_buffers * s.num_weights * s.K * cols + rows * (
-        3 * (s.num_rows * s.K + s.num_sides * cols) + 2 * s.num_outs * cols
-    )
-    body = 4 * 256 * cols * (s.num_weights + s.num_outs)
-    return numbers * s.itemsize + body
+ROW_BUFFERS, OUT_BUFFERS = 3, 2
+
+
+def _body_rows(shape: Shape, target: Target) -> tuple[int, ...]:
+    """A matrix unit wants as many rows as it has, unless the groups are smaller."""
+    mean = max(shape.R // shape.G, 1)
+    long = min(max(32, 1 << (mean - 1).bit_length()), target.mxu_size)
+    return long, long // 2
+
+
+def _fit(shape: Shape, body: int, limit: int) -> tuple[int, int, int]:
+    """(rows, cols, weight buffers): as few column tiles as possible, then as much room for copies ahead."""
+    few = min(max(shape.R // 2, body), 512) // body * body
+    lanes = max(shape.N // 128, 1)
+    for count in range(1, lanes + 1):
+        cols = -(-lanes // count) * 128 if shape.N % 128 == 0 else shape.N
+        for rows, weight_buffers in ((few, 3), (body, 3), (few, 2), (body, 2)):
+            if _bytes(shape, rows, cols, weight_buffers, body) <= limit:
+                return rows, cols, weight_buffers
+    return body, min(shape.N, 128), 2
+
+
+def _bytes(s: Shape, rows: int, cols: int, weight_buffers: int, body: int) -> int:
+    """VMEM: the buffers, and room for the products of a body in float32."""
+    per_row = ROW_BUFFERS * (s.num_rows * s.K + s.num_sides * cols) + OUT_BUFFERS * s.num_outs * cols
+    numbers = weight_buffers * s.num_weights * s.K * cols + rows * per_row
+    return numbers * s.itemsize + 4 * body * cols * (s.num_weights + s.num_outs)
+
+
+def _body_cols(s: Shape, body: int, cols: int, target: Target) -> int:
+    """The most columns, dividing `cols`, that keep a body within BODY_CYCLES."""
+    lanes = cols // 128
+    fits = lambda n: body * s.K * n * 128 * s.num_weights <= BODY_CYCLES * target.macs_per_cycle
+    return max((n * 128 for n in range(1, lanes + 1) if lanes % n == 0 and fits(n)), default=128) if lanes else cols
