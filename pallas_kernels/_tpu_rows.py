@@ -107,9 +107,7 @@ class Refs:
 
 
 # Jitted for the cache: layers of one shape are traced once.
-@functools.partial(
-    jax.jit, static_argnames=("end", "num_outs", "transpose", "tiles", "num_cores", "name", "interpret")
-)
+@functools.partial(jax.jit, static_argnames=("end", "num_outs", "transpose", "tiles", "num_cores", "name", "interpret"))
 def multiply(
     rows: tuple[Array, ...],
     weights: tuple[Array, ...],
@@ -383,9 +381,7 @@ def _columns(s: Static, n):
 def _weights(s: Static, r: Refs, g, n, slot) -> list[Any]:
     cols = _columns(s, n)
     src = lambda w: w.at[g, cols, :] if s.transpose else w.at[g, :, cols]
-    return [
-        pltpu.make_async_copy(src(w), r.w.at[slot, p], r.w_sem.at[slot]) for p, w in enumerate(r.weights)
-    ]
+    return [pltpu.make_async_copy(src(w), r.w.at[slot, p], r.w_sem.at[slot]) for p, w in enumerate(r.weights)]
 
 
 def _next_stage(stage: Stage, count) -> Stage:
