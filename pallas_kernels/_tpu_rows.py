@@ -14,6 +14,11 @@ other groups, or hold whatever the buffer held before, only reach their own outp
   above its own. After the last group it is written with zeros below.
 - Rows before the first and after the last group are filled from a buffer of zeros.
 
+Gather: the rows may lie in any order in HBM, `token` telling which one is row r. Each then is a copy of its own, and
+those for the tile after next are started between the instructions of the multiplication at hand, where they cost
+nothing, as long as the multiplication reads from another buffer than they write to. A copy can address single rows of
+32-bit numbers only, so 16-bit rows come packed (`pack_rows`).
+
 Dims: R rows, K inner, N columns, G groups of the weights.
 """
 
@@ -44,6 +49,7 @@ class Tiles:
 
     `body_rows` lists one length, or a long and a short one. All lengths are multiples of 16, `body_cols` of 128.
     Beyond `deep_rows` rows of a group, all `weight_buffers` may be in use, before that `usual_weights`.
+    gather_rows: copies of single rows that a straight run of the matrix units starts on the way; a multiple of 8.
     """
 
     rows: int
@@ -56,6 +62,7 @@ class Tiles:
     row_buffers: int
     out_buffers: int
     zero_rows: int
+    gather_rows: int
     vmem_limit_bytes: int
 
     def num_col_tiles(self, N: int) -> int:
@@ -77,6 +84,7 @@ class Static:
     transpose: bool
     fragment: int
     num_cores: int
+    gather: bool
     tiles: Tiles
     end: End
 
@@ -86,12 +94,14 @@ class Refs:
     """Operands in HBM, sizes in SMEM, buffers in VMEM, and their semaphores."""
 
     sizes: Ref
+    token: Ref | None
     rows: tuple[Ref, ...]
     weights: tuple[Ref, ...]
     sides: tuple[Ref, ...]
     outs: tuple[Ref, ...]
     table: schedule.RowTable
     x: Ref
+    unpacked: Ref
     w: Ref
     side: Ref
     y: Ref
@@ -114,6 +124,7 @@ def multiply(
     sides: tuple[Array, ...],
     sizes_L: Array,
     offset_1: Array,
+    token_R: Array | None = None,
     *,
     end: End,
     num_outs: int,
@@ -126,13 +137,15 @@ def multiply(
     """`num_outs` arrays (R, N) in the rows' dtype; zeros in rows of no group.
 
     rows: one (R, K) for all weights, or one each. weights: (G, K, N), with `transpose` (G, N, K). sides: (R, N).
-    R must be a multiple of 8. `offset_1` is int32[1].
+    R must be a multiple of 8. `offset_1` is int32[1]. With token_R (R,), rows is one array of packed rows, and row r is
+    its row token[r]; all of token must be valid, of dead rows too.
     """
-    (R, K), G, dtype = rows[0].shape, weights[0].shape[0], rows[0].dtype
-    N = weights[0].shape[1 if transpose else 2]
+    G, dtype, gather = weights[0].shape[0], weights[0].dtype, token_R is not None
+    R = token_R.shape[0] if gather else rows[0].shape[0]
+    N, K = weights[0].shape[1:] if transpose else weights[0].shape[:0:-1]
     s = Static(
         R, K, N, G, len(rows), len(weights), len(sides), num_outs, transpose, schedule.fragment_rows(dtype),
-        num_cores, tiles, end,
+        num_cores, gather, tiles, end,
     )  # fmt: skip
     hbm = pl.BlockSpec(memory_space=pl.ANY)
     operands = (*rows, *weights, *sides)
@@ -141,14 +154,14 @@ def multiply(
         functools.partial(_kernel, s),
         out_shape=[out] * num_outs,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=2 + gather,
             grid=(num_cores,),
             in_specs=[hbm] * len(operands),
             out_specs=[hbm] * num_outs,
-            scratch_shapes=_scratch(s, dtype),
+            scratch_shapes=_scratch(s, rows[0], dtype),
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=tiles.vmem_limit_bytes
+            dimension_semantics=("parallel",), vmem_limit_bytes=tiles.vmem_limit_bytes, disable_bounds_checks=True
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * R * K * N * len(weights),
@@ -157,15 +170,28 @@ def multiply(
         ),
         name=name,
         interpret=interpret,
-    )(sizes_L, offset_1, *operands)
+    )(sizes_L, offset_1, *([token_R] if gather else []), *operands)
 
 
-def _scratch(s: Static, dtype: Any) -> list[Any]:
+def pack_rows(x_TK: Array) -> Array:
+    """Rows that single copies can fetch: (T, 1, words), each contiguous in HBM.
+
+    float32 as it is, 16-bit numbers as int32: column k of K below column K / 2 + k.
+    """
+    if x_TK.dtype.itemsize == 2:
+        low, high = jnp.split(jax.lax.bitcast_convert_type(x_TK, jnp.uint16).astype(jnp.uint32), 2, axis=1)
+        x_TK = jax.lax.bitcast_convert_type(low | high << 16, jnp.int32)
+    return x_TK[:, None, :]
+
+
+def _scratch(s: Static, rows: Array, dtype: Any) -> list[Any]:
     t = s.tiles
+    x_shape = (t.rows // 8, 8) if s.gather else (s.num_rows, t.rows)
     w_shape = (t.cols, s.K) if s.transpose else (s.K, t.cols)
     return [
         *schedule.table_scratch(s.G),
-        pltpu.VMEM((t.row_buffers, s.num_rows, t.rows, s.K), dtype),
+        pltpu.VMEM((t.row_buffers, *x_shape, rows.shape[-1]), rows.dtype),
+        pltpu.VMEM((t.rows, s.K) if s.gather else (8, 128), dtype),
         pltpu.VMEM((t.weight_buffers, s.num_weights, *w_shape), dtype),
         pltpu.VMEM((t.row_buffers, max(s.num_sides, 1), t.rows if s.num_sides else 8, t.cols), dtype),
         pltpu.VMEM((t.out_buffers, s.num_outs, t.rows, t.cols), dtype),
@@ -178,11 +204,12 @@ def _scratch(s: Static, dtype: Any) -> list[Any]:
 
 
 def _refs(s: Static, sizes: Ref, refs: tuple[Ref, ...]) -> Refs:
+    token, refs = (refs[0], refs[1:]) if s.gather else (None, refs)
     split = []
     for count in (s.num_rows, s.num_weights, s.num_sides, s.num_outs):
         split.append(refs[:count])
         refs = refs[count:]
-    return Refs(sizes, *split, schedule.RowTable(*refs[:3]), *refs[3:])
+    return Refs(sizes, token, *split, schedule.RowTable(*refs[:3]), *refs[3:])
 
 
 def _kernel(s: Static, sizes: Ref, offset_ref: Ref, *refs: Ref) -> None:
@@ -203,6 +230,7 @@ def _kernel(s: Static, sizes: Ref, offset_ref: Ref, *refs: Ref) -> None:
         @pl.when(i < steps)
         def _(lead=lead, i=i):
             _start(_row_tile(s, r, lead, i))
+            _gather_rest(s, r, lead, i, jnp.int32(0))
 
         lead = schedule.next_tile(lead, r.table, count, t.rows, s.fragment)
     r.carry[...] = jnp.zeros_like(r.carry)
@@ -260,8 +288,12 @@ def _step(s: Static, r: Refs, count, steps, i, walk: _Walk) -> _Walk:
         _wait(_weights(s, r, r.table.group[at.j], at.n, w_slot))
 
     _wait(_row_tile(s, r, at, x_slot))
+    if s.gather:
+        _wait_gather(s, r, at, x_slot)
+        _unpack(s, r, at, x_slot)
     _wait_out(s, r, y_slot)
-    _multiply(s, r, x_slot, w_slot, y_slot, jnp.minimum(below, end) - at.row)
+    lead = _Lead(walk.x_lead, walk.x_lead_slot, i + t.row_buffers - 1 < steps) if s.gather else None
+    _multiply(s, r, x_slot, w_slot, y_slot, jnp.minimum(below, end) - at.row, lead)
 
     @pl.when(opens & (first > at.row))
     def _():
@@ -323,35 +355,73 @@ def _fetch_weights(s: Static, r: Refs, walk: _Walk) -> Array:
     return fetch
 
 
-def _multiply(s: Static, r: Refs, x_slot, w_slot, y_slot, rows) -> None:
+class _Lead(NamedTuple):
+    """The tile whose rows are to be gathered during a multiplication, if there is one."""
+
+    at: schedule.Cursor
+    slot: Scalar
+    exists: Array
+
+
+def _multiply(s: Static, r: Refs, x_slot, w_slot, y_slot, rows, lead: _Lead | None) -> None:
     """y[:rows] from x[:rows], rounded up to whole bodies: long ones, and short ones for what is left."""
     t = s.tiles
-    long, short = t.body_rows[0], t.body_rows[-1]
+    blocks = t.cols // t.body_cols
 
-    def body(row, length: int) -> int:
+    def body(row, length: int, run) -> int:
         def block(c, _):
+            if lead is not None:
+                _gather_some(s, r, lead, (run * blocks + c) * t.gather_rows)
             first = pl.multiple_of(c * t.body_cols, t.body_cols)
-            cols = slice(None) if t.body_cols == t.cols else pl.ds(first, t.body_cols)
+            cols = slice(None) if blocks == 1 else pl.ds(first, t.body_cols)
             _body(s, r, x_slot, w_slot, y_slot, pl.ds(row, length), cols)
             return 0
 
-        return block(0, 0) if t.body_cols == t.cols else jax.lax.fori_loop(0, t.cols // t.body_cols, block, 0)
+        return block(0, 0) if blocks == 1 else jax.lax.fori_loop(0, blocks, block, 0)
 
+    long, short = t.body_rows[0], t.body_rows[-1]
     longs = jax.lax.div(rows + (short if short < long else long) - 1, jnp.int32(long))
-    jax.lax.fori_loop(0, longs, lambda k, _: body(pl.multiple_of(k * long, long), long), 0)
+    jax.lax.fori_loop(0, longs, lambda k, _: body(pl.multiple_of(k * long, long), long, k), 0)
+    runs = longs
     if short < long:
+        at = lambda k: pl.multiple_of(longs * long + k * short, short)
         shorts = jax.lax.div(rows - longs * long + (short - 1), jnp.int32(short))
-        jax.lax.fori_loop(0, shorts, lambda k, _: body(pl.multiple_of(longs * long + k * short, short), short), 0)
+        jax.lax.fori_loop(0, shorts, lambda k, _: body(at(k), short, longs + k), 0)
+        runs = longs + shorts
+    if lead is not None:
+
+        @pl.when(lead.exists)
+        def _():
+            _gather_rest(s, r, lead.at, lead.slot, runs * (blocks * t.gather_rows))
 
 
 def _body(s: Static, r: Refs, x_slot, w_slot, y_slot, rows, cols) -> None:
     products = []
     for p in range(s.num_weights):
+        x = r.unpacked[rows, :] if s.gather else r.x[x_slot, p if s.num_rows > 1 else 0, rows, :]
         w = r.w[w_slot, p, cols, :] if s.transpose else r.w[w_slot, p, :, cols]
-        products.append(_dot(r.x[x_slot, p if s.num_rows > 1 else 0, rows, :], w, s.transpose))
+        products.append(_dot(x, w, s.transpose))
     sides = [r.side[x_slot, i, rows, cols].astype(jnp.float32) for i in range(s.num_sides)]
     for o, value in enumerate(s.end(products, sides)):
         r.y[y_slot, o, rows, cols] = value.astype(r.y.dtype)
+
+
+def _unpack(s: Static, r: Refs, at: schedule.Cursor, slot) -> None:
+    """Undoes `pack_rows` for a tile's rows. A bfloat16 is the upper half of the float32 of its value."""
+    step, half = s.tiles.body_rows[-1], s.K // 2
+
+    def some(k, _):
+        rows = pl.ds(pl.multiple_of(k * step, step), step)
+        words = r.x[slot, pl.ds(k * (step // 8), step // 8), :, :].reshape(step, -1)
+        if words.dtype == jnp.float32:
+            r.unpacked[rows, :] = words
+            return 0
+        wide = lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
+        r.unpacked[rows, :half] = wide(words << 16)
+        r.unpacked[rows, half:] = wide(words & jnp.int32(-65536))
+        return 0
+
+    jax.lax.fori_loop(0, jax.lax.div(_tile_rows(s, r, at) + (step - 1), jnp.int32(step)), some, 0)
 
 
 def _dot(x, w, transpose: bool):
@@ -390,17 +460,63 @@ def _next_stage(stage: Stage, count) -> Stage:
     return n + wraps.astype(jnp.int32), jnp.where(wraps, 0, j + 1)
 
 
-def _row_tile(s: Static, r: Refs, at: schedule.Cursor, slot) -> list[Any]:
-    """The copies of a tile's rows, and of the sides' part in its columns."""
+def _tile_rows(s: Static, r: Refs, at: schedule.Cursor):
+    """How many rows of a tile are copied: up to the end of the group, in whole fragments."""
     end = jnp.minimum(at.row + s.tiles.rows, schedule.round_up(r.table.end[at.j], s.fragment))
     if s.R % s.fragment:
         end = jnp.minimum(end, s.R)
-    row, rows = pl.multiple_of(at.row, s.fragment), pl.multiple_of(end - at.row, 8)
+    return pl.multiple_of(end - at.row, 8)
+
+
+def _row_tile(s: Static, r: Refs, at: schedule.Cursor, slot) -> list[Any]:
+    """The copies of a tile's rows, unless they are gathered, and of the sides' part in its columns."""
+    row, rows = pl.multiple_of(at.row, s.fragment), _tile_rows(s, r, at)
     src, dst, sem, cols = pl.ds(row, rows), pl.ds(0, rows), r.x_sem.at[slot], _columns(s, at.n)
-    copies = [pltpu.make_async_copy(x.at[src, :], r.x.at[slot, i, dst, :], sem) for i, x in enumerate(r.rows)]
+    dense = () if s.gather else r.rows
+    copies = [pltpu.make_async_copy(x.at[src, :], r.x.at[slot, i, dst, :], sem) for i, x in enumerate(dense)]
     return copies + [
         pltpu.make_async_copy(a.at[src, cols], r.side.at[slot, i, dst, :], sem) for i, a in enumerate(r.sides)
     ]
+
+
+def _gather_row(s: Static, r: Refs, at: schedule.Cursor, slot, first, i: int) -> Any:
+    """The copy of row first + i of a tile. first is a multiple of 8."""
+    src = r.rows[0].at[r.token[at.row + first + i]]
+    dst = r.x.at[slot, jax.lax.shift_right_logical(first, 3) + i // 8, pl.ds(i % 8, 1), :]
+    return pltpu.make_async_copy(src, dst, r.x_sem.at[slot])
+
+
+def _gather_some(s: Static, r: Refs, lead: _Lead, first) -> None:
+    """Starts copies of rows [first, first + gather_rows) of a tile, as far as it has them.
+
+    Without branches: short conditions become predicates, so that the matrix units never wait for this.
+    """
+    rows = jnp.where(lead.exists, _tile_rows(s, r, lead.at), 0)
+    for i in range(s.tiles.gather_rows):
+
+        @pl.when(first + i < rows)
+        def _(i=i):
+            _gather_row(s, r, lead.at, lead.slot, first, i).start()
+
+
+def _gather_rest(s: Static, r: Refs, at: schedule.Cursor, slot, first) -> None:
+    """Starts copies of rows [first, end) of a tile. first is a multiple of 8."""
+    if not s.gather:
+        return
+
+    def eight(k, _):
+        for i in range(8):
+            _gather_row(s, r, at, slot, first + k * 8, i).start()
+        return 0
+
+    rest = jnp.maximum(_tile_rows(s, r, at) - first, 0)
+    jax.lax.fori_loop(0, jax.lax.shift_right_logical(rest, 3), eight, 0)
+
+
+def _wait_gather(s: Static, r: Refs, at: schedule.Cursor, slot) -> None:
+    """One wait for as many bytes as all the tile's rows have."""
+    rows = r.x.at[slot, pl.ds(0, jax.lax.shift_right_logical(_tile_rows(s, r, at), 3)), :, :]
+    pltpu.make_async_copy(rows, rows, r.x_sem.at[slot]).wait()
 
 
 def _out(s: Static, r: Refs, n, row, rows, slot) -> list[Any]:

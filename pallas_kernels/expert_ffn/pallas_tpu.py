@@ -122,14 +122,17 @@ class _Runner:
         num_outs: int,
         *,
         transpose: bool = False,
+        token_R: Array | None = None,
     ) -> tuple[Array, ...]:
-        R = rows[0].shape[0]
+        R = (rows[0] if token_R is None else token_R).shape[0]
         fill = -R % 8
-        if fill:
+        if fill and token_R is not None:
+            token_R = jnp.pad(token_R, (0, fill))
+        elif fill:
             rows, sides = ([jnp.pad(a, ((0, fill), (0, 0))) for a in arrays] for arrays in (rows, sides))
         shape = pallas_tpu_tiles.Shape(
-            R + fill, rows[0].shape[1], weights[0].shape[1 if transpose else 2], weights[0].shape[0],
-            len(rows), len(weights), len(sides), num_outs, rows[0].dtype.itemsize,
+            R + fill, *(weights[0].shape[:0:-1] if transpose else weights[0].shape[1:]), weights[0].shape[0],
+            len(rows), len(weights), len(sides), num_outs, weights[0].dtype.itemsize,
         )  # fmt: skip
         outs = _tpu_rows.multiply(
             tuple(rows),
@@ -137,6 +140,7 @@ class _Runner:
             tuple(sides),
             self.sizes_L,
             self.offset_1,
+            token_R,
             end=end,
             num_outs=num_outs,
             transpose=transpose,

@@ -29,17 +29,19 @@ def tiles(shape: Shape, target: Target) -> Tiles:
     limit = target.vmem_bytes - 8 * MIB
     body = _body_rows(shape, target)
     rows, cols, weight_buffers = _fit(shape, body[0], limit)
+    body_cols = _body_cols(shape, body[0], cols, target)
     return Tiles(
         rows=rows,
         cols=cols,
         body_rows=body,
-        body_cols=_body_cols(shape, body[0], cols, target),
+        body_cols=body_cols,
         weight_buffers=weight_buffers,
         usual_weights=3,
         deep_rows=rows,
         row_buffers=ROW_BUFFERS,
         out_buffers=OUT_BUFFERS,
         zero_rows=128,
+        gather_rows=min(256, max(2 * body[0] * body_cols // cols // 8 * 8, 8)),
         vmem_limit_bytes=limit,
     )
 

@@ -25,6 +25,7 @@ SMALL_TILES = _tpu_rows.Tiles(
     row_buffers=2,
     out_buffers=2,
     zero_rows=32,
+    gather_rows=8,
     vmem_limit_bytes=2**24,
 )
 # Groups that end inside a fragment, several groups in one fragment, empty groups, one group, no rows, dead rows.
