@@ -3,47 +3,49 @@
 A name either runs or raises; only `None` chooses. The choice falls when the function is *lowered*, through
 `jax.lax.platform_dependent`, so a function compiled ahead of time for a TPU on a CPU host gets the TPU branch, and the
 branches of other platforms are not emitted at all (tests/pallas_kernels/test_grouped_matmul.py checks both).
-
-A TPU kernel that is named runs on CPU too, in Pallas's interpret mode: for tests. `None` never chooses that.
 """
 
 import difflib
 import functools
 import logging
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
 
 logger = logging.getLogger("pallas_kernels")
 
-#: Runs today, on any platform. "reference" is the oracle of the tests, "xla_tiles" is built for CPUs.
-AVAILABLE = ("reference", "xla", "xla_tiles", "pallas_tpu")
-#: Valid names whose kernels don't exist yet.
-PLANNED = ("pallas_gpu",)
+#: Every op has these, on any platform. "reference" is the oracle of the tests, "xla_tiles" is built for CPUs.
+AVAILABLE = ("reference", "xla", "xla_tiles")
+#: Kernels for one kind of device. Not every op has every one.
+KERNELS = ("pallas_tpu", "pallas_gpu")
 
 
 def check_implementation(
-    op: str, implementation: str | None, shapes: str, tpu_refuses: str | None = None
+    op: str, implementation: str | None, shapes: str, kernels: Mapping[str, str | None] = MappingProxyType({})
 ) -> str | None:
-    """Returns `implementation` if it can run. `tpu_refuses`: why the TPU kernel doesn't take these operands.
+    """Returns `implementation` if it can run.
 
-    Raises NotImplementedError for a kernel that doesn't exist or refuses (naming backend, shape and reason), ValueError
-    for an unknown name.
+    `kernels` names the kernels that the op has, each with None or the reason why it can't take these operands.
+    Raises NotImplementedError for a kernel that can't run (naming backend, shape and reason), ValueError for an unknown
+    name.
     """
     if implementation is None:
-        _log_choice_once(op)
+        _log_choice_once(op, *kernels.items())
         return None
-    if implementation == "pallas_tpu" and tpu_refuses:
-        raise NotImplementedError(f"{op}: implementation 'pallas_tpu' is not available for {shapes}: {tpu_refuses}.")
     if implementation in AVAILABLE:
         return implementation
-    if implementation in PLANNED:
+    if implementation in KERNELS:
+        reason = kernels.get(implementation, "this kernel has not been written yet")
+        if reason is None:
+            return implementation
+        others = AVAILABLE + tuple(name for name, why_not in kernels.items() if why_not is None)
         raise NotImplementedError(
-            f"{op}: implementation {implementation!r} is not available for {shapes}: this kernel has not been written "
-            f"yet. Available now: {', '.join(AVAILABLE)}, or None to choose by platform."
+            f"{op}: implementation {implementation!r} is not available for {shapes}: {reason}. "
+            f"Available now: {', '.join(others)}, or None to choose by platform."
         )
-    known = AVAILABLE + PLANNED
+    known = AVAILABLE + KERNELS
     near = difflib.get_close_matches(str(implementation), known, n=1, cutoff=0.0)[0]
     raise ValueError(
         f"{op}: unknown implementation {implementation!r}: did you mean {near!r}? known: {', '.join(known)}, or None."
@@ -51,23 +53,26 @@ def check_implementation(
 
 
 @functools.cache
-def _log_choice_once(op: str) -> None:
-    logger.info("%s: implementation=None: 'xla_tiles' when lowered for cpu, 'pallas_tpu' for tpu, else 'xla'", op)
+def _log_choice_once(op: str, *kernels: tuple[str, str | None]) -> None:
+    """Says what None will run; once per op and reason."""
+    why_not = dict(kernels).get("pallas_tpu", "")
+    tpu = "'pallas_tpu' for tpu, " if why_not is None else f"'xla' for tpu ({why_not}), " if why_not else ""
+    other = "any other platform" if why_not == "" else "others"
+    logger.info("%s: implementation=None: 'xla_tiles' when lowered for cpu, %s'xla' for %s", op, tpu, other)
 
 
 def run(implementation: str | None, table: Mapping[str, Callable[..., Any]], *args: Any) -> Any:
     """Calls the named entry of `table`, or, for None, the one for the platform this is being lowered for.
 
+    A Pallas kernel is called with interpret=True where this is lowered for a CPU. None takes "pallas_tpu" on a TPU if
+    the table has it.
     All entries must return the same shapes and dtypes. Differentiation has to happen outside (a custom_vjp around
     this call): the derivative of a platform switch would carry the residuals of every branch.
-
-    `table` has no "pallas_tpu" where the kernel doesn't take these operands: then None gives a TPU "xla".
     """
-    kernel = table.get("pallas_tpu")
     if implementation == "pallas_tpu":
-        interpreted = functools.partial(kernel, interpret=True)
-        return jax.lax.platform_dependent(*args, cpu=interpreted, default=kernel)
+        kernel = table[implementation]
+        return jax.lax.platform_dependent(*args, tpu=kernel, cpu=functools.partial(kernel, interpret=True))
     if implementation is not None:
         return table[implementation](*args)
-    tpu = kernel or table["xla"]
-    return jax.lax.platform_dependent(*args, cpu=table["xla_tiles"], tpu=tpu, default=table["xla"])
+    tpu = {"tpu": table["pallas_tpu"]} if "pallas_tpu" in table else {}
+    return jax.lax.platform_dependent(*args, cpu=table["xla_tiles"], default=table["xla"], **tpu)

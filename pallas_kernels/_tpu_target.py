@@ -25,7 +25,8 @@ class Target:
     vmem_bytes: vector memory per core.
     mxu_size: rows and columns of a matrix unit.
     macs_per_cycle: bf16 multiply-adds of all matrix units of a core.
-    bytes_per_cycle: HBM traffic per core in the same clock, as published copies reach it (0.87 of the vendor's figure).
+    bytes_per_cycle: HBM traffic per core in the same clock, by the vendor's figures.
+    mxu_accumulates: matrix units add up partial products in buffers of their own.
     """
 
     name: str
@@ -34,13 +35,14 @@ class Target:
     mxu_size: int
     macs_per_cycle: int
     bytes_per_cycle: float
+    mxu_accumulates: bool = False
 
 
-_V4 = Target("v4", 2, 16 * MIB, 128, 4 * 128 * 128, 507)
-_V5E = Target("v5e", 1, 128 * MIB, 128, 4 * 128 * 128, 475)
-_V5P = Target("v5p", 2, 64 * MIB, 128, 4 * 128 * 128, 611)
-_V6E = Target("v6e", 1, 128 * MIB, 256, 4 * 256 * 256, 815)
-_TPU7X = Target("tpu7x", 1, 64 * MIB, 256, 4 * 256 * 256, 1459)
+_V4 = Target("v4", 2, 16 * MIB, 128, 4 * 128 * 128, 586)
+_V5E = Target("v5e", 1, 128 * MIB, 128, 4 * 128 * 128, 545)
+_V5P = Target("v5p", 2, 64 * MIB, 128, 4 * 128 * 128, 703)
+_V6E = Target("v6e", 1, 128 * MIB, 256, 4 * 256 * 256, 937)
+_TPU7X = Target("tpu7x", 1, 64 * MIB, 256, 4 * 256 * 256, 1677, mxu_accumulates=True)
 _BY_KIND = {
     "TPU v4": _V4,
     "TPU v5 lite": _V5E,
@@ -52,7 +54,7 @@ _BY_KIND = {
     "TPU7x": _TPU7X,
 }
 #: What every generation from v5e on can run.
-UNKNOWN = Target("unknown TPU", 1, 64 * MIB, 128, 4 * 128 * 128, 475)
+UNKNOWN = Target("unknown TPU", 1, 64 * MIB, 128, 4 * 128 * 128, 545)
 
 
 def current() -> Target:

@@ -11,11 +11,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _checks, _choose, _varying
-from pallas_kernels.grouped_matmul import reference, xla, xla_tiles
+from pallas_kernels.grouped_matmul import pallas_tpu, reference, xla, xla_tiles
 
 _OP = "grouped_matmul"
-_FORWARD = {"xla": xla.matmul, "xla_tiles": xla_tiles.matmul}
-_WEIGHT_GRADIENT = {"xla": xla.weight_gradient, "xla_tiles": xla_tiles.weight_gradient}
+_FORWARD = {"xla": xla.matmul, "xla_tiles": xla_tiles.matmul, "pallas_tpu": pallas_tpu.matmul}
+_WEIGHT_GRADIENT = {
+    "xla": xla.weight_gradient,
+    "xla_tiles": xla_tiles.weight_gradient,
+    "pallas_tpu": pallas_tpu.weight_gradient,
+}
 
 
 def grouped_matmul(
@@ -41,12 +45,13 @@ def grouped_matmul(
       group_offset: int scalar, may be traced. rhs then holds only groups [group_offset, group_offset + G) of the L
         groups in group_sizes; rows of other groups give 0. Must lie in [0, L - G].
       preferred_element_type: dtype of the result; lhs's by default.
-      implementation: "reference", "xla" (`jax.lax.ragged_dot`), "xla_tiles" (loops over row tiles, for CPUs), or None
-        to choose by platform: "xla_tiles" on CPU, "xla" elsewhere.
+      implementation: "reference", "xla" (`jax.lax.ragged_dot`), "xla_tiles" (loops over row tiles, for CPUs),
+        "pallas_tpu" (bfloat16 and float32; interpreted when lowered for a CPU), or None to choose by platform:
+        "pallas_tpu" on TPU if it takes the operands and K and N are multiples of 128, "xla_tiles" on CPU, else "xla".
 
     Raises:
       ValueError, TypeError: shapes or dtypes that don't fit, or an unknown implementation.
-      NotImplementedError: a kernel that doesn't exist yet.
+      NotImplementedError: a kernel that doesn't exist yet, or can't take these operands.
 
     Differentiable in lhs and rhs, in reverse mode only. Source: MegaBlocks, https://arxiv.org/abs/2211.15841.
     """
@@ -54,8 +59,9 @@ def grouped_matmul(
     offset = None if group_offset is None else jnp.asarray(group_offset)
     shapes = _checks.describe(lhs=lhs_MK, rhs=rhs_GKN, group_sizes=group_sizes_L, group_offset=offset)
     _check(lhs_MK, rhs_GKN, group_sizes_L, offset, transpose_rhs, shapes)
-    implementation = _choose.check_implementation(_OP, implementation, shapes)
     out_dtype = jnp.dtype(lhs_MK.dtype if preferred_element_type is None else preferred_element_type)
+    why_not = pallas_tpu.why_not(lhs_MK, rhs_GKN, transpose_rhs=transpose_rhs, out_dtype=out_dtype, asked=implementation)
+    implementation = _choose.check_implementation(_OP, implementation, shapes, {"pallas_tpu": why_not})
     offset = None if offset is None else offset.astype(jnp.int32)
     operands = _varying.same_varying(lhs_MK, rhs_GKN, group_sizes_L, offset)
     if implementation == "reference":
@@ -75,6 +81,8 @@ def _check(lhs_MK: Array, rhs: Array, sizes_L: Array, offset: Array | None, tran
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _grouped_matmul(transpose_rhs, out_dtype, implementation, lhs_MK, rhs, sizes_L, offset):
     table = {k: functools.partial(f, transpose_rhs=transpose_rhs, out_dtype=out_dtype) for k, f in _FORWARD.items()}
+    if pallas_tpu.why_not(lhs_MK, rhs, transpose_rhs=transpose_rhs, out_dtype=out_dtype, asked=implementation):
+        del table["pallas_tpu"]
     return _choose.run(implementation, table, lhs_MK, rhs, sizes_L, offset)
 
 
@@ -90,6 +98,8 @@ def _backward(transpose_rhs, out_dtype, implementation, saved, dout_MN):
     # The gradient of a (G, N, K) matrix is the same contraction with its sides exchanged.
     left, right = (dout_MN, lhs_MK) if transpose_rhs else (lhs_MK, dout_MN)
     table = {k: functools.partial(f, num_groups=rhs.shape[0]) for k, f in _WEIGHT_GRADIENT.items()}
+    if pallas_tpu.why_not(lhs_MK, rhs, transpose_rhs=transpose_rhs, out_dtype=out_dtype, asked=implementation):
+        del table["pallas_tpu"]
     drhs = _choose.run(implementation, table, left, right, sizes_L, offset)
     return dlhs_MK, drhs, None, None
 

@@ -76,11 +76,13 @@ def matmul(
 ) -> Array:
     """out (M, N). M must be a multiple of 8. `offset_1` is int32[1]."""
     s, t = static, static.tiles
+    # Runs may read past the last row; what they make of it is not written.
+    x_rows = s.M + -s.M % s.fragment + t.body_rows[0] if t.lhs_stays else t.rows
     w_shape = (t.cols, s.K) if s.transpose_rhs else (s.K, t.cols)
     scratch = [
         *schedule.table_scratch(s.G),
         pltpu.VMEM((t.weight_buffers, *w_shape), rhs.dtype),
-        pltpu.VMEM((t.lhs_buffers, t.rows, s.K), lhs_MK.dtype),
+        pltpu.VMEM((t.lhs_buffers, x_rows, s.K), lhs_MK.dtype),
         pltpu.VMEM((t.out_buffers, t.rows, t.cols), out_dtype),
         pltpu.VMEM((s.fragment, t.cols), jnp.float32),
         pltpu.VMEM((s.fragment, t.cols), out_dtype),
@@ -128,6 +130,8 @@ def _kernel(s: Static, sizes: Ref, offset_ref: Ref, *refs: Ref) -> None:
             _lhs(s, r, lead, i).start()
 
         lead = schedule.next_tile(lead, r.table, count, s.tiles.rows, s.fragment)
+    if s.tiles.lhs_stays:
+        _all_lhs(s, r).start()
 
 
     r.carry[...] = jnp.zeros_like(r.carry)
@@ -135,7 +139,7 @@ def _kernel(s: Static, sizes: Ref, offset_ref: Ref, *refs: Ref) -> None:
     for i in range(s.tiles.out_buffers):
         r.y_rows[i] = 0
     zero = jnp.int32(0)
-    state = _Walk(
+    walk = _Walk(
         at=schedule.first_tile(r.table, s.fragment),
         x_lead=lead,
         w_lead=_next_stage((zero, zero), count),
@@ -143,10 +147,14 @@ def _kernel(s: Static, sizes: Ref, offset_ref: Ref, *refs: Ref) -> None:
         x_slot=zero,
         x_lead_slot=zero + (s.tiles.lhs_buffers - 1),
         w_slot=zero,
-        w_lead_slot=zero + (1 if s.tiles.weight_buffers > 1 else 0),
+        w_lead_slot=zero + 1,
         y_slot=zero,
     )
-    jax.lax.fori_loop(zero, steps, functools.partial(_step, s, r, count, steps), state)
+    for _ in range(s.tiles.usual_weights - 2):
+        walk = _fetch_weights(s, r, count, walk, steps > 0)
+    if s.tiles.lhs_stays:
+        _all_lhs(s, r).wait()
+    jax.lax.fori_loop(zero, steps, functools.partial(_step, s, r, count, steps), walk)
     _drain(s, r, count, rows, last_row, core)
 
 
@@ -171,20 +179,16 @@ def _step(s: Static, r: Refs, count, steps, i, walk: _Walk) -> _Walk:
     """One row tile: keeps the copies ahead, multiplies, hands the result to a copy."""
     t, at, x_slot, w_slot, y_slot = s.tiles, walk.at, walk.x_slot, walk.w_slot, walk.y_slot
 
-    @pl.when(i + t.lhs_buffers - 1 < steps)
-    def _():
-        _lhs(s, r, walk.x_lead, walk.x_lead_slot).start()
+    if not t.lhs_stays:
+
+        @pl.when(i + t.lhs_buffers - 1 < steps)
+        def _():
+            _lhs(s, r, walk.x_lead, walk.x_lead_slot).start()
 
     # At most one matrix per row tile, so that the row tiles behind it in the queue do not starve. More than the usual
     # number are held only deep in a large group, where the HBM has time to spare: small groups to come will need it.
     deep = at.row - r.table.first[at.j] >= t.deep_rows
-    may_hold = jnp.where(deep, t.weight_buffers, min(t.weight_buffers, t.usual_weights))
-    fetch = (walk.w_held < may_hold) & (walk.w_lead[0] < t.num_col_tiles(s.N))
-
-    @pl.when(fetch)
-    def _():
-        n, j = walk.w_lead
-        _weights(s, r, r.table.group[j], n, walk.w_lead_slot).start()
+    walk = _fetch_weights(s, r, count, walk, walk.w_held < jnp.where(deep, t.weight_buffers, t.usual_weights))
 
     first, end = r.table.first[at.j], r.table.end[at.j]
     opens = at.row <= first
@@ -195,9 +199,11 @@ def _step(s: Static, r: Refs, count, steps, i, walk: _Walk) -> _Walk:
     def _():
         _weights(s, r, r.table.group[at.j], at.n, w_slot).wait()
 
-    _lhs(s, r, at, x_slot).wait()
+    if not t.lhs_stays:
+        _lhs(s, r, at, x_slot).wait()
     _wait_out(s, r, y_slot)
-    _multiply(s, r, x_slot, w_slot, y_slot, jnp.minimum(below, end) - at.row)
+    x_row = at.row if t.lhs_stays else 0
+    _multiply(s, r, x_slot, x_row, w_slot, y_slot, jnp.minimum(below, end) - at.row)
 
     @pl.when(opens & (first > at.row))
     def _():
@@ -224,28 +230,44 @@ def _step(s: Static, r: Refs, count, steps, i, walk: _Walk) -> _Walk:
     def _():
         _out(s, r, at.n, at.row, y_rows, y_slot).start()
 
-    choose = lambda condition, new, old: jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
     return _Walk(
         at=schedule.next_tile(at, r.table, count, t.rows, s.fragment),
         x_lead=schedule.next_tile(walk.x_lead, r.table, count, t.rows, s.fragment),
-        w_lead=choose(fetch, _next_stage(walk.w_lead, count), walk.w_lead),
-        w_held=walk.w_held + fetch.astype(jnp.int32) - closes.astype(jnp.int32),
+        w_lead=walk.w_lead,
+        w_held=walk.w_held - closes.astype(jnp.int32),
         x_slot=schedule.next_slot(x_slot, t.lhs_buffers),
         x_lead_slot=schedule.next_slot(walk.x_lead_slot, t.lhs_buffers),
-        w_slot=choose(closes, schedule.next_slot(w_slot, t.weight_buffers), w_slot),
-        w_lead_slot=choose(fetch, schedule.next_slot(walk.w_lead_slot, t.weight_buffers), walk.w_lead_slot),
+        w_slot=jnp.where(closes, schedule.next_slot(w_slot, t.weight_buffers), w_slot),
+        w_lead_slot=walk.w_lead_slot,
         y_slot=schedule.next_slot(y_slot, t.out_buffers),
     )
 
 
-def _multiply(s: Static, r: Refs, x_slot, w_slot, y_slot, rows) -> None:
+def _fetch_weights(s: Static, r: Refs, count, walk: _Walk, wanted) -> _Walk:
+    """Asks for the next matrix tile, if wanted and if there is one. A buffer must be free."""
+    n, j = walk.w_lead
+    fetch = wanted & (n < s.tiles.num_col_tiles(s.N))
+
+    @pl.when(fetch)
+    def _():
+        _weights(s, r, r.table.group[j], n, walk.w_lead_slot).start()
+
+    after = _next_stage(walk.w_lead, count)
+    return walk._replace(
+        w_lead=tuple(jnp.where(fetch, new, old) for new, old in zip(after, walk.w_lead)),
+        w_held=walk.w_held + fetch.astype(jnp.int32),
+        w_lead_slot=jnp.where(fetch, schedule.next_slot(walk.w_lead_slot, s.tiles.weight_buffers), walk.w_lead_slot),
+    )
+
+
+def _multiply(s: Static, r: Refs, x_slot, x_row, w_slot, y_slot, rows) -> None:
     """y[:rows] = x[:rows] @ w, rounded up to whole bodies: long ones, and short ones for what is left."""
     t = s.tiles
 
     def body(row, length: int) -> int:
         def block(c, _):
             cols = pl.ds(pl.multiple_of(c * t.body_cols, t.body_cols), t.body_cols) if t.body_cols < t.cols else slice(None)
-            x = r.x[x_slot, pl.ds(row, length), :]
+            x = r.x[x_slot, pl.ds(pl.multiple_of(x_row + row, s.fragment), length), :]
             w = r.w[w_slot, cols, :] if s.transpose_rhs else r.w[w_slot, :, cols]
             r.y[y_slot, pl.ds(row, length), cols] = _dot(x, w, s.transpose_rhs).astype(r.y.dtype)
             return 0
@@ -254,10 +276,10 @@ def _multiply(s: Static, r: Refs, x_slot, w_slot, y_slot, rows) -> None:
             return block(0, 0)
         return jax.lax.fori_loop(0, t.cols // t.body_cols, block, 0)
 
-    long, short = t.body_rows[0], t.body_rows[-1]
-    longs = jax.lax.div(rows + (short - 1 if short < long else long - 1), jnp.int32(long))
+    long, short = t.body_rows
+    longs = jax.lax.div(rows + (long - 1 - t.short_runs * short), jnp.int32(long))
     jax.lax.fori_loop(0, longs, lambda k, _: body(pl.multiple_of(k * long, long), long), 0)
-    if short < long:
+    if t.short_runs:
         left = rows - longs * long
         shorts = jax.lax.div(left + (short - 1), jnp.int32(short))
         jax.lax.fori_loop(0, shorts, lambda k, _: body(pl.multiple_of(longs * long + k * short, short), short), 0)
@@ -287,6 +309,10 @@ def _next_stage(stage: Stage, count) -> Stage:
     n, j = stage
     wraps = j + 1 >= count
     return n + wraps.astype(jnp.int32), jnp.where(wraps, 0, j + 1)
+
+
+def _all_lhs(s: Static, r: Refs):
+    return pltpu.make_async_copy(r.lhs, r.x.at[0, : s.M, :], r.x_sem.at[0])
 
 
 def _lhs(s: Static, r: Refs, at: schedule.Cursor, slot):
