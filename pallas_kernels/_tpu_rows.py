@@ -116,8 +116,6 @@ class Refs:
     zero_sem: Ref
 
 
-# Jitted for the cache: layers of one shape are traced once.
-@functools.partial(jax.jit, static_argnames=("end", "num_outs", "transpose", "tiles", "num_cores", "name", "interpret"))
 def multiply(
     rows: tuple[Array, ...],
     weights: tuple[Array, ...],

@@ -63,7 +63,9 @@ def expert_ffn(
     )
     _check(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_L, offset, shapes)
     _check_activation(activation)
-    implementation = _choose.check_implementation(_OP, implementation, shapes, pallas_tpu.refuses(x_RD.dtype))
+    implementation = _choose.check_implementation(
+        _OP, implementation, shapes, {"pallas_tpu": pallas_tpu.why_not(x_RD, w_up_EDF, implementation)}
+    )
     offset = None if offset is None else offset.astype(jnp.int32)
     operands = _varying.same_varying(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_L, offset)
     if implementation == "reference":
@@ -93,18 +95,20 @@ def _check_activation(activation: str) -> None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _expert_ffn(activation, implementation, x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset):
-    table = _table(_FORWARD, x_RD.dtype, activation=activation, save=False)
+    table = _table(_FORWARD, implementation, x_RD, w_up_EDF, activation=activation, save=False)
     return _choose.run(implementation, table, x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset)[0]
 
 
-def _table(entries: Mapping[str, Callable[..., Any]], dtype: Any, **how: Any) -> dict[str, Callable[..., Any]]:
-    """The implementations that take `dtype`, with their keyword arguments."""
-    skip = {"pallas_tpu"} if pallas_tpu.refuses(dtype) else set()
+def _table(
+    entries: Mapping[str, Callable[..., Any]], implementation: str | None, x: Array, w_up: Array, **how: Any
+) -> dict[str, Callable[..., Any]]:
+    """The implementations that take these operands, with their keyword arguments."""
+    skip = {"pallas_tpu"} if pallas_tpu.why_not(x, w_up, implementation) else set()
     return {name: functools.partial(f, **how) for name, f in entries.items() if name not in skip}
 
 
 def _forward(activation, implementation, x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset):
-    table = _table(_FORWARD, x_RD.dtype, activation=activation, save=True)
+    table = _table(_FORWARD, implementation, x_RD, w_up_EDF, activation=activation, save=True)
     operands = (x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset)
     y_RD, gate_RF, up_RF = _choose.run(implementation, table, *operands)
     return y_RD, (operands, gate_RF, up_RF)
@@ -112,9 +116,9 @@ def _forward(activation, implementation, x_RD, w_gate_EDF, w_up_EDF, w_down_EFD,
 
 def _backward(activation, implementation, saved, dy_RD):
     operands, gate_RF, up_RF = saved
-    table = _table(_BACKWARD, dy_RD.dtype, activation=activation)
+    table = _table(_BACKWARD, implementation, operands[0], operands[2], activation=activation)
     gradients = _choose.run(implementation, table, *operands, gate_RF, up_RF, dy_RD)
-    return (*gradients, None, None)
+    return (*gradients[:4], None, None)
 
 
 _expert_ffn.defvjp(_forward, _backward)

@@ -111,7 +111,7 @@ def test_shard_map():
 
 
 def test_refuses_float64():
-    with jax.enable_x64(True), pytest.raises(NotImplementedError, match="takes float32 and bfloat16, not float64"):
+    with jax.enable_x64(True), pytest.raises(NotImplementedError, match="takes bfloat16 and float32, not float64"):
         args = (jnp.zeros((8, 8)), jnp.zeros((1, 8, 8)), jnp.zeros((1, 8, 8)), jnp.zeros((1, 8, 8)))
         expert_ffn(*args, jnp.array([8]), implementation="pallas_tpu")
 
