@@ -7,5 +7,6 @@ One folder per op: the public function, a reference in plain jnp, and one file p
 from pallas_kernels.expert_ffn import expert_ffn
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.permute import combine_rows, gather_rows
+from pallas_kernels.routed_ffn import routed_ffn
 
-__all__ = ["combine_rows", "expert_ffn", "gather_rows", "grouped_matmul"]
+__all__ = ["combine_rows", "expert_ffn", "gather_rows", "grouped_matmul", "routed_ffn"]

@@ -61,8 +61,8 @@ def expert_ffn(
     shapes = _checks.describe(
         x=x_RD, w_gate=w_gate_EDF, w_up=w_up_EDF, w_down=w_down_EFD, group_sizes=group_sizes_L, group_offset=offset
     )
-    _check(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_L, offset, shapes)
-    _check_activation(activation)
+    check(_OP, x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_L, offset, shapes)
+    check_activation(_OP, activation)
     implementation = _choose.check_implementation(
         _OP, implementation, shapes, {"pallas_tpu": pallas_tpu.why_not(x_RD, w_up_EDF, implementation)}
     )
@@ -73,23 +73,25 @@ def expert_ffn(
     return _expert_ffn(activation, implementation, *operands)
 
 
-def _check(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset, shapes: str) -> None:
-    _checks.check_rank(_OP, "x", x_RD, "R D")
-    _checks.check_rank(_OP, "w_up", w_up_EDF, "E D F")
+def check(op: str, x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset, shapes: str) -> None:
+    """Raises if x (of rows or tokens), weights and groups don't fit."""
+    _checks.check_rank(op, "x", x_RD, "R D" if op == _OP else "T D")
+    _checks.check_rank(op, "w_up", w_up_EDF, "E D F")
     E, D, F = w_up_EDF.shape
-    _checks.check_equal(_OP, "dim 1 of w_up (D of x)", D, x_RD.shape[1], shapes)
-    _checks.check_shape(_OP, "w_down", w_down_EFD, (E, F, D), shapes)
+    _checks.check_equal(op, "dim 1 of w_up (D of x)", D, x_RD.shape[1], shapes)
+    _checks.check_shape(op, "w_down", w_down_EFD, (E, F, D), shapes)
     if w_gate_EDF is not None:
-        _checks.check_shape(_OP, "w_gate", w_gate_EDF, (E, D, F), shapes)
-    _checks.check_same_float_dtype(_OP, shapes, x=x_RD, w_gate=w_gate_EDF, w_up=w_up_EDF, w_down=w_down_EFD)
-    _checks.check_groups(_OP, sizes_L, E, offset, shapes)
+        _checks.check_shape(op, "w_gate", w_gate_EDF, (E, D, F), shapes)
+    _checks.check_same_float_dtype(op, shapes, x=x_RD, w_gate=w_gate_EDF, w_up=w_up_EDF, w_down=w_down_EFD)
+    _checks.check_groups(op, sizes_L, E, offset, shapes)
 
 
-def _check_activation(activation: str) -> None:
+def check_activation(op: str, activation: str) -> None:
+    """Raises for an unknown activation."""
     if activation not in ACTIVATIONS:
         near = difflib.get_close_matches(str(activation), list(ACTIVATIONS), n=1, cutoff=0.0)[0]
         raise ValueError(
-            f"{_OP}: unknown activation {activation!r}: did you mean {near!r}? known: {', '.join(ACTIVATIONS)}."
+            f"{op}: unknown activation {activation!r}: did you mean {near!r}? known: {', '.join(ACTIVATIONS)}."
         )
 
 

@@ -20,8 +20,13 @@ def take(x_XD: Array, index: Array) -> Array:
 
 
 def sum_choices(y_RD: Array, slot_TK: Array, gates_TK: Array | None) -> Array:
-    """sum over k of y[slot[:, k]], weighted. One gather per k: the (T, K, D) array is never made."""
+    """sum over k of y[slot[:, k]], weighted. One gather per k: the (T, K, D) array is never made.
+
+    Gates of dropped choices are not read.
+    """
     dtype = _checks.accumulator(y_RD.dtype)
+    if gates_TK is not None:
+        gates_TK = jnp.where(slot_TK < y_RD.shape[0], gates_TK, 0)
     total_TD = _varying.zeros_like_varying((slot_TK.shape[0], y_RD.shape[1]), dtype, y_RD)
     for k in range(slot_TK.shape[1]):
         rows_TD = take(y_RD, slot_TK[:, k]).astype(dtype)
