@@ -17,7 +17,7 @@ other groups, or hold whatever the buffer held before, only reach their own outp
 Gather: the rows may lie in any order in HBM, `token` telling which one is row r. Each then is a copy of its own, and
 those for the tile after next are started between the instructions of the multiplication at hand, where they cost
 nothing, as long as the multiplication reads from another buffer than they write to. A copy can address single rows of
-32-bit numbers only, so 16-bit rows come packed (`pack_rows`).
+32-bit numbers only, so 16-bit rows come packed (`pack_rows`). With `pack_outs` the outputs are laid out likewise.
 
 Dims: R rows, K inner, N columns, G groups of the weights.
 """
@@ -85,8 +85,13 @@ class Static:
     fragment: int
     num_cores: int
     gather: bool
+    pack_outs: bool
     tiles: Tiles
     end: End
+
+    def out_cols(self, cols: int, dtype: Any) -> int:
+        """Numbers per row in `cols` columns of an output."""
+        return cols // 2 if self.pack_outs and jnp.dtype(dtype).itemsize == 2 else cols
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +132,7 @@ def multiply(
     end: End,
     num_outs: int,
     transpose: bool,
+    pack_outs: bool = False,
     tiles: Tiles,
     num_cores: int,
     name: str,
@@ -136,18 +142,22 @@ def multiply(
 
     rows: one (R, K) for all weights, or one each. weights: (G, K, N), with `transpose` (G, N, K). sides: (R, N).
     R must be a multiple of 8. `offset_1` is int32[1]. With token_R (R,), rows is one array of packed rows, and row r is
-    its row token[r]; all of token must be valid, of dead rows too.
+    its row token[r]; all of token must be valid, of dead rows too. With pack_outs, outputs are those of `pack_rows`
+    with block=tiles.body_cols; `cols` must divide N then.
     """
     G, dtype, gather = weights[0].shape[0], weights[0].dtype, token_R is not None
     R = token_R.shape[0] if gather else rows[0].shape[0]
     N, K = weights[0].shape[1:] if transpose else weights[0].shape[:0:-1]
     s = Static(
         R, K, N, G, len(rows), len(weights), len(sides), num_outs, transpose, schedule.fragment_rows(dtype),
-        num_cores, gather, tiles, end,
+        num_cores, gather, pack_outs, tiles, end,
     )  # fmt: skip
     hbm = pl.BlockSpec(memory_space=pl.ANY)
     operands = (*rows, *weights, *sides)
-    out = jax.ShapeDtypeStruct((R, N), dtype, manual_axis_type=jax.typeof(rows[0]).manual_axis_type)
+    words = s.out_cols(N, dtype)
+    out_dtype = dtype if words == N else jnp.int32
+    out_shape = (R, 1, words) if pack_outs else (R, N)
+    out = jax.ShapeDtypeStruct(out_shape, out_dtype, manual_axis_type=jax.typeof(rows[0]).manual_axis_type)
     return pl.pallas_call(
         functools.partial(_kernel, s),
         out_shape=[out] * num_outs,
@@ -156,7 +166,7 @@ def multiply(
             grid=(num_cores,),
             in_specs=[hbm] * len(operands),
             out_specs=[hbm] * num_outs,
-            scratch_shapes=_scratch(s, rows[0], dtype),
+            scratch_shapes=_scratch(s, rows[0], dtype, out_dtype),
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",), vmem_limit_bytes=tiles.vmem_limit_bytes, disable_bounds_checks=True
@@ -171,19 +181,22 @@ def multiply(
     )(sizes_L, offset_1, *([token_R] if gather else []), *operands)
 
 
-def pack_rows(x_TK: Array) -> Array:
+def pack_rows(x_TK: Array, block: int | None = None) -> Array:
     """Rows that single copies can fetch: (T, 1, words), each contiguous in HBM.
 
-    float32 as it is, 16-bit numbers as int32: column k of K below column K / 2 + k.
+    float32 as it is; 16-bit numbers as int32, in which column k of each block (of all K by default) lies below column
+    k + block / 2.
     """
+    (T, K), block = x_TK.shape, block or x_TK.shape[1]
     if x_TK.dtype.itemsize == 2:
-        low, high = jnp.split(jax.lax.bitcast_convert_type(x_TK, jnp.uint16).astype(jnp.uint32), 2, axis=1)
-        x_TK = jax.lax.bitcast_convert_type(low | high << 16, jnp.int32)
-    return x_TK[:, None, :]
+        bits = jax.lax.bitcast_convert_type(x_TK, jnp.uint16).astype(jnp.uint32).reshape(T, K // block, 2, block // 2)
+        x_TK = jax.lax.bitcast_convert_type(bits[:, :, 0] | bits[:, :, 1] << 16, jnp.int32)
+    return x_TK.reshape(T, 1, -1)
 
 
-def _scratch(s: Static, rows: Array, dtype: Any) -> list[Any]:
+def _scratch(s: Static, rows: Array, dtype: Any, out_dtype: Any) -> list[Any]:
     t = s.tiles
+    cols = s.out_cols(t.cols, dtype)
     x_shape = (t.rows // 8, 8) if s.gather else (s.num_rows, t.rows)
     w_shape = (t.cols, s.K) if s.transpose else (s.K, t.cols)
     return [
@@ -192,10 +205,10 @@ def _scratch(s: Static, rows: Array, dtype: Any) -> list[Any]:
         pltpu.VMEM((t.rows, s.K) if s.gather else (8, 128), dtype),
         pltpu.VMEM((t.weight_buffers, s.num_weights, *w_shape), dtype),
         pltpu.VMEM((t.row_buffers, max(s.num_sides, 1), t.rows if s.num_sides else 8, t.cols), dtype),
-        pltpu.VMEM((t.out_buffers, s.num_outs, t.rows, t.cols), dtype),
-        pltpu.VMEM((s.num_outs, s.fragment, t.cols), jnp.float32),
-        pltpu.VMEM((s.num_outs, s.fragment, t.cols), dtype),
-        pltpu.VMEM((t.zero_rows, t.cols), dtype),
+        pltpu.VMEM((t.out_buffers, s.num_outs, t.rows, cols), out_dtype),
+        pltpu.VMEM((s.num_outs, s.fragment, cols), jnp.int32 if out_dtype == jnp.int32 else jnp.float32),
+        pltpu.VMEM((s.num_outs, s.fragment, cols), out_dtype),
+        pltpu.VMEM((t.zero_rows, cols), out_dtype),
         pltpu.SMEM((t.out_buffers,), jnp.int32),
         *(pltpu.SemaphoreType.DMA((n,)) for n in (t.weight_buffers, t.row_buffers, t.out_buffers, 1, 1)),
     ]
@@ -297,7 +310,7 @@ def _step(s: Static, r: Refs, count, steps, i, walk: _Walk) -> _Walk:
     def _():
         own = jax.lax.broadcasted_iota(jnp.int32, (s.fragment, 1), 0) >= first - at.row
         for o in range(s.num_outs):
-            y = r.y[y_slot, o, : s.fragment, :].astype(jnp.float32)
+            y = r.y[y_slot, o, : s.fragment, :].astype(r.carry.dtype)
             r.y[y_slot, o, : s.fragment, :] = jnp.where(own, y, r.carry[o]).astype(r.y.dtype)
 
     # The end of a group inside a fragment: that fragment waits for the next group, or for the zeros after the last.
@@ -307,7 +320,7 @@ def _step(s: Static, r: Refs, count, steps, i, walk: _Walk) -> _Walk:
     def _():
         at_row = pl.multiple_of(whole_end - at.row, s.fragment)
         for o in range(s.num_outs):
-            r.carry[o] = r.y[y_slot, o, pl.ds(at_row, s.fragment), :].astype(jnp.float32)
+            r.carry[o] = r.y[y_slot, o, pl.ds(at_row, s.fragment), :].astype(r.carry.dtype)
 
     @pl.when(closes & (at.j == count - 1))
     def _():
@@ -372,7 +385,9 @@ def _multiply(s: Static, r: Refs, x_slot, w_slot, y_slot, rows, lead: _Lead | No
                 _gather_some(s, r, lead, (run * blocks + c) * t.gather_rows)
             first = pl.multiple_of(c * t.body_cols, t.body_cols)
             cols = slice(None) if blocks == 1 else pl.ds(first, t.body_cols)
-            _body(s, r, x_slot, w_slot, y_slot, pl.ds(row, length), cols)
+            width = s.out_cols(t.body_cols, r.w.dtype)
+            y_cols = slice(None) if blocks == 1 else pl.ds(pl.multiple_of(c * width, width), width)
+            _body(s, r, x_slot, w_slot, y_slot, pl.ds(row, length), cols, y_cols)
             return 0
 
         return block(0, 0) if blocks == 1 else jax.lax.fori_loop(0, blocks, block, 0)
@@ -393,7 +408,7 @@ def _multiply(s: Static, r: Refs, x_slot, w_slot, y_slot, rows, lead: _Lead | No
             _gather_rest(s, r, lead.at, lead.slot, runs * (blocks * t.gather_rows))
 
 
-def _body(s: Static, r: Refs, x_slot, w_slot, y_slot, rows, cols) -> None:
+def _body(s: Static, r: Refs, x_slot, w_slot, y_slot, rows, cols, y_cols) -> None:
     products = []
     for p in range(s.num_weights):
         x = r.unpacked[rows, :] if s.gather else r.x[x_slot, p if s.num_rows > 1 else 0, rows, :]
@@ -401,7 +416,14 @@ def _body(s: Static, r: Refs, x_slot, w_slot, y_slot, rows, cols) -> None:
         products.append(_dot(x, w, s.transpose))
     sides = [r.side[x_slot, i, rows, cols].astype(jnp.float32) for i in range(s.num_sides)]
     for o, value in enumerate(s.end(products, sides)):
-        r.y[y_slot, o, rows, cols] = value.astype(r.y.dtype)
+        r.y[y_slot, o, rows, y_cols] = _pack(value) if r.y.dtype == jnp.int32 else value.astype(r.y.dtype)
+
+
+def _pack(value):
+    """A block of an output as `pack_rows` does it: both halves of its columns, rounded to bfloat16, in one word."""
+    half = value.shape[1] // 2
+    bits = jax.lax.bitcast_convert_type(value.astype(jnp.bfloat16).astype(jnp.float32), jnp.int32)
+    return jax.lax.shift_right_logical(bits[:, :half], 16) | bits[:, half:]
 
 
 def _unpack(s: Static, r: Refs, at: schedule.Cursor, slot) -> None:
@@ -444,6 +466,14 @@ def _columns(s: Static, n):
     if s.N % s.tiles.cols:
         first = jnp.minimum(first, s.N - s.tiles.cols)
     return slice(None) if s.tiles.cols == s.N else pl.ds(pl.multiple_of(first, 128), s.tiles.cols)
+
+
+def _out_at(s: Static, r: Refs, out: Ref, rows, n) -> Ref:
+    """Rows of the column tile n of an output."""
+    if not s.pack_outs:
+        return out.at[rows, _columns(s, n)]
+    cols = r.zeros.shape[1]
+    return out.at[rows, 0, slice(None) if s.tiles.cols == s.N else pl.ds(pl.multiple_of(n * cols, 128), cols)]
 
 
 def _weights(s: Static, r: Refs, g, n, slot) -> list[Any]:
@@ -520,7 +550,7 @@ def _wait_gather(s: Static, r: Refs, at: schedule.Cursor, slot) -> None:
 def _out(s: Static, r: Refs, n, row, rows, slot) -> list[Any]:
     dst = pl.ds(pl.multiple_of(row, s.fragment), rows)
     return [
-        pltpu.make_async_copy(r.y.at[slot, o, pl.ds(0, rows), :], out.at[dst, _columns(s, n)], r.y_sem.at[slot])
+        pltpu.make_async_copy(r.y.at[slot, o, pl.ds(0, rows), :], _out_at(s, r, out, dst, n), r.y_sem.at[slot])
         for o, out in enumerate(r.outs)
     ]
 
@@ -536,7 +566,7 @@ def _wait_out(s: Static, r: Refs, slot) -> None:
 def _edge(s: Static, r: Refs, n, row, rows) -> list[Any]:
     dst = pl.ds(pl.multiple_of(row, 8), rows)
     return [
-        pltpu.make_async_copy(r.edge.at[o, pl.ds(0, rows), :], out.at[dst, _columns(s, n)], r.edge_sem.at[0])
+        pltpu.make_async_copy(r.edge.at[o, pl.ds(0, rows), :], _out_at(s, r, out, dst, n), r.edge_sem.at[0])
         for o, out in enumerate(r.outs)
     ]
 
@@ -595,7 +625,7 @@ def _zero_rows(s: Static, r: Refs, n: int, first, end, wait: bool) -> None:
         row = pl.multiple_of(first + k * step, 8)
         rows = pl.multiple_of(jnp.minimum(end - row, step), 8)
         for out in r.outs:
-            src, dst = r.zeros.at[pl.ds(0, rows), :], out.at[pl.ds(row, rows), _columns(s, n)]
+            src, dst = r.zeros.at[pl.ds(0, rows), :], _out_at(s, r, out, pl.ds(row, rows), n)
             copy = pltpu.make_async_copy(src, dst, r.zero_sem.at[0])
             copy.wait() if wait else copy.start()
         return 0

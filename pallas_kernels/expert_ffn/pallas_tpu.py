@@ -96,6 +96,13 @@ def up(
     return hidden_RF, None if w_gate_EDF is None else pre[0], pre[-1]
 
 
+class PackedRows(NamedTuple):
+    """Rows that the combine kernel can fetch one by one: see _tpu_rows.pack_rows."""
+
+    words: Array
+    block: int
+
+
 def down(hidden_RF: Array, w_down_EFD: Array, groups: Groups) -> Array:
     """y (R, D)."""
     sizes_L, offset, interpret = groups
@@ -140,12 +147,33 @@ def dhidden(
     return Gradients(hidden_RF, None, last_RF, None)
 
 
+def down_packed(hidden_RF: Array, w_down_EFD: Array, groups: Groups) -> PackedRows:
+    """The same for the combine kernel."""
+    return _call_packed("expert_ffn_down", (hidden_RF,), (w_down_EFD,), groups, transpose=False)
+
+
+def dx_packed(d: Gradients, w_gate_EDF: Array | None, w_up_EDF: Array, groups: Groups) -> PackedRows:
+    """dx for the combine kernel."""
+    return _call_packed("expert_ffn_dx", *_ways_back(d, w_gate_EDF, w_up_EDF), groups, transpose=True)
+
+
+def _ways_back(d: Gradients, w_gate_EDF: Array | None, w_up_EDF: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """Rows and the weights that they take back to dx."""
+    if w_gate_EDF is None:
+        return (d.dup_RF,), (w_up_EDF,)
+    return (d.dgate_RF, d.dup_RF), (w_gate_EDF, w_up_EDF)
+
+
+def _call_packed(name: str, rows: Any, weights: Any, groups: Groups, *, transpose: bool) -> PackedRows:
+    shape = _shape(rows, None, weights, (), 1, transpose, pack_outs=True)
+    tiles = pallas_tpu_tiles.tiles(shape, _tpu_target.current())
+    (words,) = _call(name, rows, None, weights, (), groups, _total, 1, transpose=transpose, pack_outs=True)
+    return PackedRows(words, tiles.body_cols)
+
+
 def dx(d: Gradients, w_gate_EDF: Array | None, w_up_EDF: Array, groups: Groups) -> Array:
     """dx (R, D): both ways back in one sum."""
-    if w_gate_EDF is None:
-        rows, weights = (d.dup_RF,), (w_up_EDF,)
-    else:
-        rows, weights = (d.dgate_RF, d.dup_RF), (w_gate_EDF, w_up_EDF)
+    rows, weights = _ways_back(d, w_gate_EDF, w_up_EDF)
     return _call("expert_ffn_dx", rows, None, weights, (), groups, _total, 1, transpose=True)[0]
 
 
@@ -211,23 +239,31 @@ def _call(
     num_outs: int,
     *,
     transpose: bool,
+    pack_outs: bool = False,
 ) -> tuple[Array, ...]:
     """The row kernel, with rows filled up to whole sublanes and tiles for the target at hand."""
     target = _tpu_target.current()
-    R = (rows[0] if token_R is None else token_R).shape[0]
-    K, N = weights[0].shape[:0:-1] if transpose else weights[0].shape[1:]
-    counts = (len(rows), len(weights), len(sides), num_outs)
-    shape = pallas_tpu_tiles.Shape(R + -R % 8, K, N, weights[0].shape[0], *counts, weights[0].dtype.itemsize)
+    shape = _shape(rows, token_R, weights, sides, num_outs, transpose, pack_outs)
     sizes_L, offset, interpret = groups
     return _run(
         rows, token_R, weights, sides, sizes_L, offset, end=end, num_outs=num_outs, transpose=transpose, name=name,
         tiles=pallas_tpu_tiles.tiles(shape, target), num_cores=1 if interpret else target.num_cores,
-        interpret=interpret,
+        interpret=interpret, pack_outs=pack_outs,
     )  # fmt: skip
 
 
+def _shape(rows, token_R, weights, sides, num_outs: int, transpose: bool, pack_outs: bool) -> pallas_tpu_tiles.Shape:
+    R = (rows[0] if token_R is None else token_R).shape[0]
+    K, N = weights[0].shape[:0:-1] if transpose else weights[0].shape[1:]
+    counts = (len(rows), len(weights), len(sides), num_outs)
+    itemsize = weights[0].dtype.itemsize
+    return pallas_tpu_tiles.Shape(R + -R % 8, K, N, weights[0].shape[0], *counts, itemsize, pack_outs)
+
+
 # Jitted for the cache: layers of one shape are traced once.
-@functools.partial(jax.jit, static_argnames=("end", "num_outs", "transpose", "name", "tiles", "num_cores", "interpret"))
+@functools.partial(
+    jax.jit, static_argnames=("end", "num_outs", "transpose", "name", "tiles", "num_cores", "interpret", "pack_outs")
+)
 def _run(rows, token_R, weights, sides, sizes_L, offset, *, interpret, **how):
     R = (rows[0] if token_R is None else token_R).shape[0]
     fill = -R % 8

@@ -22,6 +22,7 @@ class Shape:
     num_sides: int
     num_outs: int
     itemsize: int
+    pack_outs: bool = False
 
 
 def tiles(shape: Shape, target: Target) -> Tiles:
@@ -61,6 +62,8 @@ def _fit(shape: Shape, body: int, limit: int) -> tuple[int, int, int]:
     few = min(max(shape.R // 2, body), 512) // body * body
     lanes = max(shape.N // 128, 1)
     for count in range(1, lanes + 1):
+        if shape.pack_outs and lanes % (2 * count):
+            continue
         cols = -(-lanes // count) * 128 if shape.N % 128 == 0 else shape.N
         for rows, weight_buffers in ((few, 3), (body, 3), (few, 2), (body, 2)):
             if _bytes(shape, rows, cols, weight_buffers, body) <= limit:
@@ -77,6 +80,7 @@ def _bytes(s: Shape, rows: int, cols: int, weight_buffers: int, body: int) -> in
 
 def _body_cols(s: Shape, body: int, cols: int, target: Target) -> int:
     """The most columns, dividing `cols`, that keep a body within BODY_CYCLES."""
-    lanes = cols // 128
+    lanes, step = cols // 128, 2 if s.pack_outs else 1
     fits = lambda n: body * s.K * n * 128 * s.num_weights <= BODY_CYCLES * target.macs_per_cycle
-    return max((n * 128 for n in range(1, lanes + 1) if lanes % n == 0 and fits(n)), default=128) if lanes else cols
+    counts = range(step, lanes + 1, step)
+    return max((n * 128 for n in counts if lanes % n == 0 and fits(n)), default=step * 128) if lanes else cols

@@ -37,11 +37,11 @@ PLANS = [plan(0, T * K), plan(1, T * K + 5, 12), plan(2, 20), plan(3, T * K, T *
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Several row tiles to a group, and few copies in a straight run: they compile slowly for CPUs."""
-    tiles = _tpu_rows.Tiles(
+    tiles = lambda cols: _tpu_rows.Tiles(
         rows=32,
-        cols=128,
+        cols=cols,
         body_rows=(16,),
-        body_cols=128,
+        body_cols=cols,
         weight_buffers=2,
         usual_weights=2,
         deep_rows=32,
@@ -51,7 +51,9 @@ def small_tiles(monkeypatch):
         gather_rows=8,
         vmem_limit_bytes=2**24,
     )
-    monkeypatch.setattr(pallas_tpu_tiles, "tiles", lambda *_: tiles)
+    monkeypatch.setattr(
+        pallas_tpu_tiles, "tiles", lambda shape, _: tiles(min(shape.N, 256 if shape.pack_outs else 128))
+    )
 
 
 def operands(dims=(D, F), gated=True, dtype=jnp.float32, experts=E):
