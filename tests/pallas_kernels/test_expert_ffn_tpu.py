@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import _tpu_rows, expert_ffn
+from pallas_kernels import _tpu_rows, expert_ffn, routed_ffn
 from pallas_kernels.expert_ffn import pallas_tpu_tiles, reference
 
 R, D, F, E = 133, 128, 256, 4
@@ -145,15 +145,36 @@ def tpu_mesh(request):
 
 @pytest.mark.parametrize(("dtype", "activation", "gated"), [(jnp.bfloat16, "silu", True), (jnp.float32, "gelu", False)])
 def test_compiles_for_tpu(tpu_mesh, dtype, activation, gated):
-    """The default choice, with whole backward pass; three kernels besides XLA's own ops."""
+    """The default choice, with the whole backward pass."""
     dy, x, *weights = operands(dtype, gated)
 
-    def step(dy, x, weights, sizes):
-        with jax.sharding.use_abstract_mesh(tpu_mesh.abstract_mesh):
-            return value_and_gradients(dy, x, weights, sizes, None, activation=activation)
+    step = lambda dy, x, weights, sizes: value_and_gradients(dy, x, weights, sizes, None, activation=activation)
+    text = compile_for(tpu_mesh, step, dy, x, weights, jnp.zeros(E, jnp.int32))
+    for name in ("expert_ffn_up", "grouped_matmul", "expert_ffn_dhidden", "expert_ffn_dx"):
+        assert name in text
 
-    replicated = NamedSharding(tpu_mesh, P())
-    args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (dy, x, weights, jnp.zeros(E, jnp.int32)))
-    text = jax.jit(step, in_shardings=replicated, out_shardings=replicated).lower(*args).compile().as_text()
-    for name in ("up", "down", "dhidden", "dx"):
-        assert f"expert_ffn_{name}" in text
+
+def test_routed_compiles_for_tpu(tpu_mesh):
+    """Rows are gathered and summed in the kernels: forward, no XLA op makes an array of rows of width D."""
+    rows, tokens, width = R + 3, 68, 512
+    x, gates = jnp.zeros((tokens, width), jnp.bfloat16), jnp.zeros((tokens, 2))
+    w_in, w_out = jnp.zeros((E, width, F), jnp.bfloat16), jnp.zeros((E, F, width), jnp.bfloat16)
+    plan = jnp.zeros(E, jnp.int32), jnp.zeros(rows, jnp.int32), jnp.zeros((tokens, 2), jnp.int32)
+    text = compile_for(tpu_mesh, routed_ffn, x, w_in, w_in, w_out, *plan, gates)
+    assert "combine_rows" in text and f"bf16[{rows},{width}]" not in text
+    loss = lambda x, weights, gates, plan: jnp.sum(routed_ffn(x, *weights, *plan, gates).astype(jnp.float32))
+    text = compile_for(tpu_mesh, jax.grad(loss, (0, 1, 2)), x, (w_in, w_in, w_out), gates, plan)
+    for name in ("expert_ffn_up", "expert_ffn_dhidden", "expert_ffn_dx", "combine_rows"):
+        assert name in text
+
+
+def compile_for(mesh, f, *args):
+    """The compiled program's text."""
+
+    def on_mesh(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return f(*args)
+
+    replicated = NamedSharding(mesh, P())
+    args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
+    return jax.jit(on_mesh, in_shardings=replicated, out_shardings=replicated).lower(*args).compile().as_text()
