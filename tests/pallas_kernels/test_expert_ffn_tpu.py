@@ -125,7 +125,8 @@ def test_tiles_fit_and_divide():
             t = pallas_tpu_tiles.tiles(shape, target)
             assert t.rows % t.body_rows[0] == 0 and t.cols % t.body_cols == 0 and t.cols <= N
             assert all(rows % 16 == 0 for rows in t.body_rows)
-            assert pallas_tpu_tiles._bytes(shape, t.rows, t.cols, t.weight_buffers, t.body_rows[0]) < target.vmem_bytes
+            buffers = t.weight_buffers, t.row_buffers, t.body_rows[0]
+            assert pallas_tpu_tiles._bytes(shape, t.rows, t.cols, *buffers) < target.vmem_bytes
 
 
 @pytest.fixture(scope="module", params=["v5e:2x2", "v6e:2x2"])
