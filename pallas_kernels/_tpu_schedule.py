@@ -60,22 +60,48 @@ class RowRange(NamedTuple):
 
 
 def row_range(
-    sizes_ref: Any, offset: Scalar, num_groups: int, num_rows: int, core: Scalar | int, num_cores: int, fragment: int
+    sizes_ref: Any,
+    offset: Scalar,
+    num_groups: int,
+    num_rows: int,
+    fragment: int,
+    core: Scalar | int = 0,
+    num_cores: int = 1,
+    least_rows: int = 1,
 ) -> RowRange:
     """The rows of groups [offset, offset + num_groups), and the share of them that falls to `core`.
 
-    Rows are divided evenly between cores, at fragments, wherever groups end: a group at the border is worked on by
-    both.
+    Cores divide the rows at fragments, wherever groups end: a group at the border is worked on by both. A group counts
+    as its rows, but at least as `least_rows`: the rows that take as long to multiply as its matrix to copy.
     """
-    total = lambda start, stop, row: jax.lax.fori_loop(start, stop, lambda i, row: row + sizes_ref[i], row)
-    first = jnp.minimum(total(jnp.int32(0), offset, jnp.int32(0)), num_rows)
+    total = jax.lax.fori_loop(jnp.int32(0), offset, lambda i, row: row + sizes_ref[i], jnp.int32(0))
+    first = jnp.minimum(total, num_rows)
     if num_cores == 1:
         # The end follows from the table. Summing here would delay the first copy.
         return RowRange(first, jnp.int32(num_rows), first, jnp.int32(num_rows))
-    end = jnp.minimum(total(offset, offset + num_groups, first), num_rows)
-    border = lambda c: round_down(first + (end - first) * c // num_cores, fragment)
-    mine_first = jnp.where(core == 0, first, jnp.clip(border(core), first, end))
-    mine_end = jnp.where(core == num_cores - 1, end, jnp.clip(border(core + 1), first, end))
+
+    def walk(visit: Any, start: Any) -> Any:
+        def body(g: Scalar, state: tuple[Scalar, Any]) -> tuple[Scalar, Any]:
+            row, carry = state
+            rows = jnp.minimum(sizes_ref[offset + g], num_rows - row)
+            return row + rows, visit(row, rows, jnp.where(rows > 0, jnp.maximum(rows, least_rows), 0), carry)
+
+        return jax.lax.fori_loop(jnp.int32(0), jnp.int32(num_groups), body, (first, start))
+
+    end, total_cost = walk(lambda row, rows, cost, sum: sum + cost, jnp.int32(0))
+
+    def border(c: Scalar | int) -> Scalar:
+        share = total_cost // num_cores * c
+
+        def visit(row: Scalar, rows: Scalar, cost: Scalar, carry: tuple[Scalar, Scalar]) -> tuple[Scalar, Scalar]:
+            before, found = carry
+            here = (before <= share) & (share < before + cost)
+            return before + cost, jnp.where(here, row + jnp.minimum(share - before, rows), found)
+
+        return jnp.clip(round_down(walk(visit, (jnp.int32(0), end))[1][1], fragment), first, end)
+
+    mine_first = jnp.where(core == 0, first, border(core))
+    mine_end = jnp.where(core == num_cores - 1, end, border(core + 1))
     return RowRange(first, end, mine_first, mine_end)
 
 

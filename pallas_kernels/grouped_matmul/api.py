@@ -60,7 +60,9 @@ def grouped_matmul(
     shapes = _checks.describe(lhs=lhs_MK, rhs=rhs_GKN, group_sizes=group_sizes_L, group_offset=offset)
     _check(lhs_MK, rhs_GKN, group_sizes_L, offset, transpose_rhs, shapes)
     out_dtype = jnp.dtype(lhs_MK.dtype if preferred_element_type is None else preferred_element_type)
-    why_not = pallas_tpu.why_not(lhs_MK, rhs_GKN, transpose_rhs=transpose_rhs, out_dtype=out_dtype, asked=implementation)
+    why_not = pallas_tpu.why_not(
+        lhs_MK, rhs_GKN, transpose_rhs=transpose_rhs, out_dtype=out_dtype, asked=implementation
+    )
     implementation = _choose.check_implementation(_OP, implementation, shapes, {"pallas_tpu": why_not})
     offset = None if offset is None else offset.astype(jnp.int32)
     operands = _varying.same_varying(lhs_MK, rhs_GKN, group_sizes_L, offset)

@@ -44,7 +44,9 @@ def why_not(lhs_MK: Array, rhs: Array, *, transpose_rhs: bool, out_dtype: Any, a
         or pallas_tpu_tiles.forward_tiles(M, N, K, G, lhs_MK.dtype, lhs_MK.dtype, target) is None
         or pallas_tpu_tiles.drhs_tiles(M, K, N, G, lhs_MK.dtype, target) is None
     ):
-        return f"no tiles of K {K} and N {N} fit into the {target.vmem_bytes >> 20} MiB of vector memory of {target.name}"
+        return (
+            f"no tiles of K {K} and N {N} fit into the {target.vmem_bytes >> 20} MiB of vector memory of {target.name}"
+        )
     return None
 
 
@@ -66,9 +68,7 @@ def matmul(
     fragment = _tpu_schedule.fragment_rows(lhs_MK.dtype, out_dtype)
     if tiles is None:
         tiles = pallas_tpu_tiles.forward_tiles(_round_up(M), K, N, G, lhs_MK.dtype, out_dtype, target)
-    static = pallas_tpu_forward.Static(
-        _round_up(M), K, N, G, transpose_rhs, fragment, 1 if interpret else target.num_cores, tiles
-    )
+    static = pallas_tpu_forward.Static(_round_up(M), K, N, G, transpose_rhs, fragment, target.num_cores, tiles)
     return _matmul(lhs_MK, rhs, sizes_L, offset, static=static, out_dtype=jnp.dtype(out_dtype), interpret=interpret)
 
 
@@ -88,9 +88,7 @@ def weight_gradient(
     fragment = _tpu_schedule.fragment_rows(left_MA.dtype)
     if tiles is None:
         tiles = pallas_tpu_tiles.drhs_tiles(_round_up(M), A, B, num_groups, left_MA.dtype, target)
-    static = pallas_tpu_drhs.Static(
-        _round_up(M), A, B, num_groups, fragment, 1 if interpret else target.num_cores, tiles
-    )
+    static = pallas_tpu_drhs.Static(_round_up(M), A, B, num_groups, fragment, target.num_cores, tiles)
     return _weight_gradient(left_MA, right_MB, sizes_L, offset, static=static, interpret=interpret)
 
 

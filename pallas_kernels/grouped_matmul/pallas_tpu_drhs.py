@@ -81,12 +81,10 @@ def weight_gradient(
         pltpu.VMEM((t.zero_rows, t.right_cols), dtype),
         *(pltpu.SemaphoreType.DMA((n,)) for n in (t.row_buffers, t.out_buffers, 1)),
     ]
-    hbm = pl.BlockSpec(memory_space=pl.ANY)
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     return pl.pallas_call(
         functools.partial(_kernel, s),
-        out_shape=jax.ShapeDtypeStruct(
-            (s.G, s.A, s.B), dtype, manual_axis_type=jax.typeof(left_MA).manual_axis_type
-        ),
+        out_shape=jax.ShapeDtypeStruct((s.G, s.A, s.B), dtype, manual_axis_type=jax.typeof(left_MA).manual_axis_type),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2, grid=(s.num_cores,), in_specs=[hbm, hbm], out_specs=hbm, scratch_shapes=scratch
         ),
@@ -119,7 +117,7 @@ def _kernel(s: Static, sizes: Ref, offset_ref: Ref, *refs: Ref) -> None:
     # Cores divide the tiles of the gradient: rows would have to be summed between them.
     tiles = s.tiles_a * s.tiles_b
     first_tile, end_tile = tiles * core // s.num_cores, tiles * (core + 1) // s.num_cores
-    rows = schedule.row_range(sizes, offset, s.G, s.M, 0, 1, s.fragment)
+    rows = schedule.row_range(sizes, offset, s.G, s.M, s.fragment)
     count, _ = schedule.build_table(sizes, offset, s.G, rows, r.table)
     steps = schedule.count_tiles(r.table, count, t.rows, s.fragment) * (end_tile - first_tile)
     start = schedule.first_tile(r.table, s.fragment)._replace(n=jnp.int32(first_tile))

@@ -1,9 +1,9 @@
 """TPU kernel of the grouped matmul: each row times its group's matrix, or the matrix's transpose, read in place.
 
 One launch, no XLA ops around it. The scalar core lists the groups that have rows (_tpu_schedule.py) and walks over
-(column tile, group, row tile). A group's matrix stays in VMEM while the group's rows pass by, with all of K: sums never
-leave the registers' neighbourhood for a partial result. Matrices of the next groups, row tiles and output tiles are
-copied ahead and behind, across all edges of the walk.
+(column tile, group, row tile). A group's matrix stays in VMEM while the group's rows pass by, with all of K, so that no
+partial sum is stored and read again. Matrices of the next groups, row tiles and output tiles are copied ahead and
+behind, across all edges of the walk.
 
 Rows: a tile's rows are multiplied in steps of `body_rows`, as many as the group needs. Rows of a step that belong to
 other groups, or hold whatever the buffer held before, only reach their own output rows, and these are never written:
@@ -26,6 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from pallas_kernels import _tpu_schedule as schedule
+from pallas_kernels import _tpu_zeros
 from pallas_kernels.grouped_matmul.pallas_tpu_tiles import ForwardTiles
 
 Ref = Any
@@ -90,7 +91,7 @@ def matmul(
         pltpu.SMEM((t.out_buffers,), jnp.int32),
         *(pltpu.SemaphoreType.DMA((n,)) for n in (t.weight_buffers, t.lhs_buffers, t.out_buffers, 1, 1)),
     ]
-    hbm = pl.BlockSpec(memory_space=pl.ANY)
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     itemsize = lambda a: jnp.dtype(a.dtype).itemsize
     return pl.pallas_call(
         functools.partial(_kernel, s),
@@ -113,7 +114,7 @@ def _kernel(s: Static, sizes: Ref, offset_ref: Ref, *refs: Ref) -> None:
     lhs, rhs, out, group, first, end, *buffers = refs
     r = Refs(sizes, lhs, rhs, out, schedule.RowTable(group, first, end), *buffers)
     core, offset = pl.program_id(0), offset_ref[0]
-    rows = schedule.row_range(sizes, offset, s.G, s.M, core, s.num_cores, s.fragment)
+    rows = schedule.row_range(sizes, offset, s.G, s.M, s.fragment, core, s.num_cores, s.tiles.least_rows)
     first_group = schedule.first_group(sizes, offset, s.G, rows)
 
     @pl.when(first_group < s.G)
@@ -132,7 +133,6 @@ def _kernel(s: Static, sizes: Ref, offset_ref: Ref, *refs: Ref) -> None:
         lead = schedule.next_tile(lead, r.table, count, s.tiles.rows, s.fragment)
     if s.tiles.lhs_stays:
         _all_lhs(s, r).start()
-
 
     r.carry[...] = jnp.zeros_like(r.carry)
     r.zeros[...] = jnp.zeros_like(r.zeros)
@@ -154,8 +154,12 @@ def _kernel(s: Static, sizes: Ref, offset_ref: Ref, *refs: Ref) -> None:
         walk = _fetch_weights(s, r, count, walk, steps > 0)
     if s.tiles.lhs_stays:
         _all_lhs(s, r).wait()
-    jax.lax.fori_loop(zero, steps, functools.partial(_step, s, r, count, steps), walk)
-    _drain(s, r, count, rows, last_row, core)
+    fill = _zero_fill(s, r)
+    live_end = last_row if s.num_cores == 1 else rows.live_end
+    all_zeros = fill.outside(rows.live_first, live_end, s.fragment, core, s.num_cores)
+    step = functools.partial(_step, s, r, count, steps, fill.copies(all_zeros))
+    walk, zeros = jax.lax.fori_loop(zero, steps, step, (walk, all_zeros))
+    _drain(s, r, count, last_row, zeros, all_zeros)
 
 
 class _Walk(NamedTuple):
@@ -175,8 +179,9 @@ class _Walk(NamedTuple):
     y_slot: Scalar
 
 
-def _step(s: Static, r: Refs, count, steps, i, walk: _Walk) -> _Walk:
-    """One row tile: keeps the copies ahead, multiplies, hands the result to a copy."""
+def _step(s: Static, r: Refs, count, steps, zero_copies, i, state):
+    """One row tile: keeps the copies ahead, multiplies, hands the result to a copy. `state`: walk and zero fill."""
+    walk, zeros = state
     t, at, x_slot, w_slot, y_slot = s.tiles, walk.at, walk.x_slot, walk.w_slot, walk.y_slot
 
     if not t.lhs_stays:
@@ -205,24 +210,9 @@ def _step(s: Static, r: Refs, count, steps, i, walk: _Walk) -> _Walk:
     x_row = at.row if t.lhs_stays else 0
     _multiply(s, r, x_slot, x_row, w_slot, y_slot, jnp.minimum(below, end) - at.row)
 
-    @pl.when(opens & (first > at.row))
-    def _():
-        own = jax.lax.broadcasted_iota(jnp.int32, (s.fragment, 1), 0) >= first - at.row
-        y = r.y[y_slot, : s.fragment, :].astype(jnp.float32)
-        r.y[y_slot, : s.fragment, :] = jnp.where(own, y, r.carry[...]).astype(r.y.dtype)
-
     # The end of a group inside a fragment: that fragment waits for the next group, or for the zeros after the last.
     whole_end = schedule.round_down(end, s.fragment)
-
-    @pl.when(closes & (whole_end < end))
-    def _():
-        at_row = pl.multiple_of(whole_end - at.row, s.fragment)
-        r.carry[...] = r.y[y_slot, pl.ds(at_row, s.fragment), :].astype(jnp.float32)
-
-    @pl.when(closes & (at.j == count - 1))
-    def _():
-        _write_last_fragment(s, r, at, end, whole_end)
-
+    _hand_over(s, r, at, y_slot, first, end, whole_end, opens, closes, is_last=at.j == count - 1)
     y_rows = pl.multiple_of(jnp.where(closes, whole_end, below) - at.row, s.fragment)
     r.y_rows[y_slot] = y_rows
 
@@ -230,7 +220,8 @@ def _step(s: Static, r: Refs, count, steps, i, walk: _Walk) -> _Walk:
     def _():
         _out(s, r, at.n, at.row, y_rows, y_slot).start()
 
-    return _Walk(
+    zeros = _zero_fill(s, r).start_share(zeros, zero_copies, steps)
+    walk = _Walk(
         at=schedule.next_tile(at, r.table, count, t.rows, s.fragment),
         x_lead=schedule.next_tile(walk.x_lead, r.table, count, t.rows, s.fragment),
         w_lead=walk.w_lead,
@@ -241,6 +232,26 @@ def _step(s: Static, r: Refs, count, steps, i, walk: _Walk) -> _Walk:
         w_lead_slot=walk.w_lead_slot,
         y_slot=schedule.next_slot(y_slot, t.out_buffers),
     )
+    return walk, zeros
+
+
+def _hand_over(s: Static, r: Refs, at, y_slot, first, end, whole_end, opens, closes, is_last) -> None:
+    """Takes the rows above a group from the group before it, and leaves those below whole_end to the next."""
+
+    @pl.when(opens & (first > at.row))
+    def _():
+        own = jax.lax.broadcasted_iota(jnp.int32, (s.fragment, 1), 0) >= first - at.row
+        y = r.y[y_slot, : s.fragment, :].astype(jnp.float32)
+        r.y[y_slot, : s.fragment, :] = jnp.where(own, y, r.carry[...]).astype(r.y.dtype)
+
+    @pl.when(closes & (whole_end < end))
+    def _():
+        at_row = pl.multiple_of(whole_end - at.row, s.fragment)
+        r.carry[...] = r.y[y_slot, pl.ds(at_row, s.fragment), :].astype(jnp.float32)
+
+    @pl.when(closes & is_last)
+    def _():
+        _write_last_fragment(s, r, at, end, whole_end)
 
 
 def _fetch_weights(s: Static, r: Refs, count, walk: _Walk, wanted) -> _Walk:
@@ -266,7 +277,7 @@ def _multiply(s: Static, r: Refs, x_slot, x_row, w_slot, y_slot, rows) -> None:
 
     def body(row, length: int) -> int:
         def block(c, _):
-            cols = pl.ds(pl.multiple_of(c * t.body_cols, t.body_cols), t.body_cols) if t.body_cols < t.cols else slice(None)
+            cols = pl.ds(pl.multiple_of(c * t.body_cols, t.body_cols), t.body_cols)
             x = r.x[x_slot, pl.ds(pl.multiple_of(x_row + row, s.fragment), length), :]
             w = r.w[w_slot, cols, :] if s.transpose_rhs else r.w[w_slot, :, cols]
             r.y[y_slot, pl.ds(row, length), cols] = _dot(x, w, s.transpose_rhs).astype(r.y.dtype)
@@ -349,7 +360,7 @@ def _edge_rows(s: Static, whole_end):
 
 
 def _write_last_fragment(s: Static, r: Refs, at, end, whole_end) -> None:
-    """Writes the fragment in which the last group ends, with zeros below; and all other zeros of this column tile."""
+    """Writes the fragment in which the last group ends, with zeros below."""
 
     @pl.when(whole_end < end)
     def _():
@@ -362,12 +373,23 @@ def _write_last_fragment(s: Static, r: Refs, at, end, whole_end) -> None:
         own = jax.lax.broadcasted_iota(jnp.int32, (s.fragment, 1), 0) < end - whole_end
         r.edge[...] = jnp.where(own, r.carry[...], 0).astype(r.edge.dtype)
         _edge(s, r, at.n, whole_end, rows).start()
+
     # The next column tile starts with zeros above its first row again.
     r.carry[...] = jnp.zeros_like(r.carry)
 
 
-def _drain(s: Static, r: Refs, count, rows: schedule.RowRange, last_row, core) -> None:
-    """Zeros for the rows of no group at hand; then waits for every copy that is still on its way."""
+def _zero_fill(s: Static, r: Refs) -> _tpu_zeros.Fill:
+    def copy(n, row, rows):
+        dst = r.out.at[pl.ds(row, rows), _columns(s, n)]
+        return pltpu.make_async_copy(r.zeros.at[pl.ds(0, rows), :], dst, r.zero_sem.at[0])
+
+    return _tpu_zeros.Fill(s.M, s.tiles.num_col_tiles(s.N), s.tiles.zero_rows, copy)
+
+
+def _drain(s: Static, r: Refs, count, last_row, zeros: _tpu_zeros.Progress, all_zeros: _tpu_zeros.Progress) -> None:
+    """Fills what is left to fill with zeros; then waits for every copy that is still on its way."""
+    fill = _zero_fill(s, r)
+    fill.start(zeros, fill.copies(zeros))
     for slot in range(s.tiles.out_buffers):
         _wait_out(s, r, slot)
 
@@ -375,30 +397,4 @@ def _drain(s: Static, r: Refs, count, rows: schedule.RowRange, last_row, core) -
     def _():
         _edge(s, r, 0, 0, _edge_rows(s, schedule.round_down(last_row, s.fragment))).wait()
 
-    live_end = last_row if s.num_cores == 1 else rows.live_end
-    none = live_end <= rows.live_first
-    head_end = schedule.round_down(rows.live_first, s.fragment)
-    tail_first = jnp.where(none, head_end, schedule.round_up(live_end, s.fragment))
-    # With several cores, the first fills the head and the last the tail.
-    head_end = jnp.where(core == 0, head_end, 0)
-    tail_first = jnp.where(core == s.num_cores - 1, jnp.minimum(tail_first, s.M), s.M)
-    for wait in (False, True):
-        for n in range(s.tiles.num_col_tiles(s.N)):
-            _zero_rows(s, r, n, jnp.int32(0), head_end, wait)
-            _zero_rows(s, r, n, tail_first, jnp.int32(s.M), wait)
-
-
-def _zero_rows(s: Static, r: Refs, n: int, first, end, wait: bool) -> None:
-    """Starts, or waits for, the copies of zeros to rows [first, end) of column tile n."""
-    step = s.tiles.zero_rows
-
-    def body(k, _):
-        row = pl.multiple_of(first + k * step, 8)
-        rows = pl.multiple_of(jnp.minimum(end - row, step), 8)
-        copy = pltpu.make_async_copy(
-            r.zeros.at[pl.ds(0, rows), :], r.out.at[pl.ds(row, rows), _columns(s, n)], r.zero_sem.at[0]
-        )
-        copy.wait() if wait else copy.start()
-        return 0
-
-    jax.lax.fori_loop(0, jax.lax.div(end - first + step - 1, jnp.int32(step)), body, 0)
+    fill.wait(all_zeros)

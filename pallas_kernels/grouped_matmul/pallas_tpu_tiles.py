@@ -32,6 +32,7 @@ class ForwardTiles:
     short_runs: at most so many short runs in a tile; a longer rest is worth a long run.
     weight_buffers, usual_weights, deep_rows: matrix tiles in VMEM; how many are asked for ahead in general (with the
       one in use), and the row of a group from which on all buffers are filled.
+    least_rows: so many rows take as long to multiply as a matrix tile to copy.
     lhs_buffers, out_buffers: row tiles in VMEM. lhs_stays: all of lhs does, in one buffer.
     """
 
@@ -43,6 +44,7 @@ class ForwardTiles:
     weight_buffers: int
     usual_weights: int
     deep_rows: int
+    least_rows: int
     lhs_buffers: int
     out_buffers: int
     lhs_stays: bool
@@ -57,11 +59,14 @@ def _round_up(x: int, to: int) -> int:
     return -(-x // to) * to
 
 
-def _column_tiles(N: int, target: Target) -> list[int]:
+def _mxu_unit(N: int, target: Target) -> int:
+    return target.mxu_size if N % target.mxu_size == 0 else LANES
+
+
+def _column_tiles(N: int, unit: int) -> list[int]:
     """Widths worth trying: for each number of tiles, the narrowest that covers N; or N, if it is no whole lanes."""
     if N % LANES:
         return [N]
-    unit = target.mxu_size if N % target.mxu_size == 0 else LANES
     return sorted({_round_up(-(-N // n), unit) for n in range(1, N // unit + 1)}, reverse=True)
 
 
@@ -100,7 +105,7 @@ def forward_tiles(
     fragment = _tpu_schedule.fragment_rows(lhs_dtype, out_dtype)
     macs = target.macs_per_cycle // (1 if size <= 2 else 6)
     best = None
-    for cols, runs in itertools.product(_column_tiles(N, target), _runs(M, G, fragment, target)):
+    for cols, runs in itertools.product(_column_tiles(N, _mxu_unit(N, target)), _runs(M, G, fragment, target)):
         long, short, _ = runs
         body_cols = _body_cols(cols, K, long, target)
         for rows in sorted({min(_round_up(r, long), _round_up(M, long)) for r in (256, 512, 1024)}):
@@ -109,13 +114,20 @@ def forward_tiles(
                 continue
             passes = -(-N // cols)
             compute = (M + G * short / 2) * K * passes * cols / macs
-            compute *= 1 + _run_overhead(target) / (long * K * body_cols / macs)
+            compute *= 1 + _run_overhead(long, target) / (long * K * body_cols / macs)
             memory = (passes * M * K * size + G * K * N * size + M * N * out_size) / target.bytes_per_cycle
-            # Nothing overlaps the first copies and the last one; a step costs about 150 cycles of bookkeeping.
-            ends = (K * cols * size + rows * K * size + rows * cols * out_size) / target.bytes_per_cycle
-            steps = passes * (M / rows + min(G, M)) * 150
+            compute, memory = compute / target.num_cores, memory / target.num_cores  # cores divide the rows
+            # A step costs about 150 cycles of bookkeeping. What bounds the kernel has to wait for its first copies, or
+            # leaves its last tile to be multiplied; nothing overlaps the last copy.
+            compute += passes * (M / rows + min(G, M)) * 150 / target.num_cores
+            first = (K * cols + rows * K) * size / target.bytes_per_cycle
+            last = _round_up(min(rows, -(-M // G)), short) * K * cols / macs + _run_overhead(short, target)
             # With one row tile on its way besides the one in use, a short tile cannot hide the next one's copy.
-            time = max(compute, memory) * (1.1 if buffers[1] < 3 else 1) + ends + steps
+            if buffers[1] < 3:
+                compute, memory = 1.1 * compute, 1.1 * memory
+            # The two overlap, but never wholly: groups differ.
+            time = max(compute + first, memory + last) + 0.3 * min(compute, memory)
+            time += min(rows, -(-M // G)) * cols * out_size / target.bytes_per_cycle
             if best is None or time < best[0]:
                 best = time, rows, cols, runs, body_cols, buffers
     if best is None:
@@ -131,24 +143,27 @@ def forward_tiles(
         weight_buffers=weights,
         usual_weights=min(3, weights),
         deep_rows=_deep_rows(K, cols, size, out_size, macs, target),
+        least_rows=math.ceil(size * macs / target.bytes_per_cycle),
         lhs_buffers=1 if lhs_stays else lhs,
         lhs_stays=lhs_stays,
         out_buffers=out,
-        zero_rows=min(128, _round_up(M, fragment)),
+        zero_rows=min(256, _round_up(M, fragment)),
         vmem_limit_bytes=int(target.vmem_bytes * VMEM_LIMIT_SHARE),
     )
 
 
-def _run_overhead(target: Target) -> int:
+def _run_overhead(rows: int, target: Target) -> int:
     """Cycles to fill and drain the matrix units once, where they are not hidden.
 
     They are hidden where the units are slow enough for all else to keep up (128 wide), or add up by themselves.
     """
-    return 0 if target.mxu_size == 128 or target.mxu_accumulates else 340
+    if target.mxu_size == 128 or target.mxu_accumulates:
+        return 0
+    return 300 if rows >= 512 else 520
 
 
 def _buffers(rows: int, cols: int, K: int, long: int, size: int, out_size: int, target: Target) -> Any:
-    """(weights, lhs, out) buffers: two of each are needed, then the row tiles get more, and the weights what is left."""
+    """(weights, lhs, out) buffers: two of each at least, then more for row tiles, and for weights what is left."""
     weight, lhs, out = K * cols * size, rows * K * size, rows * cols * out_size
     room = target.vmem_bytes * VMEM_SHARE - 4 * long * cols - 256 * cols * out_size
     counts = [2, 2, 2]
@@ -199,35 +214,48 @@ def drhs_tiles(M: int, A: int, B: int, G: int, dtype: Any, target: Target) -> Dr
     macs = target.macs_per_cycle // (1 if size <= 2 else 6)
     room = target.vmem_bytes * VMEM_SHARE
     best = None
-    for left in _column_tiles(A, target):
-        for right in _column_tiles(B, target):
+    # For narrow matrix units the compiler transposes left in blocks of 256 columns, and pads others.
+    unit = 2 * LANES if target.mxu_size == LANES and A % (2 * LANES) == 0 else LANES
+    for left in _column_tiles(A, unit):
+        for right in _column_tiles(B, _mxu_unit(B, target)):
             for rows in sorted({min(_round_up(r, long), _round_up(all_rows, long)) for r in (256, 512, 1024)}):
                 tile, row_tile = left * right, rows * (left + right) * size
                 used = tile * (4 + 2 * size) + 3 * row_tile + 4 * 256 * right
                 if used > room:
                     continue
                 tiles_a, tiles_b = -(-A // left), -(-B // right)
-                compute = (M + G * short / 2) * tiles_a * tiles_b * tile / macs
-                memory = (M * (tiles_b * A + tiles_a * B) + G * A * B) * size / target.bytes_per_cycle
+                # Cores divide the tiles.
+                tiles = -(-tiles_a * tiles_b // target.num_cores)
+                body_cols = _drhs_body_cols(left, right, long, unit, target)
+                compute = (M + G * short / 2) * tiles * tile / macs
+                compute *= 1 + _run_overhead(long, target) / (long * body_cols * right / macs)
+                memory = (M * (left + right) + G * tile) * tiles * size / target.bytes_per_cycle
                 ends = (row_tile + tile * size) / target.bytes_per_cycle
-                steps = tiles_a * tiles_b * (M / rows + min(G, M)) * 150
+                steps = tiles * (M / rows + min(G, M)) * 150
                 time = max(compute, memory) + ends + steps
                 if best is None or time < best[0]:
-                    best = time, left, right, rows, min(4, 3 + int((room - used) // row_tile))
+                    best = time, left, right, rows, body_cols, min(4, 3 + int((room - used) // row_tile))
     if best is None:
         return None
-    _, left, right, rows, row_buffers = best
-    # Adding to the sum keeps the store units busy, so longer runs gain less than in the forward kernel.
-    most = BODY_CYCLES * target.macs_per_cycle // (1 if target.mxu_size == 128 else 2)
-    blocks = [c for c in range(LANES, left + 1, LANES) if left % c == 0] or [left]
+    _, left, right, rows, body_cols, row_buffers = best
     return DrhsTiles(
         left_cols=left,
         right_cols=right,
         rows=rows,
         body_rows=(long, short),
-        body_cols=max([c for c in blocks if long * c * right <= most], default=blocks[0]),
+        body_cols=body_cols,
         row_buffers=row_buffers,
         out_buffers=2,
         zero_rows=next((z for z in (256, 128) if left % z == 0), left),
         vmem_limit_bytes=int(target.vmem_bytes * VMEM_LIMIT_SHARE),
     )
+
+
+def _drhs_body_cols(left: int, right: int, rows: int, unit: int, target: Target) -> int:
+    """The widest block of left's columns whose run isn't too long, or the narrowest.
+
+    Adding to the sum keeps the store units busy, so longer runs gain less than in the forward kernel.
+    """
+    most = BODY_CYCLES * target.macs_per_cycle // (1 if target.mxu_size == 128 else 2)
+    blocks = [c for c in range(unit, left + 1, unit) if left % c == 0] or [left]
+    return max([c for c in blocks if rows * c * right <= most], default=blocks[0])
