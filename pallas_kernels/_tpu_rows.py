@@ -146,7 +146,7 @@ def _refs(s: Static, sizes: Ref, refs: tuple[Ref, ...]) -> Refs:
 def _kernel(s: Static, sizes: Ref, offset_ref: Ref, *refs: Ref) -> None:
     r, t = _refs(s, sizes, refs), s.tiles
     core, offset = pl.program_id(0), offset_ref[0]
-    rows = schedule.row_range(sizes, offset, s.G, s.R, core, s.num_cores, s.fragment)
+    rows = schedule.row_range(sizes, offset, s.G, s.R, s.fragment, core, s.num_cores)
     first_group = schedule.first_group(sizes, offset, s.G, rows)
 
     @pl.when(first_group < s.G)
