@@ -8,6 +8,7 @@ from pallas_kernels.expert_ffn import expert_ffn
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.permute import combine_rows, gather_rows
 from pallas_kernels.route_top_k import TopKRoutes, expert_positions, expert_rows, route_top_k
+from pallas_kernels.routed_ffn import routed_ffn
 
 __all__ = [
     "TopKRoutes",
@@ -17,5 +18,6 @@ __all__ = [
     "expert_rows",
     "gather_rows",
     "grouped_matmul",
+    "routed_ffn",
     "route_top_k",
 ]

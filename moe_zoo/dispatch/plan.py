@@ -51,14 +51,14 @@ class RowPlan:
         return ops.gather_rows(self.gates.reshape(-1, 1), self.choice, self.slot.reshape(-1, 1))[:, 0]
 
     def run(self, x_TD: Float[Array, "T D"], bank) -> Float[Array, "T D"]:
-        """gather, compute, combine."""
+        """gather, compute, combine: by the bank in one op if the rows are ragged."""
+        if self.group_sizes is not None:
+            with jax.named_scope("experts"):
+                return bank.routed(x_TD, self)
         with jax.named_scope("dispatch"):
             x_RD = self.gather(x_TD)
         with jax.named_scope("experts"):
-            if self.group_sizes is None:
-                y_RD = bank.batched(x_RD.reshape(self.num_experts, -1, x_RD.shape[-1])).reshape(x_RD.shape)
-            else:
-                y_RD = bank.rows(x_RD, self.group_sizes)
+            y_RD = bank.batched(x_RD.reshape(self.num_experts, -1, x_RD.shape[-1])).reshape(x_RD.shape)
         with jax.named_scope("combine"):
             return self.combine(y_RD)
 

@@ -1,7 +1,7 @@
 """A bank of feed-forward experts: gated (SwiGLU, GEGLU) or plain, on the fused expert kernel."""
 
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 import pallas_kernels as ops
 from moe_zoo.core.param import fan_in, param
@@ -28,9 +28,18 @@ class FeedForward(nnx.Module):
         gate = self.w_gate[...].astype(dtype) if self.config.gated else None
         return gate, self.w_up[...].astype(dtype), self.w_down[...].astype(dtype)
 
-    def rows(self, x_RD: Float[Array, "R D"], group_sizes_E: Int[Array, "E"]) -> Float[Array, "R D"]:
-        """Rows sorted by expert; rows beyond the last group come out zero."""
-        return ops.expert_ffn(x_RD, *self.weights(x_RD.dtype), group_sizes_E, activation=self.config.activation)
+    def routed(self, x_TD: Float[Array, "T D"], plan) -> Float[Array, "T D"]:
+        """Sums each token's experts by a ragged RowPlan; tokens without a row come out zero."""
+        return ops.routed_ffn(
+            x_TD,
+            *self.weights(x_TD.dtype),
+            plan.group_sizes,
+            plan.choice,
+            plan.slot,
+            plan.gates,
+            gate_on=plan.gate_on,
+            activation=self.config.activation,
+        )
 
     def batched(self, x_ECD: Float[Array, "E C D"]) -> Float[Array, "E C D"]:
         """The same number of rows for every expert."""

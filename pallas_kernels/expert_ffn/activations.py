@@ -66,3 +66,17 @@ def hidden_and_gradients(
         return value, None, dhidden_RF * slope
     value, slope = act(gate_RF)
     return value * up_RF, dhidden_RF * up_RF * slope, dhidden_RF * value
+
+
+def scaled_hidden_and_gradients(
+    activation: str, gate_RF: Array | None, up_RF: Array, dhidden_RF: Array, scale_R1: Array | None
+) -> tuple[Array, Array | None, Array, Array | None]:
+    """The same if the hidden layer is then multiplied by `scale`, dhidden being the gradient of that product.
+
+    (scale * hidden, dgate or None, dup, dscale or None).
+    """
+    if scale_R1 is None:
+        return *hidden_and_gradients(activation, gate_RF, up_RF, dhidden_RF), None
+    scale_R1 = scale_R1.astype(dhidden_RF.dtype)
+    value, dgate, dup = hidden_and_gradients(activation, gate_RF, up_RF, dhidden_RF * scale_R1)
+    return value * scale_R1, dgate, dup, jnp.sum(value * dhidden_RF, axis=1, keepdims=True)

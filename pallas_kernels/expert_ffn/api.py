@@ -5,18 +5,20 @@ Dims: R rows, D model, F expert hidden, E experts of the weights, L experts in t
 
 import difflib
 import functools
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _checks, _choose, _varying
-from pallas_kernels.expert_ffn import reference, xla, xla_tiles
+from pallas_kernels.expert_ffn import pallas_tpu, reference, xla, xla_tiles
 from pallas_kernels.expert_ffn.activations import ACTIVATIONS
 
 _OP = "expert_ffn"
-_FORWARD = {"xla": xla.forward, "xla_tiles": xla_tiles.forward}
-_BACKWARD = {"xla": xla.backward, "xla_tiles": xla_tiles.backward}
+_FORWARD = {"xla": xla.forward, "xla_tiles": xla_tiles.forward, "pallas_tpu": pallas_tpu.forward}
+_BACKWARD = {"xla": xla.backward, "xla_tiles": xla_tiles.backward, "pallas_tpu": pallas_tpu.backward}
 
 
 def expert_ffn(
@@ -44,7 +46,8 @@ def expert_ffn(
       group_offset: int scalar, may be traced. The weights then hold only experts [group_offset, group_offset + E) of
         the L experts in group_sizes; rows of other experts give 0. Must lie in [0, L - E].
       implementation: "reference", "xla" (`jax.lax.ragged_dot`), "xla_tiles" (one fused loop over row tiles, for CPUs),
-        or None to choose by platform: "xla_tiles" on CPU, "xla" elsewhere.
+        "pallas_tpu" (float32 and bfloat16; on CPU interpreted, for tests), or None to choose by platform: "xla_tiles"
+        on CPU, "pallas_tpu" on TPU if it takes the dtype, "xla" elsewhere.
 
     Raises:
       ValueError, TypeError: shapes or dtypes that don't fit, an unknown activation or implementation.
@@ -58,9 +61,11 @@ def expert_ffn(
     shapes = _checks.describe(
         x=x_RD, w_gate=w_gate_EDF, w_up=w_up_EDF, w_down=w_down_EFD, group_sizes=group_sizes_L, group_offset=offset
     )
-    _check(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_L, offset, shapes)
-    _check_activation(activation)
-    implementation = _choose.check_implementation(_OP, implementation, shapes)
+    check(_OP, x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_L, offset, shapes)
+    check_activation(_OP, activation)
+    implementation = _choose.check_implementation(
+        _OP, implementation, shapes, {"pallas_tpu": pallas_tpu.why_not(x_RD, w_up_EDF, implementation)}
+    )
     offset = None if offset is None else offset.astype(jnp.int32)
     operands = _varying.same_varying(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_L, offset)
     if implementation == "reference":
@@ -68,34 +73,44 @@ def expert_ffn(
     return _expert_ffn(activation, implementation, *operands)
 
 
-def _check(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset, shapes: str) -> None:
-    _checks.check_rank(_OP, "x", x_RD, "R D")
-    _checks.check_rank(_OP, "w_up", w_up_EDF, "E D F")
+def check(op: str, x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset, shapes: str) -> None:
+    """Raises if x (of rows or tokens), weights and groups don't fit."""
+    _checks.check_rank(op, "x", x_RD, "R D" if op == _OP else "T D")
+    _checks.check_rank(op, "w_up", w_up_EDF, "E D F")
     E, D, F = w_up_EDF.shape
-    _checks.check_equal(_OP, "dim 1 of w_up (D of x)", D, x_RD.shape[1], shapes)
-    _checks.check_shape(_OP, "w_down", w_down_EFD, (E, F, D), shapes)
+    _checks.check_equal(op, "dim 1 of w_up (D of x)", D, x_RD.shape[1], shapes)
+    _checks.check_shape(op, "w_down", w_down_EFD, (E, F, D), shapes)
     if w_gate_EDF is not None:
-        _checks.check_shape(_OP, "w_gate", w_gate_EDF, (E, D, F), shapes)
-    _checks.check_same_float_dtype(_OP, shapes, x=x_RD, w_gate=w_gate_EDF, w_up=w_up_EDF, w_down=w_down_EFD)
-    _checks.check_groups(_OP, sizes_L, E, offset, shapes)
+        _checks.check_shape(op, "w_gate", w_gate_EDF, (E, D, F), shapes)
+    _checks.check_same_float_dtype(op, shapes, x=x_RD, w_gate=w_gate_EDF, w_up=w_up_EDF, w_down=w_down_EFD)
+    _checks.check_groups(op, sizes_L, E, offset, shapes)
 
 
-def _check_activation(activation: str) -> None:
+def check_activation(op: str, activation: str) -> None:
+    """Raises for an unknown activation."""
     if activation not in ACTIVATIONS:
         near = difflib.get_close_matches(str(activation), list(ACTIVATIONS), n=1, cutoff=0.0)[0]
         raise ValueError(
-            f"{_OP}: unknown activation {activation!r}: did you mean {near!r}? known: {', '.join(ACTIVATIONS)}."
+            f"{op}: unknown activation {activation!r}: did you mean {near!r}? known: {', '.join(ACTIVATIONS)}."
         )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _expert_ffn(activation, implementation, x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset):
-    table = {k: functools.partial(f, activation=activation, save=False) for k, f in _FORWARD.items()}
+    table = _table(_FORWARD, implementation, x_RD, w_up_EDF, activation=activation, save=False)
     return _choose.run(implementation, table, x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset)[0]
 
 
+def _table(
+    entries: Mapping[str, Callable[..., Any]], implementation: str | None, x: Array, w_up: Array, **how: Any
+) -> dict[str, Callable[..., Any]]:
+    """The implementations that take these operands, with their keyword arguments."""
+    skip = {"pallas_tpu"} if pallas_tpu.why_not(x, w_up, implementation) else set()
+    return {name: functools.partial(f, **how) for name, f in entries.items() if name not in skip}
+
+
 def _forward(activation, implementation, x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset):
-    table = {k: functools.partial(f, activation=activation, save=True) for k, f in _FORWARD.items()}
+    table = _table(_FORWARD, implementation, x_RD, w_up_EDF, activation=activation, save=True)
     operands = (x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset)
     y_RD, gate_RF, up_RF = _choose.run(implementation, table, *operands)
     return y_RD, (operands, gate_RF, up_RF)
@@ -103,9 +118,9 @@ def _forward(activation, implementation, x_RD, w_gate_EDF, w_up_EDF, w_down_EFD,
 
 def _backward(activation, implementation, saved, dy_RD):
     operands, gate_RF, up_RF = saved
-    table = {k: functools.partial(f, activation=activation) for k, f in _BACKWARD.items()}
+    table = _table(_BACKWARD, implementation, operands[0], operands[2], activation=activation)
     gradients = _choose.run(implementation, table, *operands, gate_RF, up_RF, dy_RD)
-    return (*gradients, None, None)
+    return (*gradients[:4], None, None)
 
 
 _expert_ffn.defvjp(_forward, _backward)

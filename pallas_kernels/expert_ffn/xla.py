@@ -44,17 +44,19 @@ def backward(
     gate_RF: Array | None,
     up_RF: Array,
     dy_RD: Array,
+    scale_R: Array | None = None,
     *,
     activation: str,
-) -> tuple[Array, Array | None, Array, Array]:
-    """(dx, dw_gate or None, dw_up, dw_down)."""
+) -> tuple[Array, Array | None, Array, Array, Array | None]:
+    """(dx, dw_gate or None, dw_up, dw_down, dscale or None). With `scale`, dy is the gradient of scale * y."""
     E, dtype, acc = w_up_EDF.shape[0], x_RD.dtype, _checks.accumulator(x_RD.dtype)
     back = lambda d, w: grouped.matmul(d, w, sizes_L, offset, transpose_rhs=True, out_dtype=acc)
     weight = functools.partial(grouped.weight_gradient, sizes_L=sizes_L, offset=offset, num_groups=E)
     wide = lambda z: None if z is None else z.astype(acc)
-    hidden_RF, dgate_RF, dup_RF = activations.hidden_and_gradients(
-        activation, wide(gate_RF), wide(up_RF), back(dy_RD, w_down_EFD)
+    gradients = activations.scaled_hidden_and_gradients(
+        activation, wide(gate_RF), wide(up_RF), back(dy_RD, w_down_EFD), None if scale_R is None else scale_R[:, None]
     )
+    hidden_RF, dgate_RF, dup_RF, dscale_R1 = gradients
     dw_down_EFD = weight(hidden_RF.astype(dtype), dy_RD)
     dup_RF = dup_RF.astype(dtype)
     dx_RD, dw_up_EDF, dw_gate_EDF = back(dup_RF, w_up_EDF), weight(x_RD, dup_RF), None
@@ -62,4 +64,4 @@ def backward(
         dgate_RF = dgate_RF.astype(dtype)
         dx_RD = dx_RD + back(dgate_RF, w_gate_EDF)
         dw_gate_EDF = weight(x_RD, dgate_RF)
-    return dx_RD.astype(dtype), dw_gate_EDF, dw_up_EDF, dw_down_EFD
+    return dx_RD.astype(dtype), dw_gate_EDF, dw_up_EDF, dw_down_EFD, None if scale_R is None else dscale_R1[:, 0]

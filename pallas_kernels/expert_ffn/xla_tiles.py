@@ -84,17 +84,20 @@ def backward(
     gate_RF: Array | None,
     up_RF: Array,
     dy_RD: Array,
+    scale_R: Array | None = None,
     *,
     activation: str,
-) -> tuple[Array, Array | None, Array, Array]:
-    """(dx, dw_gate or None, dw_up, dw_down)."""
+) -> tuple[Array, Array | None, Array, Array, Array | None]:
+    """(dx, dw_gate or None, dw_up, dw_down, dscale or None). With `scale`, dy is the gradient of scale * y."""
     R, E, acc = x_RD.shape[0], w_up_EDF.shape[0], _checks.accumulator(x_RD.dtype)
     weights = _Weights(w_gate_EDF, w_up_EDF, w_down_EFD)
     zeros = lambda shape, dtype, **how: _varying.zeros_like_varying(shape, dtype, x_RD, **how)
     dx_RD, dw = zeros(x_RD.shape, x_RD.dtype), _map(lambda w: zeros(w.shape, w.dtype), weights)
     dw = dw._replace(up_DF=zeros(w_up_EDF.shape, x_RD.dtype, negative=True))
+    outs = (dx_RD, None if scale_R is None else zeros((R, 1), acc))
+    scale_R1 = None if scale_R is None else scale_R[:, None]
     if R == 0:
-        return (dx_RD, *dw)
+        return (dx_RD, *dw, scale_R)
     # The sums of the expert at hand. What they hold when the next one begins is never read.
     sums = _map(lambda w: zeros(w.shape[1:], acc), weights)
     starts_E, ends_E = _groups.group_bounds(sizes_L, offset, E, R)
@@ -104,33 +107,35 @@ def backward(
         w = _pick(weights, e)
 
         def tile(carry, row: Array, rows: int, live: Array | None, opens: bool):
-            dx_RD, sums = carry
+            outs, sums = carry
             take = lambda a: None if a is None else _tiles.take_rows(a, row, rows, live)
             pre = (take(gate_RF), take(up_RF))
-            dx_rD, dw = _tile_gradients(activation, take(x_RD), pre, take(dy_RD), w)
+            tiles, dw = _tile_gradients(activation, take(x_RD), pre, take(dy_RD), take(scale_R1), w)
             sums = _map(lambda sum, d: _tiles.add_matrix(sum, d, opens), sums, dw)
-            return _tiles.put_rows(dx_RD, dx_rD, row, live), sums
+            return _map(lambda out, tile: _tiles.put_rows(out, tile, row, live), outs, tiles), sums
 
-        dx_RD, dw, sums = carry
-        dx_RD, sums = _tiles.for_each_tile(starts_E[e], ends_E[e], R, sizes, tile, (dx_RD, sums))
+        outs, dw, sums = carry
+        outs, sums = _tiles.for_each_tile(starts_E[e], ends_E[e], R, sizes, tile, (outs, sums))
         has_rows = ends_E[e] > starts_E[e]
-        return dx_RD, _map(lambda out, sum: _tiles.put_matrix(out, sum, e, has_rows), dw, sums), sums
+        return outs, _map(lambda out, sum: _tiles.put_matrix(out, sum, e, has_rows), dw, sums), sums
 
-    dx_RD, dw, _ = jax.lax.fori_loop(jnp.int32(0), jnp.int32(E), expert, (dx_RD, dw, sums))
-    return (dx_RD, *dw)
+    (dx_RD, dscale_R1), dw, _ = jax.lax.fori_loop(jnp.int32(0), jnp.int32(E), expert, (outs, dw, sums))
+    return (dx_RD, *dw, None if scale_R is None else dscale_R1[:, 0])
 
 
 def _tile_gradients(
-    activation: str, x_rD: Array, pre: tuple[Array | None, Array], dy_rD: Array, w: _Weights
-) -> tuple[Array, _Weights]:
-    """dx of one tile, and what the tile adds to the weight gradients."""
+    activation: str, x_rD: Array, pre: tuple[Array | None, Array], dy_rD: Array, scale_r1: Array | None, w: _Weights
+) -> tuple[tuple[Array, Array | None], _Weights]:
+    """dx and dscale of one tile, and what the tile adds to the weight gradients."""
     dtype, acc = x_rD.dtype, _checks.accumulator(x_rD.dtype)
     gate_rF, up_rF = _map(lambda z: z.astype(acc), pre)
     dhidden_rF = _dot(dy_rD, w.down_FD, (1, 1))
-    gradients = activations.hidden_and_gradients(activation, gate_rF, up_rF, dhidden_rF)
+    *gradients, dscale_r1 = activations.scaled_hidden_and_gradients(activation, gate_rF, up_rF, dhidden_rF, scale_r1)
     hidden_rF, dgate_rF, dup_rF = _map(lambda z: z.astype(dtype), gradients)
     dx_rD = _dot(dup_rF, w.up_DF, (1, 1))
     if dgate_rF is not None:
         dx_rD = dx_rD + _dot(dgate_rF, w.gate_DF, (1, 1))
     x_Dr = _tiles.transposed(x_rD)
-    return dx_rD, _Weights(_dot(x_Dr, dgate_rF, (1, 0)), _dot(x_Dr, dup_rF, (1, 0)), _dot(hidden_rF, dy_rD, (0, 0)))
+    return (dx_rD, dscale_r1), _Weights(
+        _dot(x_Dr, dgate_rF, (1, 0)), _dot(x_Dr, dup_rF, (1, 0)), _dot(hidden_rF, dy_rD, (0, 0))
+    )

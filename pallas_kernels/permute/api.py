@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _checks, _varying
+from pallas_kernels.permute import xla
 
 
 def gather_rows(
@@ -67,29 +68,9 @@ def combine_rows(
     return _combine_rows(*_varying.same_varying(y_RD, slot_TK, gates_TK, choice_R))
 
 
-def _take(x_XD: Array, index: Array) -> Array:
-    """x[index], zero where index is beyond the last row. Index has any shape."""
-    X = x_XD.shape[0]
-    if X == 0:
-        return _varying.zeros_like_varying((*index.shape, *x_XD.shape[1:]), x_XD.dtype, x_XD)
-    rows = jnp.asarray(x_XD).at[jnp.minimum(index, X - 1)].get(mode="promise_in_bounds")
-    live = (index < X).reshape(index.shape + (1,) * (x_XD.ndim - 1))
-    return jnp.where(live, rows, 0)
-
-
-def _sum_choices(y_RD: Array, slot_TK: Array, gates_TK: Array | None) -> Array:
-    """sum over k of y[slot[:, k]], weighted. One gather per k: the (T, K, D) array is never made."""
-    dtype = _checks.accumulator(y_RD.dtype)
-    total_TD = _varying.zeros_like_varying((slot_TK.shape[0], y_RD.shape[1]), dtype, y_RD)
-    for k in range(slot_TK.shape[1]):
-        rows_TD = _take(y_RD, slot_TK[:, k]).astype(dtype)
-        total_TD = total_TD + (rows_TD if gates_TK is None else gates_TK[:, k, None].astype(dtype) * rows_TD)
-    return total_TD.astype(y_RD.dtype)
-
-
 @jax.custom_vjp
 def _gather_rows(x_TD, token_R, slot_TK):
-    return _take(x_TD, token_R)
+    return xla.take(x_TD, token_R)
 
 
 def _gather_forward(x_TD, token_R, slot_TK):
@@ -97,7 +78,7 @@ def _gather_forward(x_TD, token_R, slot_TK):
 
 
 def _gather_backward(slot_TK, drows_RD):
-    return _sum_choices(drows_RD, slot_TK, None), None, None
+    return xla.sum_choices(drows_RD, slot_TK, None), None, None
 
 
 _gather_rows.defvjp(_gather_forward, _gather_backward)
@@ -105,7 +86,7 @@ _gather_rows.defvjp(_gather_forward, _gather_backward)
 
 @jax.custom_vjp
 def _combine_rows(y_RD, slot_TK, gates_TK, choice_R):
-    return _sum_choices(y_RD, slot_TK, gates_TK)
+    return xla.sum_choices(y_RD, slot_TK, gates_TK)
 
 
 def _combine_forward(y_RD, slot_TK, gates_TK, choice_R):
@@ -116,9 +97,9 @@ def _combine_backward(saved, dout_TD):
     y_RD, slot_TK, gates_TK, choice_R = saved
     T, K = slot_TK.shape
     dtype = _checks.accumulator(y_RD.dtype)
-    gate_R = _take(gates_TK.reshape(T * K), choice_R).astype(dtype)
-    dy_RD = gate_R[:, None] * _take(dout_TD, choice_R // max(K, 1)).astype(dtype)
-    dot = lambda k: jnp.sum(_take(y_RD, slot_TK[:, k]).astype(dtype) * dout_TD.astype(dtype), axis=1)
+    gate_R = xla.take(gates_TK.reshape(T * K), choice_R).astype(dtype)
+    dy_RD = gate_R[:, None] * xla.take(dout_TD, choice_R // max(K, 1)).astype(dtype)
+    dot = lambda k: jnp.sum(xla.take(y_RD, slot_TK[:, k]).astype(dtype) * dout_TD.astype(dtype), axis=1)
     dgates_TK = jnp.stack([dot(k) for k in range(K)], axis=1) if K else jnp.zeros_like(gates_TK)
     return dy_RD.astype(y_RD.dtype), None, dgates_TK.astype(gates_TK.dtype), None
 

@@ -1,0 +1,282 @@
+"""The expert network as Pallas TPU kernels: what is computed, in which calls.
+
+Forward: one kernel from x to the hidden layer (both products and the activation), one for the way down. Backward: one
+kernel from dy to the gradients of the pre-activations (and the hidden layer again), one that sums both ways back to dx,
+and one for each weight gradient. Dims as in api.py.
+
+`up` and `dhidden` can gather their rows from tokens on the way: see routed_ffn.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
+
+from pallas_kernels import _tpu_rows, _tpu_target, _varying
+from pallas_kernels.expert_ffn import activations, pallas_tpu_tiles
+from pallas_kernels.grouped_matmul import pallas_tpu as grouped
+
+
+def why_not(x_XD: Array, w_up_EDF: Array, asked: str | None) -> str | None:
+    """Why these kernels can't take rows or tokens `x` and such weights; None if they can."""
+    return grouped.why_not(x_XD, w_up_EDF, transpose_rhs=False, out_dtype=x_XD.dtype, asked=asked)
+
+
+class Groups(NamedTuple):
+    """Sizes and offset of the experts at hand, and how to run: what all calls share."""
+
+    sizes_L: Array
+    offset: Array | None
+    interpret: bool
+
+
+def forward(
+    x_RD: Array,
+    w_gate_EDF: Array | None,
+    w_up_EDF: Array,
+    w_down_EFD: Array,
+    sizes_L: Array,
+    offset: Array | None,
+    *,
+    activation: str,
+    save: bool,
+    interpret: bool = False,
+) -> tuple[Array, Array | None, Array | None]:
+    """(y, gate, up): the pre-activations of the live rows, None if not to be saved."""
+    groups = Groups(sizes_L, offset, interpret)
+    hidden_RF, gate_RF, up_RF = up(x_RD, None, w_gate_EDF, w_up_EDF, groups, activation=activation, save=save)
+    return down(hidden_RF, w_down_EFD, groups), gate_RF, up_RF
+
+
+def backward(
+    x_RD: Array,
+    w_gate_EDF: Array | None,
+    w_up_EDF: Array,
+    w_down_EFD: Array,
+    sizes_L: Array,
+    offset: Array | None,
+    gate_RF: Array | None,
+    up_RF: Array,
+    dy_RD: Array,
+    *,
+    activation: str,
+    interpret: bool = False,
+) -> tuple[Array, Array | None, Array, Array, None]:
+    """(dx, dw_gate or None, dw_up, dw_down, None)."""
+    groups = Groups(sizes_L, offset, interpret)
+    d = dhidden(dy_RD, None, w_down_EFD, gate_RF, up_RF, groups, activation=activation, save_dot=False)
+    dw_gate_EDF, dw_up_EDF = weight_gradients(x_RD, d, w_up_EDF.shape[0], groups)
+    dw_down_EFD = dw_down(d.hidden_RF, dy_RD, w_up_EDF.shape[0], groups)
+    return dx(d, w_gate_EDF, w_up_EDF, groups), dw_gate_EDF, dw_up_EDF, dw_down_EFD, None
+
+
+def up(
+    x_XD: Array,
+    token_R: Array | None,
+    w_gate_EDF: Array | None,
+    w_up_EDF: Array,
+    groups: Groups,
+    *,
+    activation: str,
+    save: bool,
+) -> tuple[Array, Array | None, Array | None]:
+    """(hidden, gate, up), the latter two None if not to be saved. Rows are x, or with `token` x[token]."""
+    weights = (w_up_EDF,) if w_gate_EDF is None else (w_gate_EDF, w_up_EDF)
+    end = _Hidden(activation, save)
+    hidden_RF, *pre = _call(
+        "expert_ffn_up", (x_XD,), token_R, weights, (), groups, end, 1 + save * len(weights), transpose=False
+    )
+    if not save:
+        return hidden_RF, None, None
+    return hidden_RF, None if w_gate_EDF is None else pre[0], pre[-1]
+
+
+class PackedRows(NamedTuple):
+    """Rows that the combine kernel can fetch one by one: see _tpu_rows.pack_rows."""
+
+    words: Array
+    block: int
+
+
+def down(hidden_RF: Array, w_down_EFD: Array, groups: Groups) -> Array:
+    """y (R, D)."""
+    sizes_L, offset, interpret = groups
+    how = dict(transpose_rhs=False, out_dtype=hidden_RF.dtype, interpret=interpret)
+    return grouped.matmul(hidden_RF, w_down_EFD, sizes_L, offset, **how)
+
+
+class Gradients(NamedTuple):
+    """The hidden layer again, the gradients of the pre-activations, and the row dots of hidden and its gradient."""
+
+    hidden_RF: Array
+    dgate_RF: Array | None
+    dup_RF: Array
+    dot_R: Array | None
+
+
+def dhidden(
+    dy_XD: Array,
+    token_R: Array | None,
+    w_down_EFD: Array,
+    gate_RF: Array | None,
+    up_RF: Array,
+    groups: Groups,
+    *,
+    activation: str,
+    save_dot: bool,
+) -> Gradients:
+    """From dy, or with `token` from dy[token]."""
+    sides = (up_RF,) if gate_RF is None else (gate_RF, up_RF)
+    # With a gate the dot follows from what there is: hidden * dhidden = up * dup.
+    with_dot = save_dot and gate_RF is None
+    end = _Gradients(activation, with_dot)
+    hidden_RF, *d, last_RF = _call(
+        "expert_ffn_dhidden", (dy_XD,), token_R, (w_down_EFD,), sides, groups, end, 1 + len(sides) + with_dot,
+        transpose=True,
+    )  # fmt: skip
+    if gate_RF is not None:
+        dot_R = jnp.sum(up_RF.astype(jnp.float32) * last_RF.astype(jnp.float32), axis=1) if save_dot else None
+        return Gradients(hidden_RF, d[0], last_RF, dot_R)
+    if save_dot:
+        return Gradients(hidden_RF, None, d[0], jnp.sum(last_RF.astype(jnp.float32), axis=1))
+    return Gradients(hidden_RF, None, last_RF, None)
+
+
+def down_packed(hidden_RF: Array, w_down_EFD: Array, groups: Groups) -> PackedRows:
+    """The same for the combine kernel."""
+    return _call_packed("expert_ffn_down", (hidden_RF,), (w_down_EFD,), groups, transpose=False)
+
+
+def dx_packed(d: Gradients, w_gate_EDF: Array | None, w_up_EDF: Array, groups: Groups) -> PackedRows:
+    """dx for the combine kernel."""
+    return _call_packed("expert_ffn_dx", *_ways_back(d, w_gate_EDF, w_up_EDF), groups, transpose=True)
+
+
+def _ways_back(d: Gradients, w_gate_EDF: Array | None, w_up_EDF: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """Rows and the weights that they take back to dx."""
+    if w_gate_EDF is None:
+        return (d.dup_RF,), (w_up_EDF,)
+    return (d.dgate_RF, d.dup_RF), (w_gate_EDF, w_up_EDF)
+
+
+def _call_packed(name: str, rows: Any, weights: Any, groups: Groups, *, transpose: bool) -> PackedRows:
+    shape = _shape(rows, None, weights, (), 1, transpose, pack_outs=True)
+    tiles = pallas_tpu_tiles.tiles(shape, _tpu_target.current())
+    (words,) = _call(name, rows, None, weights, (), groups, _total, 1, transpose=transpose, pack_outs=True)
+    return PackedRows(words, tiles.body_cols)
+
+
+def dx(d: Gradients, w_gate_EDF: Array | None, w_up_EDF: Array, groups: Groups) -> Array:
+    """dx (R, D): both ways back in one sum."""
+    rows, weights = _ways_back(d, w_gate_EDF, w_up_EDF)
+    return _call("expert_ffn_dx", rows, None, weights, (), groups, _total, 1, transpose=True)[0]
+
+
+def weight_gradients(x_RD: Array, d: Gradients, num_experts: int, groups: Groups) -> tuple[Array | None, Array]:
+    """(dw_gate or None, dw_up)."""
+    rights = (d.dup_RF,) if d.dgate_RF is None else (d.dgate_RF, d.dup_RF)
+    gradients = _weight_gradients(x_RD, rights, num_experts, groups)
+    return None if d.dgate_RF is None else gradients[0], gradients[-1]
+
+
+def _weight_gradients(left_RA: Array, rights: tuple[Array, ...], num_experts: int, groups: Groups) -> list[Array]:
+    sizes_L, offset, interpret = groups
+    run = functools.partial(grouped.weight_gradient, num_groups=num_experts, interpret=interpret)
+    return [run(left_RA, right_RB, sizes_L, offset) for right_RB in rights]
+
+
+def dw_down(hidden_RF: Array, dy_RD: Array, num_experts: int, groups: Groups) -> Array:
+    """dw_down (E, F, D)."""
+    return _weight_gradients(hidden_RF, (dy_RD,), num_experts, groups)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Hidden:
+    """Pre-activations -> hidden layer, and the pre-activations themselves if they are to be saved."""
+
+    activation: str
+    save: bool
+
+    def __call__(self, pre: list[Array], _: list[Array]) -> tuple[Array, ...]:
+        hidden = activations.hidden(self.activation, pre[0] if len(pre) > 1 else None, pre[-1])
+        return (hidden, *pre) if self.save else (hidden,)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Gradients:
+    """The hidden layer's gradient and the saved pre-activations -> hidden layer, gradients of the pre-activations.
+
+    Then, if asked for, the product of the hidden layer and its gradient.
+    """
+
+    activation: str
+    product: bool
+
+    def __call__(self, dhidden: list[Array], pre: list[Array]) -> tuple[Array, ...]:
+        gate = pre[0] if len(pre) > 1 else None
+        gradients = activations.hidden_and_gradients(self.activation, gate, pre[-1], dhidden[0])
+        outs = tuple(a for a in gradients if a is not None)
+        return (*outs, outs[0] * dhidden[0]) if self.product else outs
+
+
+def _total(products: list[Array], _: list[Array]) -> tuple[Array, ...]:
+    return (sum(products[1:], products[0]),)
+
+
+def _call(
+    name: str,
+    rows: tuple[Array, ...],
+    token_R: Array | None,
+    weights: tuple[Array, ...],
+    sides: tuple[Array, ...],
+    groups: Groups,
+    end: Callable[..., Any],
+    num_outs: int,
+    *,
+    transpose: bool,
+    pack_outs: bool = False,
+) -> tuple[Array, ...]:
+    """The row kernel, with rows filled up to whole sublanes and tiles for the target at hand."""
+    target = _tpu_target.current()
+    shape = _shape(rows, token_R, weights, sides, num_outs, transpose, pack_outs)
+    sizes_L, offset, interpret = groups
+    return _run(
+        rows, token_R, weights, sides, sizes_L, offset, end=end, num_outs=num_outs, transpose=transpose, name=name,
+        tiles=pallas_tpu_tiles.tiles(shape, target), num_cores=1 if interpret else target.num_cores,
+        interpret=interpret, pack_outs=pack_outs,
+    )  # fmt: skip
+
+
+def _shape(rows, token_R, weights, sides, num_outs: int, transpose: bool, pack_outs: bool) -> pallas_tpu_tiles.Shape:
+    R = (rows[0] if token_R is None else token_R).shape[0]
+    K, N = weights[0].shape[:0:-1] if transpose else weights[0].shape[1:]
+    counts = (len(rows), len(weights), len(sides), num_outs)
+    itemsize = weights[0].dtype.itemsize
+    return pallas_tpu_tiles.Shape(R + -R % 8, K, N, weights[0].shape[0], *counts, itemsize, pack_outs)
+
+
+# Jitted for the cache: layers of one shape are traced once.
+@functools.partial(
+    jax.jit, static_argnames=("end", "num_outs", "transpose", "name", "tiles", "num_cores", "interpret", "pack_outs")
+)
+def _run(rows, token_R, weights, sides, sizes_L, offset, *, interpret, **how):
+    R = (rows[0] if token_R is None else token_R).shape[0]
+    fill = -R % 8
+    pad = lambda a: jnp.pad(a, ((0, fill),) + ((0, 0),) * (a.ndim - 1)) if fill else a
+    if token_R is None:
+        rows = tuple(map(pad, rows))
+    else:
+        # Dead rows may point beyond the tokens: what they fetch reaches nothing, but it must be there.
+        token_R, rows = jnp.minimum(pad(token_R), rows[0].shape[0] - 1), (_tpu_rows.pack_rows(rows[0]),)
+    if offset is None:
+        offset = _varying.zeros_like_varying((), jnp.int32, sizes_L)
+    outs = _tpu_rows.multiply(
+        rows, weights, tuple(map(pad, sides)), sizes_L.astype(jnp.int32), offset.reshape(1), token_R, **how,
+        interpret=pltpu.InterpretParams() if interpret else False,
+    )  # fmt: skip
+    return tuple(a[:R] for a in outs)

@@ -1,0 +1,145 @@
+"""Public entry of the routed feed-forward network: checks, choice of implementation, derivatives.
+
+Dims: T tokens, K experts per token, R rows, D model, F expert hidden, E experts of the weights, L experts in the sizes
+(L = E without an offset).
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import _checks, _choose, _varying
+from pallas_kernels.expert_ffn import api as rows
+from pallas_kernels.expert_ffn import pallas_tpu as rows_tpu
+from pallas_kernels.expert_ffn import xla, xla_tiles
+from pallas_kernels.routed_ffn import composed, pallas_tpu, reference
+
+_OP = "routed_ffn"
+_GATE_ON = ("output", "input")
+_FORWARD = {
+    "xla": functools.partial(composed.forward, xla.forward),
+    "xla_tiles": functools.partial(composed.forward, xla_tiles.forward),
+    "pallas_tpu": pallas_tpu.forward,
+}
+_BACKWARD = {
+    "xla": functools.partial(composed.backward, xla.backward),
+    "xla_tiles": functools.partial(composed.backward, xla_tiles.backward),
+    "pallas_tpu": pallas_tpu.backward,
+}
+
+
+class _Static(NamedTuple):
+    activation: str
+    gate_on: str
+    implementation: str | None
+
+
+def routed_ffn(
+    x_TD: Float[Array, "T D"],
+    w_gate_EDF: Float[Array, "E D F"] | None,
+    w_up_EDF: Float[Array, "E D F"],
+    w_down_EFD: Float[Array, "E F D"],
+    group_sizes_L: Int[Array, " L"],
+    choice_R: Int[Array, " R"],
+    slot_TK: Int[Array, "T K"],
+    gates_TK: Float[Array, "T K"],
+    *,
+    gate_on: str = "output",
+    activation: str = "silu",
+    group_offset: Int[Array, ""] | int | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "T D"]:
+    """out[t] = sum over k of gates[t, k] * ffn(x[t]) by the expert of row slot[t, k]; the ffn is that of `expert_ffn`.
+
+    With gate_on="input": the sum of ffn(gates[t, k] * x[t]). Sums run in float32 at least. The same as gather_rows,
+    expert_ffn and combine_rows one after the other, without the rows ever lying in memory where a kernel can avoid it.
+
+    Args:
+      x_TD: tokens.
+      w_gate_EDF, w_up_EDF, w_down_EFD: weights, of x's dtype; w_gate may be None. As in `expert_ffn`.
+      group_sizes_L: rows of each expert, in order of experts. Rows beyond the last, or of experts that are not held,
+        count as dropped.
+      choice_R: t * K + k of each row; T * K means none.
+      slot_TK: the inverse: row of choice (t, k); R means dropped: contributes zero, and its gate gets no gradient.
+      gates_TK: weights; may be wider than x.
+      gate_on: "output" or "input" (Llama-4).
+      activation, group_offset, implementation: as in `expert_ffn`.
+
+    Raises:
+      ValueError, TypeError: shapes or dtypes that don't fit, an unknown activation, gate_on or implementation.
+      NotImplementedError: a kernel that doesn't exist, or doesn't take these operands.
+
+    Differentiable in x, the weights and the gates, in reverse mode only; x, gates and the pre-activations are all that
+    is saved. Source: SonicMoE, https://arxiv.org/abs/2512.14080.
+    """
+    arrays = (x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_L, group_offset, choice_R, slot_TK, gates_TK)
+    x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_L, offset, choice_R, slot_TK, gates_TK = jax.tree.map(
+        jnp.asarray, arrays
+    )
+    shapes = _checks.describe(
+        x=x_TD, w_gate=w_gate_EDF, w_up=w_up_EDF, w_down=w_down_EFD, group_sizes=group_sizes_L, group_offset=offset,
+        choice=choice_R, slot=slot_TK, gates=gates_TK,
+    )  # fmt: skip
+    rows.check(_OP, x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_L, offset, shapes)
+    rows.check_activation(_OP, activation)
+    _check_plan(x_TD, choice_R, slot_TK, gates_TK, gate_on, shapes)
+    why_not = _why_not(x_TD, w_up_EDF, choice_R, implementation)
+    implementation = _choose.check_implementation(_OP, implementation, shapes, {"pallas_tpu": why_not})
+    offset = None if offset is None else offset.astype(jnp.int32)
+    operands = _varying.same_varying(
+        x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_L, offset, choice_R, slot_TK, gates_TK
+    )
+    if implementation == "reference":
+        return reference.forward(*operands, activation=activation, gate_on=gate_on)
+    return _routed_ffn(_Static(activation, gate_on, implementation), *operands)
+
+
+def _check_plan(x_TD, choice_R, slot_TK, gates_TK, gate_on: str, shapes: str) -> None:
+    _checks.check_rank(_OP, "choice", choice_R, "R")
+    _checks.check_rank(_OP, "slot", slot_TK, "T K")
+    _checks.check_equal(_OP, "dim 0 of slot (T of x)", slot_TK.shape[0], x_TD.shape[0], shapes)
+    _checks.check_shape(_OP, "gates", gates_TK, slot_TK.shape, shapes)
+    _checks.check_integer(_OP, "choice", choice_R, shapes)
+    _checks.check_integer(_OP, "slot", slot_TK, shapes)
+    if gate_on not in _GATE_ON:
+        raise ValueError(f"{_OP}: unknown gate_on {gate_on!r}: known: {', '.join(_GATE_ON)}.")
+
+
+def _why_not(x_TD: Array, w_up_EDF: Array, choice_R: Array, asked: str | None) -> str | None:
+    rows_like = jax.ShapeDtypeStruct((choice_R.shape[0], x_TD.shape[1]), x_TD.dtype)
+    return rows_tpu.why_not(rows_like, w_up_EDF, asked)
+
+
+def _table(entries: Any, static: _Static, x_TD: Array, w_up_EDF: Array, choice_R: Array, **how: Any) -> dict[str, Any]:
+    """The implementations that take these operands, with their keyword arguments."""
+    skip = {"pallas_tpu"} if _why_not(x_TD, w_up_EDF, choice_R, static.implementation) else set()
+    how |= dict(activation=static.activation, gate_on=static.gate_on)
+    return {name: functools.partial(f, **how) for name, f in entries.items() if name not in skip}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _routed_ffn(static, x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset, choice_R, slot_TK, gates_TK):
+    table = _table(_FORWARD, static, x_TD, w_up_EDF, choice_R, save=False)
+    operands = (x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset, choice_R, slot_TK, gates_TK)
+    return _choose.run(static.implementation, table, *operands)[0]
+
+
+def _forward(static, x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset, choice_R, slot_TK, gates_TK):
+    table = _table(_FORWARD, static, x_TD, w_up_EDF, choice_R, save=True)
+    operands = (x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset, choice_R, slot_TK, gates_TK)
+    out_TD, gate_RF, up_RF = _choose.run(static.implementation, table, *operands)
+    return out_TD, (operands, gate_RF, up_RF)
+
+
+def _backward(static, saved, dout_TD):
+    operands, gate_RF, up_RF = saved
+    x_TD, _, w_up_EDF, *_, choice_R, _, gates_TK = operands
+    table = _table(_BACKWARD, static, x_TD, w_up_EDF, choice_R)
+    *gradients, dgates_TK = _choose.run(static.implementation, table, *operands, gate_RF, up_RF, dout_TD)
+    return (*gradients, None, None, None, None, dgates_TK.astype(gates_TK.dtype))
+
+
+_routed_ffn.defvjp(_forward, _backward)
