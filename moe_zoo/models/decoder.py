@@ -103,12 +103,13 @@ class Decoder(nnx.Module):
         train: bool = False,
         step: Int[Array, ""] | None = None,
         key: Array | None = None,
+        record: bool = False,
     ) -> tuple[Float[Array, "B S V"], ModelAux, dict | None]:
         """Logits (float32), Aux, and the new cache.
 
         `segment_ids` separate packed documents; `valid` False marks padding, which changes nothing elsewhere. With a
         `cache` (`init_cache`) the S tokens continue the cached ones. `inputs` holds arrays with a leading axis of all L
-        layers, for routers (`router_bias`, `given`).
+        layers, for routers (`router_bias`, `given`). `record` puts every token's routing into the Aux' terms.
         """
         B, S = tokens.shape
         at = None if cache is None else cache["at"]
@@ -119,7 +120,7 @@ class Decoder(nnx.Module):
             positions = _positions(tokens.shape, segment_ids, valid if fresh else None) + (0 if fresh else at)
         flat = lambda x: None if x is None else x.reshape(B * S)
         ctx = RoutingContext(
-            batch=B, seq=S, train=train, num_domains=num_domains, mesh=self.mesh, step=step, key=key,
+            batch=B, seq=S, train=train, num_domains=num_domains, mesh=self.mesh, step=step, key=key, record=record,
             valid=flat(valid), positions=flat(positions), segment_ids=flat(segment_ids),
             token_ids=flat(tokens), domain=flat(domain), carry=self._init_carry(B * S), shared=dict(self.shared),
         )  # fmt: skip
@@ -294,3 +295,13 @@ def per_layer(layers: dict[str, tuple[Array, dict]]) -> list[tuple[int, dict[str
         values = jax.tree.map(lambda s: s.value(), stats, is_leaf=is_stat)
         rows += [(int(i), {name: value[r] for name, value in values.items()}) for r, i in enumerate(ids)]
     return sorted(rows, key=lambda row: row[0])
+
+
+def per_layer_terms(layers: dict[str, tuple[Array, Aux]]) -> dict[str, list[Array]]:
+    """{term: one array per layer that has it, in layer order}, from `ModelAux.layers`."""
+    rows = [(int(i), r, aux.terms) for ids, aux in layers.values() for r, i in enumerate(ids)]
+    found: dict[str, list[Array]] = {}
+    for _, r, terms in sorted(rows, key=lambda row: row[0]):
+        for name, value in terms.items():
+            found.setdefault(name, []).append(value[r])
+    return found

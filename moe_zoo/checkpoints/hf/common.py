@@ -1,0 +1,108 @@
+"""What families share: numbers of the same name, attention and feed-forward tensors, rotary positions, layer order."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from moe_zoo.checkpoints.hf.family import compress, expand, key
+from moe_zoo.checkpoints.hf.layout import Stored, linear
+from moe_zoo.checkpoints.native import CheckpointError
+from moe_zoo.models import ModelConfig
+
+ACTIVATIONS = (
+    ("silu", "silu"), ("swish", "silu"), ("gelu", "gelu"), ("gelu_pytorch_tanh", "gelu_tanh"),
+    ("gelu_new", "gelu_tanh"), ("relu", "relu"), ("relu2", "relu2"),
+)  # fmt: skip
+
+SIZES = (
+    key("vocab_size"),
+    key("hidden_size"),
+    key("num_attention_heads", "attention.num_attention_heads"),
+    key("num_key_value_heads", "attention.num_key_value_heads", default=None),
+    key("hidden_act", "mlp.activation", "experts.activation", default="silu", values=ACTIVATIONS),
+)
+HEAD_DIM = key("head_dim", "attention.head_dim", default=None)
+
+NORMS = {
+    "mixer_norm.scale": Stored("input_layernorm.weight"),
+    "ffn_norm.scale": Stored("post_attention_layernorm.weight"),
+}
+ATTENTION = {
+    "mixer.q": linear("self_attn.q_proj.weight"),
+    "mixer.k": linear("self_attn.k_proj.weight"),
+    "mixer.v": linear("self_attn.v_proj.weight"),
+    "mixer.o": linear("self_attn.o_proj.weight", inputs=2),
+}
+QKV_BIAS = {f"mixer.{x}_bias": Stored(f"self_attn.{x}_proj.bias", "flat") for x in "qkv"}
+O_BIAS = {"mixer.o_bias": Stored("self_attn.o_proj.bias")}
+QK_NORM = {f"mixer.{x}_norm.scale": Stored(f"self_attn.{x}_norm.weight") for x in "qk"}
+
+
+def gated(
+    ours: str, theirs: str, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+) -> dict[str, Stored]:
+    """Three linear weights of a gated feed-forward network, or of one expert with "{e}" in `theirs`."""
+    return {f"{ours}.w_{x}": linear(f"{theirs}.{name}.weight") for x, name in zip(("gate", "up", "down"), names)}
+
+
+DENSE = gated("ffn", "mlp")
+EXPERTS = gated("ffn.experts", "mlp.experts.{e}")
+MIXTRAL_EXPERTS = gated("ffn.experts", "block_sparse_moe.experts.{e}", ("w1", "w3", "w2"))
+
+
+def norm_eps(theirs: str = "rms_norm_eps", default: float = 1e-6):
+    """The epsilon of every norm."""
+    return key(theirs, "norm_eps", "attention.norm_eps", default=default)
+
+
+def tied(default: bool = False):
+    """Whether the head is the embedding; their classes differ in the default."""
+    return key("tie_word_embeddings", default=default)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """`rope_parameters` of today, `rope_theta` and `rope_scaling` of before. `theta`: the class's default."""
+
+    theta: float = 10_000.0
+
+    def read(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        rope = dict(given.get("rope_parameters") or given.get("rope_scaling") or {})
+        kind = rope.pop("rope_type", None) or rope.pop("type", "default")
+        theta = rope.pop("rope_theta", None) or given.get("rope_theta") or self.theta
+        if kind != "default":
+            raise CheckpointError(f"rope_parameters.rope_type: {kind!r} is not supported; known: default")
+        return {"attention.rope_theta": theta}
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        theta = config.attention.rope_theta
+        # both spellings: readers before transformers 5 only know the second
+        return {"rope_parameters": {"rope_type": "default", "rope_theta": theta}, "rope_theta": theta}
+
+
+@dataclasses.dataclass(frozen=True)
+class Every:
+    """All layers of one kind."""
+
+    kind: str
+
+    def read(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        return {"layers": compress([self.kind] * given["num_hidden_layers"])}
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        return {"num_hidden_layers": len(expand(config))}
+
+
+@dataclasses.dataclass(frozen=True)
+class BalanceLoss:
+    """`router_aux_loss_coef`: only training looks at it."""
+
+    default: float = 0.001
+
+    def read(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        coef = given.get("router_aux_loss_coef", self.default)
+        return {"losses": {"load_balance": {"coef": coef}} if coef else {}}
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        coefs = [chosen.config.coef for chosen in config.losses if chosen.name == "load_balance"]
+        return {"router_aux_loss_coef": coefs[0] if coefs else 0.0}
