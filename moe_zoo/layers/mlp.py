@@ -5,7 +5,7 @@ from typing import Literal
 
 from flax import nnx
 
-from moe_zoo.core.param import fan_in, param
+from moe_zoo.core.param import Constant, fan_in, param
 from pallas_kernels.expert_ffn.activations import hidden
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
@@ -13,10 +13,13 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 
 @dataclasses.dataclass(frozen=True)
 class FeedForwardConfig:
-    """`gated`: act(x W_gate) * (x W_up) W_down (arXiv 2002.05202); otherwise act(x W_up) W_down."""
+    """`gated`: act(x W_gate) * (x W_up) W_down (arXiv 2002.05202); otherwise act(x W_up) W_down. `bias`: one behind
+    every matrix.
+    """
 
     activation: Activation = "silu"
     gated: bool = True
+    bias: bool = False
 
     def flops(self, D: int, F: int) -> int:
         """Forward FLOPs of one token through one network of width F; multiply-adds count two."""
@@ -39,10 +42,22 @@ class MLP(nnx.Module):
             self.w_gate = param((D, F), ("embed", "mlp"), fan_in(D))
         self.w_up = param((D, F), ("embed", "mlp"), fan_in(D))
         self.w_down = param((F, D), ("mlp", "embed"), fan_in(F, out_scale))
+        if config.bias:
+            if config.gated:
+                self.b_gate = param((F,), ("mlp",), Constant(0.0))
+            self.b_up = param((F,), ("mlp",), Constant(0.0))
+            self.b_down = param((D,), ("embed",), Constant(0.0))
 
     def __call__(self, x):
+        if self.config.bias:
+            return self._biased(x)
         gate = self.w_gate[...].astype(x.dtype) if self.config.gated else None
         return ffn(x, gate, self.w_up[...].astype(x.dtype), self.w_down[...].astype(x.dtype), self.config.activation)
+
+    def _biased(self, x):
+        affine = lambda x, w, b: x @ w[...].astype(x.dtype) + b[...].astype(x.dtype)
+        gate = affine(x, self.w_gate, self.b_gate) if self.config.gated else None
+        return affine(hidden(self.config.activation, gate, affine(x, self.w_up, self.b_up)), self.w_down, self.b_down)
 
     def flops_per_token(self) -> int:
         return self.config.flops(*self.dims)

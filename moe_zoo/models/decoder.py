@@ -19,7 +19,7 @@ from moe_zoo.core.aux import Aux, Stat, is_stat
 from moe_zoo.core.context import PROVIDABLE, RoutingContext
 from moe_zoo.core.param import stack
 from moe_zoo.core.registry import ConfigError
-from moe_zoo.layers.attention import Attention, View
+from moe_zoo.layers.attention import Attention, RotaryKey, View
 from moe_zoo.layers.embedding import Embedding, Head
 from moe_zoo.layers.mlp import MLP
 from moe_zoo.layers.ngram import NgramEmbedding
@@ -87,7 +87,7 @@ class Decoder(nnx.Module):
         self.shared = nnx.Dict(shared_modules(config))
         self.norm = NORMS[config.norm](D, config.norm_eps)
         if not config.tie_word_embeddings:
-            self.head = Head(config.vocab_size, D)
+            self.head = Head(config.vocab_size, D, config.lm_head_bias)
 
     def __call__(
         self,
@@ -132,6 +132,8 @@ class Decoder(nnx.Module):
             state.run_segment(index, segment, self.config.remat if train else "none")
         x = self.norm(state.x)
         logits = self.embed.attend(x) if self.config.tie_word_embeddings else self.head(x)
+        if self.config.logits_scaling != 1.0:
+            logits = logits / self.config.logits_scaling
         wide = jnp.promote_types(logits.dtype, jnp.float32)
         new_cache = None if cache is None else {"at": at + S, "ngram": ngram_cache, "segments": state.caches}
         return logits.astype(wide), ModelAux(state.losses, state.layers), new_cache
@@ -178,12 +180,14 @@ class Decoder(nnx.Module):
 
     def _embed(self, tokens, positions, cache, dtype):
         x = self.embed(tokens, dtype)
+        if self.config.embedding_multiplier != 1.0:
+            x = x * self.config.embedding_multiplier
         if not self.config.ngram.orders:
             return x, None
         extra, ngram_cache = self.ngram(tokens, positions, None if cache is None else cache["ngram"], dtype)
         return x + extra, ngram_cache
 
-    def _rotary_keys(self) -> set[tuple[int, float]]:
+    def _rotary_keys(self) -> set[RotaryKey]:
         return {block.mixer.rotary_key for segment in self.segments for block in segment.blocks}
 
     def _init_carry(self, num_tokens: int) -> dict[str, Any]:
@@ -233,6 +237,8 @@ def make_block(config: ModelConfig, kind: str, whole: ModelConfig) -> Block:
         ffn=ffn,
         mixer_norm=norm(D, config.norm_eps),
         ffn_norm=norm(D, config.norm_eps),
+        placement=config.norm_placement,
+        multiplier=config.residual_multiplier,
     )
 
 
