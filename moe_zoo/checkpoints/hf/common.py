@@ -1,12 +1,11 @@
-"""What families share: numbers of the same name, attention and feed-forward tensors, rotary positions, layer order."""
+"""What families share: numbers of the same name, heads, the tensors of attention and feed-forward parts."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from moe_zoo.checkpoints.hf.family import compress, expand, key
+from moe_zoo.checkpoints.hf.family import key
 from moe_zoo.checkpoints.hf.layout import Stored, linear
-from moe_zoo.checkpoints.native import CheckpointError
 from moe_zoo.models import ModelConfig
 
 ACTIVATIONS = (
@@ -17,11 +16,8 @@ ACTIVATIONS = (
 SIZES = (
     key("vocab_size"),
     key("hidden_size"),
-    key("num_attention_heads", "attention.num_attention_heads"),
-    key("num_key_value_heads", "attention.num_key_value_heads", default=None),
     key("hidden_act", "mlp.activation", "experts.activation", default="silu", values=ACTIVATIONS),
 )
-HEAD_DIM = key("head_dim", "attention.head_dim", default=None)
 
 NORMS = {
     "mixer_norm.scale": Stored("input_layernorm.weight"),
@@ -33,7 +29,7 @@ ATTENTION = {
     "mixer.v": linear("self_attn.v_proj.weight"),
     "mixer.o": linear("self_attn.o_proj.weight", inputs=2),
 }
-QKV_BIAS = {f"mixer.{x}_bias": Stored(f"self_attn.{x}_proj.bias", "flat") for x in "qkv"}
+QKV_BIAS = {f"mixer.{x}_bias": Stored(f"self_attn.{x}_proj.bias") for x in "qkv"}
 O_BIAS = {"mixer.o_bias": Stored("self_attn.o_proj.bias")}
 QK_NORM = {f"mixer.{x}_norm.scale": Stored(f"self_attn.{x}_norm.weight") for x in "qk"}
 
@@ -46,6 +42,7 @@ def gated(
 
 
 DENSE = gated("ffn", "mlp")
+DENSE_BIAS = {f"ffn.b_{x}": Stored(f"mlp.{x}_proj.bias") for x in ("gate", "up", "down")}
 EXPERTS = gated("ffn.experts", "mlp.experts.{e}")
 MIXTRAL_EXPERTS = gated("ffn.experts", "block_sparse_moe.experts.{e}", ("w1", "w3", "w2"))
 
@@ -61,36 +58,29 @@ def tied(default: bool = False):
 
 
 @dataclasses.dataclass(frozen=True)
-class Rope:
-    """`rope_parameters` of today, `rope_theta` and `rope_scaling` of before. `theta`: the class's default."""
+class Heads:
+    """Heads and their size. `kv`, `size`: what the class takes where config.json is silent, None for all and D / N."""
 
-    theta: float = 10_000.0
-
-    def read(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        rope = dict(given.get("rope_parameters") or given.get("rope_scaling") or {})
-        kind = rope.pop("rope_type", None) or rope.pop("type", "default")
-        theta = rope.pop("rope_theta", None) or given.get("rope_theta") or self.theta
-        if kind != "default":
-            raise CheckpointError(f"rope_parameters.rope_type: {kind!r} is not supported; known: default")
-        return {"attention.rope_theta": theta}
-
-    def write(self, config: ModelConfig) -> dict[str, Any]:
-        theta = config.attention.rope_theta
-        # both spellings: readers before transformers 5 only know the second
-        return {"rope_parameters": {"rope_type": "default", "rope_theta": theta}, "rope_theta": theta}
-
-
-@dataclasses.dataclass(frozen=True)
-class Every:
-    """All layers of one kind."""
-
-    kind: str
+    kv: int | None = None
+    size: int | None = None
 
     def read(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        return {"layers": compress([self.kind] * given["num_hidden_layers"])}
+        return {
+            "attention.num_attention_heads": given["num_attention_heads"],
+            "attention.num_key_value_heads": given.get("num_key_value_heads", self.kv),
+            "attention.head_dim": given.get("head_dim", self.size),
+        }
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
-        return {"num_hidden_layers": len(expand(config))}
+        N, M, H = heads(config)
+        return {"num_attention_heads": N, "num_key_value_heads": M, "head_dim": H}
+
+
+def heads(config: ModelConfig) -> tuple[int, int, int]:
+    """(query heads, key-value heads, head size), nothing left to defaults."""
+    a = config.attention
+    N = a.num_attention_heads
+    return N, a.num_key_value_heads or N, a.head_dim or config.hidden_size // N
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ backwards a config.json; `mismatches` are the settings that do not survive the w
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from moe_zoo.checkpoints.hf.layout import Stored, linear
@@ -32,16 +32,18 @@ _DENSE_ONLY, _MOE_ONLY = (
 class Key:
     """`theirs` in config.json is `ours` in ModelConfig (dotted; several paths hold the same value).
 
-    `default`: what their class takes where config.json is silent. `values`: their spelling -> ours.
+    `default`: what their class takes where config.json is silent. `values`: their spelling -> ours. `also`: other names
+    that their classes have had for it.
     """
 
     theirs: str
     ours: tuple[str, ...]
     default: Any = _REQUIRED
     values: tuple[tuple[Any, Any], ...] = ()
+    also: tuple[str, ...] = ()
 
     def read(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        value = given.get(self.theirs, self.default)
+        value = next((given[name] for name in (self.theirs, *self.also) if name in given), self.default)
         if value is _REQUIRED:
             raise CheckpointError(f"it has no {self.theirs!r}")
         if self.values:
@@ -105,11 +107,10 @@ class Family:
     whole: Mapping[str, Stored]
     unused: tuple[str, ...] = ()
     prefix: str = "model.layers.{layer}."
-    drop: Callable[[dict[str, Any]], None] | None = None
 
     def read(self, given: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
         """config.json -> ModelConfig. Raises CheckpointError naming the key."""
-        values: dict[str, Any] = {}
+        values: dict[str, Any] = {"router": {"name": "top_k"}, "experts": {"name": "feed_forward"}}
         try:
             for part in (*self.keys, *self.parts):
                 for path, value in part.read(given).items():

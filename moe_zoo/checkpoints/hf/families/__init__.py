@@ -8,7 +8,7 @@ from moe_zoo.checkpoints.native import CheckpointError
 from moe_zoo.core.registry import nearest
 
 #: files of this folder; where one config fits several families the first is taken
-MODULES = ("olmoe",)
+MODULES = ("olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "llama", "mistral", "qwen2", "qwen3", "olmo2")
 
 
 @functools.cache

@@ -3,6 +3,8 @@
 from moe_zoo.checkpoints.hf import common as C
 from moe_zoo.checkpoints.hf.family import WHOLE, Family, Only, key
 from moe_zoo.checkpoints.hf.layout import linear
+from moe_zoo.checkpoints.hf.order import every
+from moe_zoo.checkpoints.hf.rope import Rope
 
 FAMILY = Family(
     model_type="olmoe",
@@ -17,18 +19,13 @@ FAMILY = Family(
         key("norm_topk_prob", "router.norm_topk_prob", default=False),
     ),
     parts=(
-        C.Rope(),
-        C.Every("moe"),
+        C.Heads(),
+        Rope(),
+        every("moe"),
         C.BalanceLoss(0.01),
         Only({"clip_qkv": (None,), "attention_bias": (False,)}),
     ),
-    fixed={"attention.qk_norm": "full", "router.name": "top_k", "experts.name": "feed_forward"},
-    layer={
-        **C.ATTENTION,
-        **C.QK_NORM,
-        **C.NORMS,
-        **C.EXPERTS,
-        "ffn.router.kernel": linear("mlp.gate.weight"),
-    },
+    fixed={"attention.qk_norm": "full"},
+    layer={**C.ATTENTION, **C.QK_NORM, **C.NORMS, **C.EXPERTS, "ffn.router.kernel": linear("mlp.gate.weight")},
     whole=WHOLE,
 )
