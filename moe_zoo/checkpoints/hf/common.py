@@ -44,7 +44,24 @@ def gated(
 DENSE = gated("ffn", "mlp")
 DENSE_BIAS = {f"ffn.b_{x}": Stored(f"mlp.{x}_proj.bias") for x in ("gate", "up", "down")}
 EXPERTS = gated("ffn.experts", "mlp.experts.{e}")
+NORM_BIAS = {name.replace("scale", "bias"): Stored(s.name.replace("weight", "bias")) for name, s in NORMS.items()}
 MIXTRAL_EXPERTS = gated("ffn.experts", "block_sparse_moe.experts.{e}", ("w1", "w3", "w2"))
+
+
+V3_KEYS = (
+    key("intermediate_size"),
+    key("moe_intermediate_size"),
+    key("n_group", "router.n_group", default=1),
+    key("topk_group", "router.topk_group", default=1),
+    key("routed_scaling_factor", "router.routed_scaling_factor", default=1.0),
+)
+V3_ROUTER = {"router.score_function": "sigmoid", "router.correction_bias": True, "router.group_score": "top2_sum"}
+V3_MOE = {
+    **EXPERTS,
+    **gated("ffn.shared", "mlp.shared_experts"),
+    "ffn.router.kernel": linear("mlp.gate.weight"),
+    "ffn.router.correction": Stored("mlp.gate.e_score_correction_bias"),
+}
 
 
 def norm_eps(theirs: str = "rms_norm_eps", default: float = 1e-6):
@@ -96,3 +113,29 @@ class BalanceLoss:
     def write(self, config: ModelConfig) -> dict[str, Any]:
         coefs = [chosen.config.coef for chosen in config.losses if chosen.name == "load_balance"]
         return {"router_aux_loss_coef": coefs[0] if coefs else 0.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class NoLoss:
+    """Families that balance by a bias."""
+
+    def read(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        return {"losses": {}}
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedExperts:
+    """So many shared experts of a routed one's width, stored as one wide network."""
+
+    default: int = 0
+    key: str = "n_shared_experts"
+
+    def read(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        count = given.get(self.key, self.default) or 0
+        return {"shared_expert_size": count * given["moe_intermediate_size"]}
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        return {self.key: config.shared_expert_size // config.moe_intermediate_size}

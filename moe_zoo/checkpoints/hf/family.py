@@ -95,7 +95,8 @@ class Only:
 class Family:
     """One family of published models. `layer` and `whole`: our per-layer (whole) parameter name -> where it is stored.
 
-    `unused`: patterns of tensors that are in the files but in no model of ours, such as extra prediction layers.
+    `unused`: patterns of tensors that are in the files but in no model of ours. `extra_layers`: layers behind the last
+    predict tokens further ahead; they are left out.
     """
 
     model_type: str
@@ -106,6 +107,7 @@ class Family:
     layer: Mapping[str, Stored]
     whole: Mapping[str, Stored]
     unused: tuple[str, ...] = ()
+    extra_layers: bool = False
     prefix: str = "model.layers.{layer}."
 
     def read(self, given: Mapping[str, Any], where: str = "config.json") -> ModelConfig:

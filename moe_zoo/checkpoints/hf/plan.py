@@ -69,8 +69,19 @@ def check(leaves: list[Leaf], tensors: dict[str, Tensor], family: Family, folder
             if tensor.dtype.name not in ("float32", "float16", "bfloat16", "float64"):
                 raise CheckpointError(f"{tensor.where} is {tensor.dtype.name}: quantised weights cannot be read yet")
             used.add(name)
-    unused = sorted(n for n in tensors if n not in used and not any(re.fullmatch(p, n) for p in family.unused))
+    unused = sorted(name for name in tensors.keys() - used if not _known(name, leaves, family))
     if unused:
         more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
         model = f"{family.architectures[0]} with this config.json"
         raise CheckpointError(f"{tensors[unused[0]].where}{more} belong to no parameter of {model}")
+
+
+def _known(name: str, leaves: list[Leaf], family: Family) -> bool:
+    """Whether a tensor that nothing uses is expected: the head of a tied model, further prediction layers."""
+    whole = {leaf.path: leaf for leaf in leaves if leaf.prefixes is None}
+    if "head.kernel" not in whole and name == family.whole["head.kernel"].name:
+        return True
+    layer = re.match(re.escape(family.prefix).replace(r"\{layer\}", r"(\d+)"), name)
+    count = sum(len(leaf.prefixes) for leaf in leaves if leaf.prefixes and leaf.path.endswith("mixer_norm.scale"))
+    beyond = family.extra_layers and layer is not None and int(layer[1]) >= count
+    return beyond or any(re.fullmatch(pattern, name) for pattern in family.unused)

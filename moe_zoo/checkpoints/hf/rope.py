@@ -84,4 +84,3 @@ def _yarn_factor(factor: float, mscale: float | None, mscale_all_dim: float | No
     """The paper's temperature, or the ratio of two of them."""
     of = lambda scale: 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
     return of(mscale) / of(mscale_all_dim) if mscale and mscale_all_dim else of(1.0)
-

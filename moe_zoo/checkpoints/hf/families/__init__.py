@@ -8,13 +8,20 @@ from moe_zoo.checkpoints.native import CheckpointError
 from moe_zoo.core.registry import nearest
 
 #: files of this folder; where one config fits several families the first is taken
-MODULES = ("olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "llama", "mistral", "qwen2", "qwen3", "olmo2")
+MODULES = (
+    "olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "granite_moe", "minimax_m2", "glm4_moe", "dots1", "ernie4_5_moe",
+    "phimoe", "llama", "mistral", "qwen2", "qwen3", "olmo2",
+)  # fmt: skip
 
 
 @functools.cache
 def families() -> tuple[Family, ...]:
     """All of them, in order."""
-    return tuple(importlib.import_module(f"{__name__}.{module}").FAMILY for module in MODULES)
+    found = []
+    for name in MODULES:
+        module = importlib.import_module(f"{__name__}.{name}")
+        found += [value for value in vars(module).values() if isinstance(value, Family)]
+    return tuple(found)
 
 
 @functools.cache
