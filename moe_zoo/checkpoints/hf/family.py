@@ -54,7 +54,10 @@ class Key:
         return dict.fromkeys(self.ours, value)
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
-        value = look_up(config, self.ours[0])
+        try:
+            value = look_up(config, self.ours[0])
+        except AttributeError:  # another router than the family's: the way back will say so
+            return {}
         for theirs, ours in self.values:
             if ours == value:
                 return {self.theirs: theirs}

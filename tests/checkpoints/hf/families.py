@@ -106,7 +106,7 @@ TINY = {
 
 
 def tiny(name: str, seed: int = 0):
-    """The model in eval mode, with weights that make every part matter: routers decide, norms and biases do something."""
+    """The model in eval mode, with weights that make every part matter: routers decide, norms and biases act."""
     import torch
     import transformers
 
