@@ -14,6 +14,8 @@ class FeedForward(nnx.Module):
     """E feed-forward networks of width F: SwiGLU by default, GELU or ReLU with or without a gate."""
 
     Config = FeedForwardConfig
+    #: variables that are added to a sum over the hidden width, which may be split over devices
+    after_sum = ("b_down",)
 
     def __init__(
         self, config: FeedForwardConfig, *, num_experts: int, hidden_size: int, intermediate_size: int, out_scale: float

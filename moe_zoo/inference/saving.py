@@ -6,11 +6,12 @@ from moe_zoo.checkpoints import hf
 from moe_zoo.inference.loaded import Loaded
 
 
-def save_hf(loaded: Loaded, path: str | Path) -> None:
+def save_hf(loaded: Loaded, path: str | Path) -> str:
     """Writes config.json, weights under their published names, and the tokenizer's files.
 
-    A model that came from a published directory is written as it was there, where nothing was changed. A run of ours is
-    written as the family that has its settings. Raises CheckpointError when there is none, naming what does not fit.
+    A model that came from a published directory is written as it was there, where nothing was changed; a run of ours as
+    the family that has its settings. Returns the name of its class. Raises CheckpointError when there is none, naming
+    what does not fit.
     """
     extras, tokens = None, {}
     if loaded.published:
@@ -20,4 +21,5 @@ def save_hf(loaded: Loaded, path: str | Path) -> None:
         extras = spec if spec.is_dir() else spec.parent if spec.is_file() else None
         ids = {f"{kind}_token_id": getattr(loaded.tokenizer, f"{kind}_id") for kind in ("bos", "eos", "pad")}
         tokens = {name: value for name, value in ids.items() if value < loaded.config.vocab_size}
-    hf.save(Path(path), loaded.model, loaded.config, loaded.published, extras=extras, settings=tokens)
+    family = hf.save(Path(path), loaded.model, loaded.config, loaded.published, extras=extras, settings=tokens)
+    return family.architectures[0]

@@ -136,12 +136,10 @@ class Family:
         return given
 
     def mismatches(self, config: ModelConfig) -> list[str]:
-        """Settings that a model of this family cannot have, each as `path=value`."""
-        try:
-            back = self.read(self.write(config))
-        except (CheckpointError, ConfigError) as error:
-            return [str(error).removeprefix("config.json: ")]
-        mine, theirs = essential(config), essential(back)
+        """Settings that a model of this family cannot have, each as `path=value`. Raises CheckpointError if no model
+        of the family comes near them.
+        """
+        mine, theirs = essential(config), essential(self.read(self.write(config)))
         keys = sorted(mine.keys() | theirs.keys())
         differ = [key for key in keys if mine.get(key, _ABSENT) != theirs.get(key, _ABSENT)]
         return [f"model.{key}={mine.get(key)} (there {theirs.get(key)})" for key in differ]

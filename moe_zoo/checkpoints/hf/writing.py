@@ -64,14 +64,17 @@ def choose(config: ModelConfig, first: Family | None = None) -> Family:
     """The family whose models can have these settings. Raises CheckpointError with the nearest and what it lacks."""
     found = {}
     for family in (first, *families()) if first else families():
-        differ = family.mismatches(config)
+        try:
+            differ = family.mismatches(config)
+        except CheckpointError:
+            continue
         if not differ:
             return family
         found.setdefault(family.architectures[0], differ)
-    if first:
-        name, differ = first.architectures[0], found[first.architectures[0]]
-    else:
-        name, differ = min(found.items(), key=lambda item: len(item[1]))
+    name = (
+        first.architectures[0] if first and first.architectures[0] in found else min(found, key=lambda n: len(found[n]))
+    )
+    differ = found[name]
     raise CheckpointError(f"no published family has these settings; nearest is {name}, but for {'; '.join(differ)}")
 
 
