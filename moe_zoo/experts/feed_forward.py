@@ -7,7 +7,6 @@ from jaxtyping import Array, Float, Int
 import pallas_kernels as ops
 from moe_zoo.core.param import Constant, fan_in, param
 from moe_zoo.layers.mlp import FeedForwardConfig, ffn
-from pallas_kernels.expert_ffn.activations import hidden
 
 
 class FeedForward(nnx.Module):
@@ -39,33 +38,36 @@ class FeedForward(nnx.Module):
 
     def rows(self, x_RD: Float[Array, "R D"], group_sizes_E: Int[Array, "E"]) -> Float[Array, "R D"]:
         """Rows sorted by expert; rows beyond the last group come out zero."""
-        if self.config.bias:
-            return self._biased_rows(x_RD, group_sizes_E)
+        if not self.config.plain:
+            return self._general_rows(x_RD, group_sizes_E)
         return ops.expert_ffn(x_RD, *self.weights(x_RD.dtype), group_sizes_E, activation=self.config.activation)
 
     def batched(self, x_ECD: Float[Array, "E C D"]) -> Float[Array, "E C D"]:
         """The same number of rows for every expert."""
-        if self.config.bias:
-            return self._biased(x_ECD, lambda x, w: x @ w, lambda b_EX: b_EX[:, None])
+        if not self.config.plain:
+            return self._general(x_ECD, lambda x, w: x @ w, lambda b_EX: b_EX[:, None])
         return ffn(x_ECD, *self.weights(x_ECD.dtype), self.config.activation)
 
-    def _biased_rows(self, x_RD, group_sizes_E):
+    def _general_rows(self, x_RD, group_sizes_E):
         end_E = jnp.cumsum(group_sizes_E)
         expert_R = jnp.searchsorted(end_E, jnp.arange(x_RD.shape[0]), side="right")
-        y_RD = self._biased(
+        y_RD = self._general(
             x_RD,
             lambda x, w: ops.grouped_matmul(x, w, group_sizes_E),
             lambda b_EX: jnp.take(b_EX, expert_R, axis=0, mode="clip"),
         )
         return jnp.where(jnp.arange(x_RD.shape[0])[:, None] < end_E[-1], y_RD, 0)
 
-    def _biased(self, x, multiply, spread):
-        """The formula with a bias behind every matrix; `spread` lays one vector per expert along the rows of x."""
+    def _general(self, x, multiply, spread):
+        """The formula with biases and limits; `spread` lays one vector per expert along the rows of x."""
         gate, up, down = self.weights(x.dtype)
-        bias = lambda b_EX: spread(b_EX[...].astype(x.dtype))
-        gate = multiply(x, gate) + bias(self.b_gate) if self.config.gated else None
-        inner = hidden(self.config.activation, gate, multiply(x, up) + bias(self.b_up))
-        return multiply(inner, down) + bias(self.b_down)
+
+        def affine(x, w, name):
+            y = multiply(x, w)
+            return y + spread(getattr(self, name)[...].astype(x.dtype)) if self.config.bias else y
+
+        gate = affine(x, gate, "b_gate") if self.config.gated else None
+        return affine(self.config.hidden(gate, affine(x, up, "b_up")), down, "b_down")
 
     def flops_per_row(self) -> int:
         """Forward; multiply-adds count two."""

@@ -29,6 +29,7 @@ class AttentionConfig:
     the "full" width before the split into heads (OLMoE). `sliding_window` w: a query sees itself and the w - 1 tokens
     before it. `qkv_bias`, `output_bias`: biases of the projections. `rotary_dim`: how much of a head is rotated, None
     for all; `rope_interleaved`: in pairs (2i, 2i + 1). `softmax_scale` multiplies the scores, None: 1/sqrt(head_dim).
+    `sinks`: one learned logit per head beside the keys, which takes weight and adds nothing (gpt-oss).
     """
 
     num_attention_heads: int = 4
@@ -38,6 +39,7 @@ class AttentionConfig:
     sliding_window: int | None = None
     qkv_bias: bool = False
     output_bias: bool = False
+    sinks: bool = False
     rope_theta: float = 10_000.0
     rotary_dim: int | None = None
     rope_interleaved: bool = False
@@ -104,6 +106,8 @@ class Attention(nnx.Module):
             self.v_bias = param((M * H,), ("kv_heads",), Constant(0.0))
         if config.output_bias:
             self.o_bias = param((D,), ("embed",), Constant(0.0))
+        if config.sinks:
+            self.sinks = param((N,), ("heads",), Constant(0.0))
         if config.qk_norm != "none":
             full = config.qk_norm == "full"
             self.q_norm = RMSNorm(N * H if full else H, config.norm_eps, axis="qk_norm")
@@ -135,7 +139,7 @@ class Attention(nnx.Module):
         else:
             cache = self._append(cache, k_BMSH, v_BMSH, view, at)
             mask_BSL = self._ordered(view.positions, cache["positions"]) & cache["valid"][:, None, :]
-            out_BNSH = attend(q_BNSH, cache["k"], cache["v"], mask_BSL, self.config.softmax_scale)
+            out_BNSH = attend(q_BNSH, cache["k"], cache["v"], mask_BSL, self.config.softmax_scale, self._sinks())
         o = self.o[...].astype(x_BSD.dtype).reshape(N * H, D)
         out = out_BNSH.transpose(0, 2, 1, 3).reshape(B * S, N * H) @ o
         if self.config.output_bias:
@@ -157,6 +161,9 @@ class Attention(nnx.Module):
         if self.config.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
+
+    def _sinks(self):
+        return self.sinks[...] if self.config.sinks else None
 
     def _append(self, cache, k_BMSH, v_BMSH, view, at):
         valid = jnp.ones(view.positions.shape, bool) if view.valid is None else view.valid
@@ -181,7 +188,9 @@ class Attention(nnx.Module):
                 mask &= view.segment_ids[:, queries, None] == view.segment_ids[:, None, keys]
             if view.valid is not None:
                 mask &= view.valid[:, None, keys]
-            outs.append(attend(q[:, :, queries], k[:, :, keys], v[:, :, keys], mask, self.config.softmax_scale))
+            outs.append(
+                attend(q[:, :, queries], k[:, :, keys], v[:, :, keys], mask, self.config.softmax_scale, self._sinks())
+            )
         return jnp.concatenate(outs, axis=2) if len(outs) > 1 else outs[0]
 
     def flops_per_token(self, context: float) -> float:
@@ -198,6 +207,7 @@ def attend(
     v_BMLH: Float[Array, "B M L H"],
     mask_BSL: Bool[Array, "B S L"],
     scale: float | None = None,
+    sinks_N: Float[Array, "N"] | None = None,
 ) -> Float[Array, "B N S H"]:
     """softmax(q k * scale) v, scale 1/sqrt(H) if not given, over the allowed keys. Softmax in float32. A query that may
     see nothing averages all.
@@ -212,6 +222,11 @@ def attend(
     scores = jnp.einsum("bmsh,bmlh->bmsl", q, k_BMLH.astype(q.dtype))
     scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32)).reshape(B, M, G, S, L)
     lowest = jnp.finfo(scores.dtype).min
-    weights = jax.nn.softmax(jnp.where(mask_BSL[:, None, None], scores, lowest), axis=-1).astype(q.dtype)
+    scores = jnp.where(mask_BSL[:, None, None], scores, lowest)
+    if sinks_N is None:
+        weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    else:
+        sink = jnp.broadcast_to(sinks_N.astype(scores.dtype).reshape(M, G, 1, 1), (B, M, G, S, 1))
+        weights = jax.nn.softmax(jnp.concatenate([scores, sink], -1), axis=-1)[..., :-1].astype(q.dtype)
     out = jnp.einsum("bmsl,bmlh->bmsh", weights.reshape(B, M, G * S, L), v_BMLH.astype(q.dtype))
     return out.reshape(B, N, S, H)

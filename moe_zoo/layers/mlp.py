@@ -3,23 +3,38 @@
 import dataclasses
 from typing import Literal
 
+import jax.numpy as jnp
 from flax import nnx
 
 from moe_zoo.core.param import Constant, fan_in, param
 from pallas_kernels.expert_ffn.activations import hidden
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"]
 
 
 @dataclasses.dataclass(frozen=True)
 class FeedForwardConfig:
     """`gated`: act(x W_gate) * (x W_up) W_down (arXiv 2002.05202); otherwise act(x W_up) W_down. `bias`: one behind
-    every matrix.
+    every matrix. gpt-oss: `clamp` c limits the gate to c and the up part to [-c, c], `up_shift` is added to the latter.
     """
 
     activation: Activation = "silu"
     gated: bool = True
     bias: bool = False
+    clamp: float | None = None
+    up_shift: float = 0.0
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the formula of the fused kernels."""
+        return not self.bias and self.clamp is None and self.up_shift == 0.0
+
+    def hidden(self, gate, up):
+        """The hidden layer from its pre-activations."""
+        if self.clamp is not None:
+            gate = None if gate is None else jnp.minimum(gate, self.clamp)
+            up = jnp.clip(up, -self.clamp, self.clamp)
+        return hidden(self.activation, gate, up + self.up_shift if self.up_shift else up)
 
     def flops(self, D: int, F: int) -> int:
         """Forward FLOPs of one token through one network of width F; multiply-adds count two."""
@@ -49,15 +64,18 @@ class MLP(nnx.Module):
             self.b_down = param((D,), ("embed",), Constant(0.0))
 
     def __call__(self, x):
-        if self.config.bias:
-            return self._biased(x)
+        if not self.config.plain:
+            return self._general(x)
         gate = self.w_gate[...].astype(x.dtype) if self.config.gated else None
         return ffn(x, gate, self.w_up[...].astype(x.dtype), self.w_down[...].astype(x.dtype), self.config.activation)
 
-    def _biased(self, x):
-        affine = lambda x, w, b: x @ w[...].astype(x.dtype) + b[...].astype(x.dtype)
-        gate = affine(x, self.w_gate, self.b_gate) if self.config.gated else None
-        return affine(hidden(self.config.activation, gate, affine(x, self.w_up, self.b_up)), self.w_down, self.b_down)
+    def _general(self, x):
+        def affine(x, name):
+            y = x @ getattr(self, f"w_{name}")[...].astype(x.dtype)
+            return y + getattr(self, f"b_{name}")[...].astype(x.dtype) if self.config.bias else y
+
+        gate = affine(x, "gate") if self.config.gated else None
+        return affine(self.config.hidden(gate, affine(x, "up")), "down")
 
     def flops_per_token(self) -> int:
         return self.config.flops(*self.dims)

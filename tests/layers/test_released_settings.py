@@ -13,7 +13,7 @@ from naive import normal, tiny_config, tiny_model
 from moe_zoo.core import param as P
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.experts.feed_forward import FeedForward
-from moe_zoo.layers.attention import Attention, AttentionConfig, View
+from moe_zoo.layers.attention import Attention, AttentionConfig, View, attend
 from moe_zoo.layers.mlp import MLP, FeedForwardConfig
 from moe_zoo.layers.rope import RopeScaling, angles, rotate
 from moe_zoo.models import Decoder
@@ -99,6 +99,25 @@ def test_biases_of_feed_forward_networks_and_of_banks(gated):
     up = np.asarray(x, np.float64) @ w["w_up"] + w["b_up"]
     inner = naive.silu(np.asarray(x) @ w["w_gate"] + w["b_gate"]) * up if gated else naive.silu(up)
     np.testing.assert_allclose(np.asarray(mlp(x)), inner @ w["w_down"] + w["b_down"], rtol=1e-4)
+
+
+def test_limits_and_shift_of_the_gated_unit():
+    config = FeedForwardConfig(activation="quick_gelu", clamp=0.5, up_shift=1.0)
+    made, x = P.materialize(MLP(config, hidden_size=5, intermediate_size=7, out_scale=1.0), 0), normal(3, 9, 5)
+    w = {n: np.asarray(a, np.float64) for n, a in P.arrays(made).items()}
+    gate, up = np.minimum(np.asarray(x) @ w["w_gate"], 0.5), np.clip(np.asarray(x) @ w["w_up"], -0.5, 0.5)
+    np.testing.assert_allclose(made(x), (gate * naive.sigmoid(1.702 * gate) * (up + 1)) @ w["w_down"], rtol=1e-4)
+
+
+def test_a_sink_takes_weight_and_adds_nothing():
+    q, k, v, sinks = normal(0, 1, 4, 3, 8), normal(1, 1, 2, 3, 8), normal(2, 1, 2, 3, 8), normal(3, 4)
+    mask = jnp.tril(jnp.ones((1, 3, 3), bool))
+    out = np.asarray(attend(q, k, v, mask, None, sinks))
+    for n in range(4):
+        for i in range(3):
+            scores = [float(q[0, n, i] @ k[0, n // 2, j]) / 8**0.5 for j in range(i + 1)]
+            weights = naive.softmax(np.array([*scores, float(sinks[n])]))[:-1]
+            np.testing.assert_allclose(out[0, n, i], weights @ np.asarray(v[0, n // 2, : i + 1]), rtol=1e-4, atol=1e-6)
 
 
 def test_multipliers_and_placement_of_norms():

@@ -8,10 +8,11 @@ backwards a config.json; `mismatches` are the settings that do not survive the w
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from moe_zoo.checkpoints.hf.layout import Stored, linear
+from moe_zoo.checkpoints.hf.safetensors import Tensor
 from moe_zoo.checkpoints.native import CheckpointError
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import Choice, build, set_path, to_dict
@@ -99,7 +100,7 @@ class Family:
     """One family of published models. `layer` and `whole`: our per-layer (whole) parameter name -> where it is stored.
 
     `unused`: patterns of tensors that are in the files but in no model of ours. `extra_layers`: layers behind the last
-    predict tokens further ahead; they are left out.
+    predict tokens further ahead; they are left out. `unpack` makes tensors of what is stored as several.
     """
 
     model_type: str
@@ -111,6 +112,7 @@ class Family:
     whole: Mapping[str, Stored]
     unused: tuple[str, ...] = ()
     extra_layers: bool = False
+    unpack: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda tensors: tensors
     prefix: str = "model.layers.{layer}."
 
     def read(self, given: Mapping[str, Any], where: str = "config.json") -> ModelConfig:

@@ -25,12 +25,13 @@ def inspect(folder: Path) -> dict[str, Any]:
     Raises CheckpointError for all that `load` would refuse.
     """
     published, config = describe(folder)
-    tensors = read_folder(folder)
+    stored = read_folder(folder)
+    tensors = published.family.unpack(stored)
     model = Decoder(config)
     check(plan(model, find(published.family.architectures[0], str(folder))), tensors, published.family, folder)
     counts = count_parameters(model)
     by_type: dict[str, int] = {}
-    for tensor in tensors.values():
+    for tensor in stored.values():
         by_type[tensor.dtype.name] = by_type.get(tensor.dtype.name, 0) + tensor.size
     total = sum(by_type.values())
     routed = [block.ffn for _, block, _ in model.routed()]
@@ -42,8 +43,8 @@ def inspect(folder: Path) -> dict[str, Any]:
         "router": config.router.name if routed else None,
         "parameters": counts["total"],
         "active_parameters": counts["active"],
-        "tensors": len(tensors),
-        "files": len({tensor.file for tensor in tensors.values()}),
+        "tensors": len(stored),
+        "files": len({tensor.file for tensor in stored.values()}),
         "bytes": total,
         "bytes_by_type": by_type,
         "fits": {name: math.ceil(total * _ROOM / (memory * 1e9)) for name, memory in DEVICES.items()},

@@ -64,7 +64,7 @@ def load(folder: Path, mesh, dtype=None) -> tuple[Decoder, ModelConfig, Publishe
     All that can be wrong is found in config.json and the headers, before anything is allocated.
     """
     published, config = describe(folder)
-    tensors = read_folder(folder)
+    tensors = published.family.unpack(read_folder(folder))
     config = dataclasses.replace(config, dtype=_compute_dtype(tensors, published.family, dtype))
     model = Decoder(config, mesh)
     leaves = plan(model, published.family)

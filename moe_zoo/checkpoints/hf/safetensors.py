@@ -47,9 +47,9 @@ class Tensor:
     def where(self) -> str:
         return f"{self.file}: tensor {self.name!r}"
 
-    def view(self, mapped: np.ndarray) -> np.ndarray:
-        """The tensor in its mapped file."""
-        return mapped[self.begin : self.begin + self.size].view(self.dtype).reshape(self.shape)
+    def read(self, mapped: Callable[[Path], np.ndarray]) -> np.ndarray:
+        """The tensor as a view of its file, given what maps files."""
+        return mapped(self.file)[self.begin : self.begin + self.size].view(self.dtype).reshape(self.shape)
 
 
 class Files:
@@ -59,10 +59,12 @@ class Files:
         self.tensors, self._mapped = tensors, {}
 
     def __getitem__(self, name: str) -> np.ndarray:
-        tensor = self.tensors[name]
-        if tensor.file not in self._mapped:
-            self._mapped[tensor.file] = np.asarray(np.memmap(tensor.file, np.uint8, "r"))
-        return tensor.view(self._mapped[tensor.file])
+        return self.tensors[name].read(self._map)
+
+    def _map(self, file: Path) -> np.ndarray:
+        if file not in self._mapped:
+            self._mapped[file] = np.asarray(np.memmap(file, np.uint8, "r"))
+        return self._mapped[file]
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:

@@ -88,6 +88,7 @@ def _config(family: Family, config: ModelConfig, published: Published | None, va
             for name in key.also:
                 text.pop(name, None)
         text |= family.write(config) | {"architectures": text["architectures"]}
+    text.pop("quantization_config", None)  # what was packed is written as what it says
     for key in ("dtype", "torch_dtype"):
         if text.get(key) not in (None, dtype):
             text[key] = dtype

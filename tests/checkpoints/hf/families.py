@@ -24,6 +24,9 @@ LONGROPE = {
     "original_max_position_embeddings": 64,
 }  # fmt: skip
 
+OSS = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 8.0, "truncate": False,
+       "original_max_position_embeddings": 16}  # fmt: skip
+
 #: name -> (class of its config, settings besides BASE)
 TINY = {
     "olmoe": ("OlmoeConfig", dict(intermediate_size=24, num_experts=8, num_experts_per_tok=3)),
@@ -92,6 +95,13 @@ TINY = {
         "Ernie4_5_MoeConfig",
         dict(intermediate_size=40, moe_num_experts=8, moe_k=3, moe_intermediate_size=24, num_hidden_layers=3),
     ),
+    "gpt_oss": (
+        "GptOssConfig",
+        dict(
+            intermediate_size=24, num_local_experts=8, num_experts_per_tok=3, head_dim=16, sliding_window=5,
+            rope_parameters=OSS, swiglu_limit=1.0,
+        ),
+    ),
     "phimoe": (
         "PhimoeConfig",
         dict(
@@ -118,7 +128,9 @@ def tiny(name: str, seed: int = 0):
         for path, p in [*model.named_parameters(), *model.named_buffers()]:
             if "inv_freq" in path:
                 continue
-            if "correction_bias" in path:
+            if path.endswith("sinks"):
+                p.copy_(torch.randn_like(p))
+            elif "correction_bias" in path:
                 p.copy_(0.2 * torch.randn_like(p))
             elif "norm" in path and path.endswith("weight"):
                 p.copy_(1 + 0.3 * torch.randn_like(p))

@@ -18,6 +18,15 @@ GRANITE = dict(
     tie_word_embeddings=True, embedding_multiplier=12.0, attention_multiplier=0.015625, residual_multiplier=0.22,
     logits_scaling=6.0,
 )  # fmt: skip
+OSS = dict(
+    architectures=["GptOssForCausalLM"], vocab_size=201088, hidden_size=2880, intermediate_size=2880,
+    num_attention_heads=64, num_key_value_heads=8, head_dim=64, num_experts_per_tok=4, sliding_window=128,
+    attention_bias=True, rope_theta=150000.0, max_position_embeddings=131072,
+    rope_scaling={
+        "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
+)  # fmt: skip
 GLM = dict(
     architectures=["Glm4MoeForCausalLM"], vocab_size=151552, num_attention_heads=96, num_key_value_heads=8,
     head_dim=128, attention_bias=True, partial_rotary_factor=0.5, num_experts_per_tok=8, n_shared_experts=1,
@@ -89,6 +98,14 @@ RELEASED = {
         dict(GRANITE, vocab_size=49155, hidden_size=1536, num_hidden_layers=32, num_attention_heads=24,
              num_local_experts=40),
         3_298_793_472, 0.88e9,
+    ),
+    "gpt-oss-20b": (
+        dict(OSS, num_hidden_layers=24, num_local_experts=32),
+        20_914_757_184, 4.19e9,
+    ),
+    "gpt-oss-120b": (
+        dict(OSS, num_hidden_layers=36, num_local_experts=128),
+        116_829_156_672, 5.71e9,
     ),
     "GLM-4.5-Air": (
         dict(

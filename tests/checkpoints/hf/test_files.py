@@ -285,6 +285,38 @@ def test_reading_undoes_writing(stored, ours):
     np.testing.assert_array_equal(out, leaf)
 
 
+VALUES = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+
+
+def test_four_bit_experts_are_read_as_what_they_say_and_written_decoded(tmp_path):
+    rng = np.random.default_rng(0)
+    given = dict(RELEASED["gpt-oss-20b"][0]) | SMALL
+    given |= dict(hidden_size=32, intermediate_size=64, num_local_experts=3, num_experts_per_tok=2, num_hidden_layers=2)
+    config = find("GptOssForCausalLM", "").read(given)
+    hf.save(tmp_path, random(config, ml_dtypes.bfloat16), config)
+    # copied: the file behind a view must not be written over
+    stored = safetensors.read_folder(tmp_path)
+    tensors = {n: np.array(safetensors.Files(stored)[n]) for n in stored}
+    expected = {}
+    for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
+        E, rows, cols = tensors.pop(name).shape
+        codes = rng.integers(0, 16, (E, cols, rows // 32, 32), np.uint8)
+        tensors[f"{name}_scales"] = rng.integers(120, 130, codes.shape[:-1], np.uint8)
+        tensors[f"{name}_blocks"] = codes[..., ::2] | (codes[..., 1::2] << 4)
+        signed = np.array([*VALUES, *[-v for v in VALUES]])[codes]
+        numbers = signed * 2.0 ** (tensors[f"{name}_scales"].astype(float) - 127)[..., None]
+        expected[name] = numbers.reshape(E, cols, rows).transpose(0, 2, 1)
+    safetensors.write(tmp_path / "model.safetensors", [(n, a.dtype, a.shape) for n, a in tensors.items()], tensors.get)
+    moe_zoo.save_hf(moe_zoo.load(tmp_path), tmp_path / "out")
+    files = safetensors.Files(safetensors.read_folder(tmp_path / "out"))
+    assert len(expected) == 4
+    for name, numbers in expected.items():
+        np.testing.assert_array_equal(files[name].astype(float), numbers)
+    tensors.pop(f"{name}_scales")
+    safetensors.write(tmp_path / "model.safetensors", [(n, a.dtype, a.shape) for n, a in tensors.items()], tensors.get)
+    refused(tmp_path, f"{name}_blocks", "scales")
+
+
 def test_messages_name_the_file_in_full(folder):
     header_with(folder / "model.safetensors", lambda h: h[NAME].update(shape=[12, 16]))
     refused(folder, str(folder / "model.safetensors"))
