@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ EXTRAS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+_THREADS = min(8, os.cpu_count() or 1)
 _COMPUTE = ("float32", "bfloat16", "float64")
 
 
@@ -86,10 +89,15 @@ def _read(leaf: Leaf, files: Files, index: tuple[slice, ...], dtype: np.dtype) -
     """The part `index` of a leaf, in memory that the CPU backend takes over instead of copying."""
     bounds = [s.indices(n)[:2] for s, n in zip(index, leaf.shape)]
     out = _aligned([stop - start for start, stop in bounds], dtype)
-    for where, name in leaf.tensors():
-        if all(start <= i < stop for i, (start, stop) in zip(where, bounds)):
-            view = leaf.stored.ours(files[name], leaf.one)[tuple(index[len(where) :])]
-            copy_into(out[tuple(i - start for i, (start, _) in zip(where, bounds))], view)
+
+    def fill(where: tuple[int, ...], name: str) -> None:
+        view = leaf.stored.ours(files[name], leaf.one)[tuple(index[len(where) :])]
+        copy_into(out[tuple(i - start for i, (start, _) in zip(where, bounds))], view)
+
+    mine = [t for t in leaf.tensors() if all(start <= i < stop for i, (start, stop) in zip(t[0], bounds))]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for done in [pool.submit(fill, *tensor) for tensor in mine]:
+            done.result()
     return out
 
 
