@@ -1,4 +1,4 @@
-"""The pre-norm residual block: x + mixer(norm(x)), then x + ffn(norm(x))."""
+"""The residual block: x + mixer(norm(x)), then x + ffn(norm(x)); post-norm: x + norm(mixer(x)), x + norm(ffn(x))."""
 
 import jax
 from flax import nnx
@@ -10,9 +10,14 @@ from moe_zoo.layers.attention import View
 
 
 class Block(nnx.Module):
-    """A mixer over the sequence and a feed-forward part over the tokens, routed or dense."""
+    """A mixer over the sequence and a feed-forward part over the tokens, routed or dense.
 
-    def __init__(self, *, mixer, ffn, mixer_norm, ffn_norm):
+    `placement`: norms before the branches ("pre") or behind them, inside the residual ("post", as in OLMo 2).
+    `multiplier`: what a branch is multiplied by before it is added (Granite).
+    """
+
+    def __init__(self, *, mixer, ffn, mixer_norm, ffn_norm, placement: str = "pre", multiplier: float = 1.0):
+        self.placement, self.multiplier = placement, multiplier
         self.mixer, self.ffn = mixer, ffn
         self.mixer_norm, self.ffn_norm = mixer_norm, ffn_norm
 
@@ -29,22 +34,32 @@ class Block(nnx.Module):
     def __call__(self, x, view: View, ctx: RoutingContext, cache: dict | None = None, at=None):
         """Returns (x, Aux, cache, carry of the router)."""
         with jax.named_scope("mixer"):
-            y, mixer_cache = self.mixer(self.mixer_norm(x), view, None if cache is None else cache["mixer"], at)
-        x = x + y
+            y, mixer_cache = self.mixer(
+                self._before(self.mixer_norm, x), view, None if cache is None else cache["mixer"], at
+            )
+        x = self._add(x, y, self.mixer_norm)
         with jax.named_scope("ffn"):
             if not self.routed:
-                x, aux, carry, router_cache = x + self.ffn(self.ffn_norm(x)), Aux(), ctx.carry, None
+                y, aux, carry, router_cache = self.ffn(self._before(self.ffn_norm, x)), Aux(), ctx.carry, None
             else:
                 name, depth = self.ffn.router_name, ctx.carry
                 router_cache = None if cache is None else cache["router"]
                 mine = ctx.replace(cache=router_cache, carry=depth.get(name), shared=ctx.shared.get(name))
-                y, aux, routing = self.ffn(self.ffn_norm(x), mine)
-                x, router_cache = x + y, routing.cache
+                y, aux, routing = self.ffn(self._before(self.ffn_norm, x), mine)
+                router_cache = routing.cache
                 carry = {**depth, name: routing.carry} if name in depth else depth
+            x = self._add(x, y, self.ffn_norm)
         if cache is None:
             return x, aux, None, carry
         new = {"mixer": mixer_cache, "router": router_cache} if self.routed else {"mixer": mixer_cache}
         return x, aux, new, carry
+
+    def _before(self, norm, x):
+        return norm(x) if self.placement == "pre" else x
+
+    def _add(self, x, y, norm):
+        y = y if self.placement == "pre" else norm(y)
+        return x + y if self.multiplier == 1.0 else x + y * self.multiplier
 
     def flops_per_token(self, context: float, rows_per_token: float | None = None) -> float:
         ffn = self.ffn.flops_per_token(rows_per_token) if self.routed else self.ffn.flops_per_token()

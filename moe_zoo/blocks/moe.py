@@ -62,6 +62,8 @@ class MoE(nnx.Module):
         if hasattr(self, "shared"):
             y_TD = y_TD + self._shared(x_TD)
         aux = routing.aux | self._losses(routing, ctx) | Aux(stats=moved) | Aux(stats=routing_stats(routing, ctx))
+        if ctx.record:
+            aux = aux | Aux(terms=recorded(routing))
         return y_TD.reshape(x_BSD.shape), aux, routing
 
     def _route(self, x_TD, ctx: RoutingContext) -> Routing:
@@ -99,6 +101,14 @@ class MoE(nnx.Module):
         rows = self.router.active() if rows_per_token is None else rows_per_token
         flops = 2 * self.hidden_size * self.num_experts + rows * self.experts.flops_per_row()
         return flops + (self.shared.flops_per_token() if hasattr(self, "shared") else 0)
+
+
+def recorded(routing: Routing) -> dict[str, Array]:
+    """What was routed where: "router_logits" [T, E], and of token choice "router_experts", "router_gates" [T, K]."""
+    found = {} if routing.logits is None else {"router_logits": routing.logits}
+    if isinstance(routing.decision, TokenChoice):
+        found |= {"router_experts": routing.decision.experts, "router_gates": routing.decision.gates}
+    return found
 
 
 def routing_stats(routing: Routing, ctx: RoutingContext) -> dict[str, Stat]:

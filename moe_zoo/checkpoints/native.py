@@ -55,6 +55,15 @@ class Checkpoints:
         with self._named_errors(f"{self.path / str(step)} cannot be saved"):
             self._manager.save(step, args=items)
 
+    def save_params(self, step: int, groups: dict[str, Any]) -> None:
+        """Writes parameters that were not trained here: `restore_params` reads them, there is nothing to resume."""
+        params = {group: groups[group] for group in PARAMS if groups.get(group)}
+        meta = {"groups": {group: list(groups.get(group, ())) for group in PARAMS}}
+        items = self._ocp.args.Composite(params=self._ocp.args.StandardSave(params), meta=self._ocp.args.JsonSave(meta))
+        with self._named_errors(f"{self.path / str(step)} cannot be saved"):
+            self._manager.save(step, args=items)
+        self.wait()
+
     def restore(self, step: int, abstract: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """(state, meta) onto the shardings of `abstract`."""
         args = self._ocp.args

@@ -16,7 +16,7 @@ from moe_zoo.core.decision import Decision
 class RoutingContext:
     """One per layer call. Token fields are flattened (T = batch * seq). A field that is None was not provided.
 
-    `mesh` is for dispatchers; routers see the global view.
+    `mesh` is for dispatchers; routers see the global view. `record`: layers hand out what was routed, token by token.
 
     `carry` runs through the depth, `cache` through decoding time, `shared` is a module of all layers; a router sees its
     own pytrees, a block all routers' by name. `inputs` are per-layer arrays from outside (`router_bias`, `given`),
@@ -28,6 +28,7 @@ class RoutingContext:
     train: bool = dataclasses.field(default=False, metadata={"static": True})
     num_domains: int = dataclasses.field(default=0, metadata={"static": True})
     mesh: Mesh | None = dataclasses.field(default=None, metadata={"static": True})
+    record: bool = dataclasses.field(default=False, metadata={"static": True})
     valid: Bool[Array, "T"] | None = None
     positions: Int[Array, "T"] | None = None
     segment_ids: Int[Array, "T"] | None = None

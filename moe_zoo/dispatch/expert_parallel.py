@@ -45,6 +45,9 @@ def run(mesh: Mesh, plan, x_TD: Float[Array, "T D"], decision: TokenChoice, bank
         gather = lambda x: jax.lax.all_gather(x, "expert", axis=0, tiled=True)
         x_gD, local = gather(x_tD), _own(gather(experts_tK), gather(gates_tK), decision.num_experts)
         weights = {name: _gather_weight(w, specs[name]) for name, w in weights.items()}
+        if split_hidden:  # the partial products are summed, what is added to the sum counts once
+            shards = jax.lax.axis_size("tensor")
+            weights = {name: w / shards if name in getattr(bank, "after_sum", ()) else w for name, w in weights.items()}
         y_gD = plan(local).run(x_gD, P.replace(bank, weights))
         if split_hidden:
             y_gD = jax.lax.psum(y_gD, "tensor")

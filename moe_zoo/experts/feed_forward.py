@@ -1,10 +1,11 @@
 """A bank of feed-forward experts: gated (SwiGLU, GEGLU) or plain, on the fused expert kernel."""
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 import pallas_kernels as ops
-from moe_zoo.core.param import fan_in, param
+from moe_zoo.core.param import Constant, fan_in, param
 from moe_zoo.layers.mlp import FeedForwardConfig, ffn
 
 
@@ -12,6 +13,8 @@ class FeedForward(nnx.Module):
     """E feed-forward networks of width F: SwiGLU by default, GELU or ReLU with or without a gate."""
 
     Config = FeedForwardConfig
+    #: variables that are added to a sum over the hidden width, which may be split over devices
+    after_sum = ("b_down",)
 
     def __init__(
         self, config: FeedForwardConfig, *, num_experts: int, hidden_size: int, intermediate_size: int, out_scale: float
@@ -22,6 +25,11 @@ class FeedForward(nnx.Module):
             self.w_gate = param((E, D, F), ("expert", "embed", "expert_mlp"), fan_in(D))
         self.w_up = param((E, D, F), ("expert", "embed", "expert_mlp"), fan_in(D))
         self.w_down = param((E, F, D), ("expert", "expert_mlp", "embed"), fan_in(F, out_scale))
+        if config.bias:
+            if config.gated:
+                self.b_gate = param((E, F), ("expert", "expert_mlp"), Constant(0.0))
+            self.b_up = param((E, F), ("expert", "expert_mlp"), Constant(0.0))
+            self.b_down = param((E, D), ("expert", "embed"), Constant(0.0))
 
     def weights(self, dtype) -> tuple:
         """(gate or None, up, down) in the compute dtype."""
@@ -30,6 +38,8 @@ class FeedForward(nnx.Module):
 
     def routed(self, x_TD: Float[Array, "T D"], plan) -> Float[Array, "T D"]:
         """Sums each token's experts by a ragged RowPlan; tokens without a row come out zero."""
+        if not self.config.plain:
+            return plan.combine(self._general_rows(plan.gather(x_TD), plan.group_sizes))
         return ops.routed_ffn(
             x_TD,
             *self.weights(x_TD.dtype),
@@ -43,7 +53,30 @@ class FeedForward(nnx.Module):
 
     def batched(self, x_ECD: Float[Array, "E C D"]) -> Float[Array, "E C D"]:
         """The same number of rows for every expert."""
+        if not self.config.plain:
+            return self._general(x_ECD, lambda x, w: x @ w, lambda b_EX: b_EX[:, None])
         return ffn(x_ECD, *self.weights(x_ECD.dtype), self.config.activation)
+
+    def _general_rows(self, x_RD, group_sizes_E):
+        end_E = jnp.cumsum(group_sizes_E)
+        expert_R = jnp.searchsorted(end_E, jnp.arange(x_RD.shape[0]), side="right")
+        y_RD = self._general(
+            x_RD,
+            lambda x, w: ops.grouped_matmul(x, w, group_sizes_E),
+            lambda b_EX: jnp.take(b_EX, expert_R, axis=0, mode="clip"),
+        )
+        return jnp.where(jnp.arange(x_RD.shape[0])[:, None] < end_E[-1], y_RD, 0)
+
+    def _general(self, x, multiply, spread):
+        """The formula with biases and limits; `spread` lays one vector per expert along the rows of x."""
+        gate, up, down = self.weights(x.dtype)
+
+        def affine(x, w, name):
+            y = multiply(x, w)
+            return y + spread(getattr(self, name)[...].astype(x.dtype)) if self.config.bias else y
+
+        gate = affine(x, gate, "b_gate") if self.config.gated else None
+        return affine(self.config.hidden(gate, affine(x, up, "b_up")), down, "b_down")
 
     def flops_per_row(self) -> int:
         """Forward; multiply-adds count two."""

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_zoo.core.param import fan_in, param
+from moe_zoo.core.param import Constant, fan_in, param
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import join, positive
 from moe_zoo.layers.norm import RMSNorm
-from moe_zoo.layers.rope import Angles, angles, rotate
+from moe_zoo.layers.rope import Angles, RopeScaling, angles, rotate
 
 # Query rows per block of the parallel form: blocks see only the keys up to their end, which saves half the work.
 _BLOCK = 128
@@ -27,7 +27,9 @@ _BLOCK = 128
 class AttentionConfig:
     """`head_dim` None: hidden_size / num_attention_heads. `qk_norm`: RMSNorm of q and k, per "head" (Qwen3) or over
     the "full" width before the split into heads (OLMoE). `sliding_window` w: a query sees itself and the w - 1 tokens
-    before it.
+    before it. `qkv_bias`, `output_bias`: biases of the projections. `rotary_dim`: how much of a head is rotated, None
+    for all; `rope_interleaved`: in pairs (2i, 2i + 1). `softmax_scale` multiplies the scores, None: 1/sqrt(head_dim).
+    `sinks`: one learned logit per head beside the keys, which takes weight and adds nothing (gpt-oss).
     """
 
     num_attention_heads: int = 4
@@ -35,11 +37,19 @@ class AttentionConfig:
     head_dim: int | None = None
     qk_norm: Literal["none", "head", "full"] = "none"
     sliding_window: int | None = None
+    qkv_bias: bool = False
+    output_bias: bool = False
+    sinks: bool = False
     rope_theta: float = 10_000.0
+    rotary_dim: int | None = None
+    rope_interleaved: bool = False
+    rope_scaling: RopeScaling = RopeScaling()
+    softmax_scale: float | None = None
     norm_eps: float = 1e-6
 
     def validate(self, path: str) -> None:
         positive(self, path, "num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window", "rope_theta")
+        positive(self, path, "rotary_dim", "softmax_scale")
         kv = self.num_key_value_heads
         if kv is not None and self.num_attention_heads % kv:
             raise ConfigError(
@@ -48,6 +58,14 @@ class AttentionConfig:
             )
         if self.head_dim is not None and self.head_dim % 2:
             raise ConfigError(f"{join(path, 'head_dim')}: {self.head_dim} is odd; rotary positions need pairs")
+        if self.rotary_dim is not None and (self.rotary_dim % 2 or self.rotary_dim > (self.head_dim or math.inf)):
+            raise ConfigError(
+                f"{join(path, 'rotary_dim')}: {self.rotary_dim} of head_dim={self.head_dim}; expected an even number "
+                "of at most the head"
+            )
+
+
+RotaryKey = tuple[int, float, RopeScaling]
 
 
 @jax.tree_util.register_dataclass
@@ -55,15 +73,15 @@ class AttentionConfig:
 class View:
     """Who may see whom: positions for rotary angles and order, segments that do not see each other, validity.
 
-    `rotary`: angles by (head size, theta), made before the layers are scanned.
+    `rotary`: angles by (rotated size, theta, scaling), made before the layers are scanned.
     """
 
     positions: Int[Array, "B S"]
     segment_ids: Int[Array, "B S"] | None = None
     valid: Bool[Array, "B S"] | None = None
-    rotary: dict[tuple[int, float], Angles] = dataclasses.field(default_factory=dict)
+    rotary: dict["RotaryKey", Angles] = dataclasses.field(default_factory=dict)
 
-    def with_rotary(self, keys: Iterable[tuple[int, float]], dtype) -> "View":
+    def with_rotary(self, keys: Iterable["RotaryKey"], dtype) -> "View":
         return dataclasses.replace(self, rotary={key: angles(self.positions, *key, dtype) for key in keys})
 
 
@@ -81,14 +99,23 @@ class Attention(nnx.Module):
         self.k = param((D, M, H), ("embed", "kv_heads", "head_dim"), fan_in(D))
         self.v = param((D, M, H), ("embed", "kv_heads", "head_dim"), fan_in(D))
         self.o = param((N, H, D), ("heads", "head_dim", "embed"), fan_in(N * H, out_scale))
+        # flat, so that the optimizer sees vectors
+        if config.qkv_bias:
+            self.q_bias = param((N * H,), ("heads",), Constant(0.0))
+            self.k_bias = param((M * H,), ("kv_heads",), Constant(0.0))
+            self.v_bias = param((M * H,), ("kv_heads",), Constant(0.0))
+        if config.output_bias:
+            self.o_bias = param((D,), ("embed",), Constant(0.0))
+        if config.sinks:
+            self.sinks = param((N,), ("heads",), Constant(0.0))
         if config.qk_norm != "none":
             full = config.qk_norm == "full"
             self.q_norm = RMSNorm(N * H if full else H, config.norm_eps, axis="qk_norm")
             self.k_norm = RMSNorm(M * H if full else H, config.norm_eps, axis="qk_norm")
 
     @property
-    def rotary_key(self) -> tuple[int, float]:
-        return self.dims[3], self.config.rope_theta
+    def rotary_key(self) -> RotaryKey:
+        return self.config.rotary_dim or self.dims[3], self.config.rope_theta, self.config.rope_scaling
 
     def init_cache(self, batch: int, max_seq: int, dtype) -> dict:
         """Keys, values and who they are, for `max_seq` tokens."""
@@ -106,15 +133,17 @@ class Attention(nnx.Module):
         B, S, _ = x_BSD.shape
         q_BNSH, k_BMSH, v_BMSH = self._project(x_BSD)
         sin_cos = view.rotary[self.rotary_key]
-        q_BNSH, k_BMSH = rotate(q_BNSH, sin_cos), rotate(k_BMSH, sin_cos)
+        q_BNSH, k_BMSH = (rotate(x, sin_cos, self.config.rope_interleaved) for x in (q_BNSH, k_BMSH))
         if cache is None:
             out_BNSH = self._parallel(q_BNSH, k_BMSH, v_BMSH, view)
         else:
             cache = self._append(cache, k_BMSH, v_BMSH, view, at)
             mask_BSL = self._ordered(view.positions, cache["positions"]) & cache["valid"][:, None, :]
-            out_BNSH = attend(q_BNSH, cache["k"], cache["v"], mask_BSL)
+            out_BNSH = attend(q_BNSH, cache["k"], cache["v"], mask_BSL, self.config.softmax_scale, self._sinks())
         o = self.o[...].astype(x_BSD.dtype).reshape(N * H, D)
         out = out_BNSH.transpose(0, 2, 1, 3).reshape(B * S, N * H) @ o
+        if self.config.output_bias:
+            out = out + self.o_bias[...].astype(out.dtype)
         return out.reshape(B, S, D), cache
 
     def _project(self, x_BSD):
@@ -122,13 +151,19 @@ class Attention(nnx.Module):
         D, N, M, H = self.dims
         B, S, _ = x_BSD.shape
         w = jnp.concatenate([p[...].reshape(D, -1).astype(x_BSD.dtype) for p in (self.q, self.k, self.v)], axis=1)
-        q, k, v = jnp.split(x_BSD.reshape(B * S, D) @ w, [N * H, (N + M) * H], axis=-1)
+        qkv = x_BSD.reshape(B * S, D) @ w
+        if self.config.qkv_bias:
+            qkv = qkv + jnp.concatenate([b[...] for b in (self.q_bias, self.k_bias, self.v_bias)]).astype(qkv.dtype)
+        q, k, v = jnp.split(qkv, [N * H, (N + M) * H], axis=-1)
         if self.config.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.reshape(B, S, -1, H).transpose(0, 2, 1, 3) for t in (q, k, v))
         if self.config.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
+
+    def _sinks(self):
+        return self.sinks[...] if self.config.sinks else None
 
     def _append(self, cache, k_BMSH, v_BMSH, view, at):
         valid = jnp.ones(view.positions.shape, bool) if view.valid is None else view.valid
@@ -153,7 +188,9 @@ class Attention(nnx.Module):
                 mask &= view.segment_ids[:, queries, None] == view.segment_ids[:, None, keys]
             if view.valid is not None:
                 mask &= view.valid[:, None, keys]
-            outs.append(attend(q[:, :, queries], k[:, :, keys], v[:, :, keys], mask))
+            outs.append(
+                attend(q[:, :, queries], k[:, :, keys], v[:, :, keys], mask, self.config.softmax_scale, self._sinks())
+            )
         return jnp.concatenate(outs, axis=2) if len(outs) > 1 else outs[0]
 
     def flops_per_token(self, context: float) -> float:
@@ -169,8 +206,11 @@ def attend(
     k_BMLH: Float[Array, "B M L H"],
     v_BMLH: Float[Array, "B M L H"],
     mask_BSL: Bool[Array, "B S L"],
+    scale: float | None = None,
+    sinks_N: Float[Array, "N"] | None = None,
 ) -> Float[Array, "B N S H"]:
-    """softmax(q k / sqrt(H)) v over the allowed keys. Softmax in float32. A query that may see nothing averages all.
+    """softmax(q k * scale) v, scale 1/sqrt(H) if not given, over the allowed keys. Softmax in float32. A query that may
+    see nothing averages all.
 
     The G = N / M queries of a key-value head are stacked along the sequence, so that both products are plain batched
     matmuls with the batch in front: other layouts cost twice as much on a CPU.
@@ -178,10 +218,15 @@ def attend(
     B, N, S, H = q_BNSH.shape
     M, G = k_BMLH.shape[1], N // k_BMLH.shape[1]
     L = k_BMLH.shape[2]
-    q = (q_BNSH * (1 / math.sqrt(H))).reshape(B, M, G * S, H)
+    q = (q_BNSH * (1 / math.sqrt(H) if scale is None else scale)).reshape(B, M, G * S, H)
     scores = jnp.einsum("bmsh,bmlh->bmsl", q, k_BMLH.astype(q.dtype))
     scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32)).reshape(B, M, G, S, L)
     lowest = jnp.finfo(scores.dtype).min
-    weights = jax.nn.softmax(jnp.where(mask_BSL[:, None, None], scores, lowest), axis=-1).astype(q.dtype)
+    scores = jnp.where(mask_BSL[:, None, None], scores, lowest)
+    if sinks_N is None:
+        weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    else:
+        sink = jnp.broadcast_to(sinks_N.astype(scores.dtype).reshape(M, G, 1, 1), (B, M, G, S, 1))
+        weights = jax.nn.softmax(jnp.concatenate([scores, sink], -1), axis=-1)[..., :-1].astype(q.dtype)
     out = jnp.einsum("bmsl,bmlh->bmsh", weights.reshape(B, M, G * S, L), v_BMLH.astype(q.dtype))
     return out.reshape(B, N, S, H)

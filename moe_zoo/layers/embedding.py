@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from moe_zoo.core.param import Normal, fan_in, param
+from moe_zoo.core.param import Constant, Normal, fan_in, param
 
 
 class Embedding(nnx.Module):
@@ -23,9 +23,12 @@ class Embedding(nnx.Module):
 class Head(nnx.Module):
     """The untied output projection."""
 
-    def __init__(self, vocab_size: int, hidden_size: int):
+    def __init__(self, vocab_size: int, hidden_size: int, bias: bool = False):
         # small: the first predictions are near uniform, and the loss starts at log V
         self.kernel = param((hidden_size, vocab_size), ("embed", "vocab"), fan_in(hidden_size, 0.1))
+        if bias:
+            self.bias = param((vocab_size,), ("vocab",), Constant(0.0))
 
     def __call__(self, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
-        return x_BSD @ self.kernel[...].astype(x_BSD.dtype)
+        logits = x_BSD @ self.kernel[...].astype(x_BSD.dtype)
+        return logits + self.bias[...].astype(logits.dtype) if hasattr(self, "bias") else logits

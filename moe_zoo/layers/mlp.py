@@ -3,20 +3,38 @@
 import dataclasses
 from typing import Literal
 
+import jax.numpy as jnp
 from flax import nnx
 
-from moe_zoo.core.param import fan_in, param
+from moe_zoo.core.param import Constant, fan_in, param
 from pallas_kernels.expert_ffn.activations import hidden
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"]
 
 
 @dataclasses.dataclass(frozen=True)
 class FeedForwardConfig:
-    """`gated`: act(x W_gate) * (x W_up) W_down (arXiv 2002.05202); otherwise act(x W_up) W_down."""
+    """`gated`: act(x W_gate) * (x W_up) W_down (arXiv 2002.05202); otherwise act(x W_up) W_down. `bias`: one behind
+    every matrix. gpt-oss: `clamp` c limits the gate to c and the up part to [-c, c], `up_shift` is added to the latter.
+    """
 
     activation: Activation = "silu"
     gated: bool = True
+    bias: bool = False
+    clamp: float | None = None
+    up_shift: float = 0.0
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the formula of the fused kernels."""
+        return not self.bias and self.clamp is None and self.up_shift == 0.0
+
+    def hidden(self, gate, up):
+        """The hidden layer from its pre-activations."""
+        if self.clamp is not None:
+            gate = None if gate is None else jnp.minimum(gate, self.clamp)
+            up = jnp.clip(up, -self.clamp, self.clamp)
+        return hidden(self.activation, gate, up + self.up_shift if self.up_shift else up)
 
     def flops(self, D: int, F: int) -> int:
         """Forward FLOPs of one token through one network of width F; multiply-adds count two."""
@@ -39,10 +57,25 @@ class MLP(nnx.Module):
             self.w_gate = param((D, F), ("embed", "mlp"), fan_in(D))
         self.w_up = param((D, F), ("embed", "mlp"), fan_in(D))
         self.w_down = param((F, D), ("mlp", "embed"), fan_in(F, out_scale))
+        if config.bias:
+            if config.gated:
+                self.b_gate = param((F,), ("mlp",), Constant(0.0))
+            self.b_up = param((F,), ("mlp",), Constant(0.0))
+            self.b_down = param((D,), ("embed",), Constant(0.0))
 
     def __call__(self, x):
+        if not self.config.plain:
+            return self._general(x)
         gate = self.w_gate[...].astype(x.dtype) if self.config.gated else None
         return ffn(x, gate, self.w_up[...].astype(x.dtype), self.w_down[...].astype(x.dtype), self.config.activation)
+
+    def _general(self, x):
+        def affine(x, name):
+            y = x @ getattr(self, f"w_{name}")[...].astype(x.dtype)
+            return y + getattr(self, f"b_{name}")[...].astype(x.dtype) if self.config.bias else y
+
+        gate = affine(x, "gate") if self.config.gated else None
+        return affine(self.config.hidden(gate, affine(x, "up")), "down")
 
     def flops_per_token(self) -> int:
         return self.config.flops(*self.dims)

@@ -25,7 +25,10 @@ from moe_zoo.losses import LOSSES
 from moe_zoo.routing import ROUTERS
 
 KINDS = ("dense", "moe")
-_WHOLE_MODEL = ("vocab_size", "hidden_size", "layers", "ngram", "tie_word_embeddings", "dtype", "remat", "variants")
+_WHOLE_MODEL = (
+    "vocab_size", "hidden_size", "layers", "ngram", "tie_word_embeddings", "lm_head_bias", "embedding_multiplier",
+    "logits_scaling", "dtype", "remat", "variants",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +36,10 @@ class ModelConfig:
     """A decoder-only language model. Numbers carry Hugging Face's names.
 
     `intermediate_size` is the width of dense blocks, `moe_intermediate_size` of one routed expert. `shared_expert_size`
-    adds an always-active expert. `dtype` is the compute type; parameters, router, softmax and losses are float32.
-    `remat`: what the backward pass recomputes: nothing ("none"), all but matrix products ("dots"), or whole blocks
-    ("block").
+    adds an always-active expert. `norm_placement` "post" norms what a branch adds instead of what it sees (OLMo 2);
+    embeddings and residual branches are multiplied, logits divided by the three numbers that Granite has for it.
+    `dtype` is the compute type; parameters, router, softmax and losses are float32. `remat`: what the backward pass
+    recomputes: nothing ("none"), all but matrix products ("dots"), or whole blocks ("block").
     """
 
     vocab_size: int = 264
@@ -55,7 +59,12 @@ class ModelConfig:
     losses: tuple[Choice, ...] = choices(LOSSES, {"load_balance": {"coef": 0.01}, "z_loss": {"coef": 0.001}})
     norm: NormKind = "rms"
     norm_eps: float = 1e-6
+    norm_placement: Literal["pre", "post"] = "pre"
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
     tie_word_embeddings: bool = False
+    lm_head_bias: bool = False
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     remat: Literal["none", "dots", "block"] = "none"
     variants: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
@@ -70,10 +79,15 @@ class ModelConfig:
             "moe_intermediate_size",
             "num_experts",
             "norm_eps",
+            "embedding_multiplier",
+            "residual_multiplier",
+            "logits_scaling",
         )
         positive(self, path, "shared_expert_size", zero=True)
         if self.shared_expert_gate and not self.shared_expert_size:
             raise ConfigError(f"{join(path, 'shared_expert_gate')}: needs shared_expert_size > 0")
+        if self.lm_head_bias and self.tie_word_embeddings:
+            raise ConfigError(f"{join(path, 'lm_head_bias')}: needs tie_word_embeddings=false")
         self._validate_attention(path)
         kinds = [kind for segment in self.segments(path) for kind in segment.pattern]
         if any(kind.partition(":")[0] == "moe" for kind in kinds):

@@ -19,7 +19,7 @@ from moe_zoo.core.aux import Aux, Stat, is_stat
 from moe_zoo.core.context import PROVIDABLE, RoutingContext
 from moe_zoo.core.param import stack
 from moe_zoo.core.registry import ConfigError
-from moe_zoo.layers.attention import Attention, View
+from moe_zoo.layers.attention import Attention, RotaryKey, View
 from moe_zoo.layers.embedding import Embedding, Head
 from moe_zoo.layers.mlp import MLP
 from moe_zoo.layers.ngram import NgramEmbedding
@@ -87,7 +87,7 @@ class Decoder(nnx.Module):
         self.shared = nnx.Dict(shared_modules(config))
         self.norm = NORMS[config.norm](D, config.norm_eps)
         if not config.tie_word_embeddings:
-            self.head = Head(config.vocab_size, D)
+            self.head = Head(config.vocab_size, D, config.lm_head_bias)
 
     def __call__(
         self,
@@ -103,12 +103,13 @@ class Decoder(nnx.Module):
         train: bool = False,
         step: Int[Array, ""] | None = None,
         key: Array | None = None,
+        record: bool = False,
     ) -> tuple[Float[Array, "B S V"], ModelAux, dict | None]:
         """Logits (float32), Aux, and the new cache.
 
         `segment_ids` separate packed documents; `valid` False marks padding, which changes nothing elsewhere. With a
         `cache` (`init_cache`) the S tokens continue the cached ones. `inputs` holds arrays with a leading axis of all L
-        layers, for routers (`router_bias`, `given`).
+        layers, for routers (`router_bias`, `given`). `record` puts every token's routing into the Aux' terms.
         """
         B, S = tokens.shape
         at = None if cache is None else cache["at"]
@@ -119,7 +120,7 @@ class Decoder(nnx.Module):
             positions = _positions(tokens.shape, segment_ids, valid if fresh else None) + (0 if fresh else at)
         flat = lambda x: None if x is None else x.reshape(B * S)
         ctx = RoutingContext(
-            batch=B, seq=S, train=train, num_domains=num_domains, mesh=self.mesh, step=step, key=key,
+            batch=B, seq=S, train=train, num_domains=num_domains, mesh=self.mesh, step=step, key=key, record=record,
             valid=flat(valid), positions=flat(positions), segment_ids=flat(segment_ids),
             token_ids=flat(tokens), domain=flat(domain), carry=self._init_carry(B * S), shared=dict(self.shared),
         )  # fmt: skip
@@ -131,6 +132,8 @@ class Decoder(nnx.Module):
             state.run_segment(index, segment, self.config.remat if train else "none")
         x = self.norm(state.x)
         logits = self.embed.attend(x) if self.config.tie_word_embeddings else self.head(x)
+        if self.config.logits_scaling != 1.0:
+            logits = logits / self.config.logits_scaling
         wide = jnp.promote_types(logits.dtype, jnp.float32)
         new_cache = None if cache is None else {"at": at + S, "ngram": ngram_cache, "segments": state.caches}
         return logits.astype(wide), ModelAux(state.losses, state.layers), new_cache
@@ -177,12 +180,14 @@ class Decoder(nnx.Module):
 
     def _embed(self, tokens, positions, cache, dtype):
         x = self.embed(tokens, dtype)
+        if self.config.embedding_multiplier != 1.0:
+            x = x * self.config.embedding_multiplier
         if not self.config.ngram.orders:
             return x, None
         extra, ngram_cache = self.ngram(tokens, positions, None if cache is None else cache["ngram"], dtype)
         return x + extra, ngram_cache
 
-    def _rotary_keys(self) -> set[tuple[int, float]]:
+    def _rotary_keys(self) -> set[RotaryKey]:
         return {block.mixer.rotary_key for segment in self.segments for block in segment.blocks}
 
     def _init_carry(self, num_tokens: int) -> dict[str, Any]:
@@ -232,6 +237,8 @@ def make_block(config: ModelConfig, kind: str, whole: ModelConfig) -> Block:
         ffn=ffn,
         mixer_norm=norm(D, config.norm_eps),
         ffn_norm=norm(D, config.norm_eps),
+        placement=config.norm_placement,
+        multiplier=config.residual_multiplier,
     )
 
 
@@ -294,3 +301,13 @@ def per_layer(layers: dict[str, tuple[Array, dict]]) -> list[tuple[int, dict[str
         values = jax.tree.map(lambda s: s.value(), stats, is_leaf=is_stat)
         rows += [(int(i), {name: value[r] for name, value in values.items()}) for r, i in enumerate(ids)]
     return sorted(rows, key=lambda row: row[0])
+
+
+def per_layer_terms(layers: dict[str, tuple[Array, Aux]]) -> dict[str, list[Array]]:
+    """{term: one array per layer that has it, in layer order}, from `ModelAux.layers`."""
+    rows = [(int(i), r, aux.terms) for ids, aux in layers.values() for r, i in enumerate(ids)]
+    found: dict[str, list[Array]] = {}
+    for _, r, terms in sorted(rows, key=lambda row: row[0]):
+        for name, value in terms.items():
+            found.setdefault(name, []).append(value[r])
+    return found

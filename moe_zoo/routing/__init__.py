@@ -12,6 +12,7 @@ ROUTERS = Registry(
         "relu": "moe_zoo.routing.relu:ReLU",
         "smoe_dropout": "moe_zoo.routing.smoe_dropout:SMoEDropout",
         "soft": "moe_zoo.routing.soft:Soft",
+        "sparsemixer": "moe_zoo.routing.sparsemixer:SparseMixer",
         "switch": "moe_zoo.routing.switch:Switch",
         "top_k": "moe_zoo.routing.top_k:TopK",
     },

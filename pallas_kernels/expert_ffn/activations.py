@@ -27,6 +27,12 @@ def _gelu_tanh(z: Array) -> tuple[Array, Array]:
     return 0.5 * z * (1 + t), 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * c * (1 + 3 * a * z * z)
 
 
+def _quick_gelu(z: Array) -> tuple[Array, Array]:
+    a = 1.702
+    s = jax.nn.sigmoid(a * z)
+    return z * s, s * (1 + a * z * (1 - s))
+
+
 def _relu(z: Array) -> tuple[Array, Array]:
     # The derivative at 0 is 0, as in jax.nn.relu.
     return jnp.maximum(z, 0), (z > 0).astype(z.dtype)
@@ -38,11 +44,13 @@ def _relu2(z: Array) -> tuple[Array, Array]:
 
 
 #: name -> function giving (value, derivative). "gelu" is the exact one (erf), "gelu_tanh" its tanh approximation,
+#: "quick_gelu" its sigmoid one, z * sigmoid(1.702 z);
 #: "relu2" the squared ReLU of Primer (https://arxiv.org/abs/2109.08668).
 ACTIVATIONS: dict[str, Callable[[Array], tuple[Array, Array]]] = {
     "silu": _silu,
     "gelu": _gelu,
     "gelu_tanh": _gelu_tanh,
+    "quick_gelu": _quick_gelu,
     "relu": _relu,
     "relu2": _relu2,
 }

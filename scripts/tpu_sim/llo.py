@@ -78,4 +78,6 @@ def _bundle(chunk: str, label: str, depth: int) -> Bundle:
             dst, op, rest = match.groups()
             instructions.append(Instruction(dst, op, _NOTE.sub("", rest).strip()))
     kind = _DMA_KIND.search(chunk)
-    return Bundle(instructions, _DMA_SIZE.findall(chunk), kind.group(1).replace("-", "_") if kind else None, label, depth)
+    return Bundle(
+        instructions, _DMA_SIZE.findall(chunk), kind.group(1).replace("-", "_") if kind else None, label, depth
+    )

@@ -43,6 +43,7 @@ CASES = {
         {"name": "top_k", "score_function": "sigmoid", "correction_bias": True, "bias_update_rate": 0.01}
     ),
     "top_k_capacity": Case({"name": "top_k"}, dispatch="capacity"),
+    "sparsemixer": Case({"name": "sparsemixer"}),
     "switch": Case({"name": "switch", "jitter": 0.0}),
     "expert_choice_sequence": Case({"name": "expert_choice"}, dispatch="slots", losses=()),
     "expert_choice_batch": Case({"name": "expert_choice", "group": "batch"}, dispatch="slots", losses=()),

@@ -1,0 +1,40 @@
+"""Families by the name of the class in config.json's `architectures`. A family is one file here and one line below."""
+
+import functools
+import importlib
+
+from moe_zoo.checkpoints.hf.family import Family
+from moe_zoo.checkpoints.native import CheckpointError
+from moe_zoo.core.registry import nearest
+
+#: files of this folder; where one config fits several families the first is taken
+MODULES = (
+    "olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "granite_moe", "minimax_m2", "glm4_moe", "dots1", "ernie4_5_moe",
+    "phimoe", "gpt_oss", "llama", "mistral", "qwen2", "qwen3", "olmo2",
+)  # fmt: skip
+
+
+@functools.cache
+def families() -> tuple[Family, ...]:
+    """All of them, in order."""
+    found = []
+    for name in MODULES:
+        module = importlib.import_module(f"{__name__}.{name}")
+        found += [value for value in vars(module).values() if isinstance(value, Family)]
+    return tuple(found)
+
+
+@functools.cache
+def architectures() -> dict[str, Family]:
+    """Class name -> family."""
+    return {name: family for family in families() for name in family.architectures}
+
+
+def find(name: str, where: str) -> Family:
+    """The family of a class. Raises CheckpointError with the nearest known one."""
+    known = architectures()
+    if name not in known:
+        raise CheckpointError(
+            f"{where}: unknown architecture {name!r}{nearest(name, known)}; known: {', '.join(sorted(known))}"
+        )
+    return known[name]

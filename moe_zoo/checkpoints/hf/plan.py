@@ -1,0 +1,87 @@
+"""Which published tensors make up which leaf of ours: one table, that reading and writing go through."""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+
+from moe_zoo.checkpoints.hf.family import Family
+from moe_zoo.checkpoints.hf.layout import Stored
+from moe_zoo.checkpoints.hf.safetensors import Tensor
+from moe_zoo.checkpoints.native import CheckpointError
+from moe_zoo.core import param as P
+from moe_zoo.core.registry import nearest
+
+_LAYER = re.compile(r"layers\.(\d+)\.(.*)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One of our arrays. `prefixes`: the published prefix of every layer stacked in it; None: it is not stacked."""
+
+    path: str
+    stored: Stored
+    prefixes: tuple[str, ...] | None
+    shape: tuple[int, ...]
+
+    @property
+    def one(self) -> tuple[int, ...]:
+        """The shape of what one published tensor holds of it."""
+        return self.shape[(self.prefixes is not None) + self.stored.per_expert :]
+
+    def tensors(self) -> Iterator[tuple[tuple[int, ...], str]]:
+        """(index into our leaf, published name) of every tensor in it."""
+        experts = range(self.shape[self.prefixes is not None]) if self.stored.per_expert else (None,)
+        for r, prefix in enumerate(self.prefixes if self.prefixes is not None else ("",)):
+            for e in experts:
+                index = (r,) * (self.prefixes is not None) + (() if e is None else (e,))
+                yield index, prefix + self.stored.name.format(e=e)
+
+
+def plan(model, family: Family) -> list[Leaf]:
+    """Every variable of `model` with its place in the files. Raises CheckpointError for one that has none."""
+    leaves = []
+    for path, var in P.flat(model).items():
+        names = P.layer_names(model)[path]
+        matches = [_LAYER.fullmatch(name) for name in names]
+        table, name = (family.layer, matches[0][2]) if matches[0] else (family.whole, path)
+        if name not in table:
+            raise CheckpointError(f"{family.architectures[0]} has no tensor for {names[0]!r}")
+        prefixes = tuple(family.prefix.format(layer=m[1]) for m in matches) if matches[0] else None
+        leaves.append(Leaf(path, table[name], prefixes, var.get_value().shape))
+    return leaves
+
+
+def check(leaves: list[Leaf], tensors: dict[str, Tensor], family: Family, folder) -> None:
+    """Raises CheckpointError for tensors that are missing, of another shape, no floats, or in no leaf."""
+    used = set()
+    for leaf in leaves:
+        expected = leaf.stored.shape(leaf.one)
+        for _, name in leaf.tensors():
+            tensor = tensors.get(name)
+            if tensor is None:
+                raise CheckpointError(
+                    f"{folder}: tensor {name!r} is missing{nearest(name, tensors)}; config.json asks for it"
+                )
+            if tensor.shape != expected:
+                raise CheckpointError(
+                    f"{tensor.where} has shape {list(tensor.shape)}, config.json makes it {list(expected)}"
+                )
+            if tensor.dtype.name not in ("float32", "float16", "bfloat16", "float64"):
+                raise CheckpointError(f"{tensor.where} is {tensor.dtype.name}: quantised weights cannot be read yet")
+            used.add(name)
+    unused = sorted(name for name in tensors.keys() - used if not _known(name, leaves, family))
+    if unused:
+        more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+        model = f"{family.architectures[0]} with this config.json"
+        raise CheckpointError(f"{tensors[unused[0]].where}{more} belong to no parameter of {model}")
+
+
+def _known(name: str, leaves: list[Leaf], family: Family) -> bool:
+    """Whether a tensor that nothing uses is expected: the head of a tied model, further prediction layers."""
+    whole = {leaf.path: leaf for leaf in leaves if leaf.prefixes is None}
+    if "head.kernel" not in whole and name == family.whole["head.kernel"].name:
+        return True
+    layer = re.match(re.escape(family.prefix).replace(r"\{layer\}", r"(\d+)"), name)
+    count = sum(len(leaf.prefixes) for leaf in leaves if leaf.prefixes and leaf.path.endswith("mixer_norm.scale"))
+    beyond = family.extra_layers and layer is not None and int(layer[1]) >= count
+    return beyond or any(re.fullmatch(pattern, name) for pattern in family.unused)

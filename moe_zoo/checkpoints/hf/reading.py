@@ -1,0 +1,141 @@
+"""A published directory -> a model on its devices, each shard built from the slices of the tensors it consists of."""
+
+import dataclasses
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from moe_zoo.checkpoints.hf.families import find
+from moe_zoo.checkpoints.hf.family import Family
+from moe_zoo.checkpoints.hf.layout import copy_into
+from moe_zoo.checkpoints.hf.plan import Leaf, check, plan
+from moe_zoo.checkpoints.hf.safetensors import Files, Tensor, read_folder
+from moe_zoo.checkpoints.native import CheckpointError
+from moe_zoo.core import param as P
+from moe_zoo.models import Decoder, ModelConfig
+from moe_zoo.sharding import sharding_of
+
+#: what belongs to a model besides its weights: settings and the tokenizer
+EXTRAS = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+_THREADS = min(8, os.cpu_count() or 1)
+_COMPUTE = ("float32", "bfloat16", "float64")
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """Where a model came from: what is needed to write it back as it was."""
+
+    folder: Path
+    family: Family
+    settings: dict[str, Any]
+
+
+def is_published(folder: Path) -> bool:
+    """Whether its config.json is Hugging Face's."""
+    try:
+        settings = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(settings, dict) and ("architectures" in settings or "model_type" in settings)
+
+
+def describe(folder: Path) -> tuple[Published, ModelConfig]:
+    """What config.json says. Raises CheckpointError."""
+    path = folder / "config.json"
+    try:
+        settings = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    names = settings.get("architectures") if isinstance(settings, dict) else None
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise CheckpointError(f"{path}: it has no 'architectures', so nothing says what class of model this is")
+    family = find(names[0], str(path))
+    return Published(folder, family, settings), family.read(settings, str(path))
+
+
+def load(folder: Path, mesh, dtype=None) -> tuple[Decoder, ModelConfig, Published]:
+    """The model with its weights. `dtype` None: as they are stored.
+
+    All that can be wrong is found in config.json and the headers, before anything is allocated.
+    """
+    published, config = describe(folder)
+    tensors = published.family.unpack(read_folder(folder))
+    config = dataclasses.replace(config, dtype=_compute_dtype(tensors, published.family, dtype))
+    model = Decoder(config, mesh)
+    leaves = plan(model, published.family)
+    check(leaves, tensors, published.family, folder)
+    files, variables = Files(tensors), P.flat(model)
+    shardings = {n: sharding_of(mesh, v.logical_axes, v.get_value().shape, n) for n, v in variables.items()}
+    values = {}
+    for leaf in leaves:
+        kind = _stored_dtype(leaf, tensors)
+        if dtype is not None and not isinstance(variables[leaf.path], P.Buffer):
+            kind = np.dtype(jax.numpy.dtype(dtype))
+        values[leaf.path] = jax.make_array_from_callback(
+            leaf.shape, shardings[leaf.path], lambda index, leaf=leaf, kind=kind: _read(leaf, files, index, kind)
+        )
+    return P.replace(model, values), config, published
+
+
+def _read(leaf: Leaf, files: Files, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+    """The part `index` of a leaf, in memory that the CPU backend takes over instead of copying."""
+    bounds = [s.indices(n)[:2] for s, n in zip(index, leaf.shape)]
+    out = _aligned([stop - start for start, stop in bounds], dtype)
+
+    def fill(where: tuple[int, ...], name: str) -> None:
+        view = leaf.stored.ours(files[name], leaf.one)[tuple(index[len(where) :])]
+        copy_into(out[tuple(i - start for i, (start, _) in zip(where, bounds))], view)
+
+    mine = [t for t in leaf.tensors() if all(start <= i < stop for i, (start, stop) in zip(t[0], bounds))]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for done in [pool.submit(fill, *tensor) for tensor in mine]:
+            done.result()
+    return out
+
+
+def _aligned(shape, dtype: np.dtype) -> np.ndarray:
+    """Uninitialised memory at a multiple of 64 bytes, which the CPU backend needs to use it as it is."""
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _stored_dtype(leaf: Leaf, tensors: dict[str, Tensor]) -> np.dtype:
+    kinds = {tensors[name].dtype for _, name in leaf.tensors()}
+    return kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
+
+
+def _compute_dtype(tensors: dict[str, Tensor], family: Family, dtype) -> str:
+    """What to compute in: the asked type, else that of the embedding; float32 where we have no such type."""
+    embedding = tensors.get(family.whole["embed.table"].name)
+    return compute_dtype(dtype if dtype is not None else embedding.dtype if embedding else "float32")
+
+
+def compute_dtype(dtype) -> str:
+    """`model.dtype` for parameters of this type; float32 where we do not compute in it."""
+    name = jax.numpy.dtype(dtype).name
+    return name if name in _COMPUTE else "float32"
+
+
+def download(name: str) -> Path:
+    """A model of the hub, by name: the files that can be read here, nothing that runs. Needs `huggingface_hub`."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise CheckpointError(
+            f"{name} is no directory here, and to fetch it from the hub `pip install huggingface_hub` is needed"
+        ) from error
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.safetensors.index.json", *EXTRAS]))
+    except Exception as error:
+        text = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{name} is no directory here and cannot be fetched from the hub: {text}") from error

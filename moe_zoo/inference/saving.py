@@ -1,0 +1,25 @@
+"""`moe_zoo.save_hf(loaded, path)`: what was loaded, trained or changed as a directory that transformers opens."""
+
+from pathlib import Path
+
+from moe_zoo.checkpoints import hf
+from moe_zoo.inference.loaded import Loaded
+
+
+def save_hf(loaded: Loaded, path: str | Path) -> str:
+    """Writes config.json, weights under their published names, and the tokenizer's files.
+
+    A model that came from a published directory is written as it was there, where nothing was changed; a run of ours as
+    the family that has its settings. Returns the name of its class. Raises CheckpointError when there is none, naming
+    what does not fit.
+    """
+    extras, tokens = None, {}
+    if loaded.published:
+        extras = loaded.published.folder
+    elif loaded.tokenizer is not None:
+        spec = Path(loaded.tokenizer_spec)
+        extras = spec if spec.is_dir() else spec.parent if spec.is_file() else None
+        ids = {f"{kind}_token_id": getattr(loaded.tokenizer, f"{kind}_id") for kind in ("bos", "eos", "pad")}
+        tokens = {name: value for name, value in ids.items() if value < loaded.config.vocab_size}
+    family = hf.save(Path(path), loaded.model, loaded.config, loaded.published, extras=extras, settings=tokens)
+    return family.architectures[0]

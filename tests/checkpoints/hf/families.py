@@ -1,0 +1,143 @@
+"""Tiny random models of every family, made by transformers: two layers, hidden size 32, routers that take sides."""
+
+BASE = dict(
+    vocab_size=96,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+MOE = dict(moe_intermediate_size=24, num_experts_per_tok=2)
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
+
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 500.0, "short_factor": [1.0, 1.5, 2.0, 3.0],
+    "long_factor": [2.0, 3.0, 4.0, 6.0], "short_mscale": 1.24, "long_mscale": 1.3,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+
+OSS = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 8.0, "truncate": False,
+       "original_max_position_embeddings": 16}  # fmt: skip
+
+#: name -> (class of its config, settings besides BASE)
+TINY = {
+    "olmoe": ("OlmoeConfig", dict(intermediate_size=24, num_experts=8, num_experts_per_tok=3)),
+    "mixtral": ("MixtralConfig", dict(intermediate_size=24, num_local_experts=8, head_dim=8)),
+    "mixtral_window": ("MixtralConfig", dict(intermediate_size=24, num_local_experts=4, sliding_window=5)),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        dict(intermediate_size=40, shared_expert_intermediate_size=20, num_experts=6, **MOE),
+    ),
+    "qwen2_moe_mixed": (
+        "Qwen2MoeConfig",
+        dict(
+            intermediate_size=40, shared_expert_intermediate_size=20, num_experts=6, mlp_only_layers=[0],
+            norm_topk_prob=True, use_sliding_window=True, sliding_window=4, **MOE,
+        ),
+    ),
+    "qwen3_moe": ("Qwen3MoeConfig", dict(intermediate_size=40, num_experts=8, norm_topk_prob=True, head_dim=16, **MOE)),
+    "llama": ("LlamaConfig", dict(intermediate_size=40)),
+    "llama3": (
+        "LlamaConfig",
+        dict(
+            intermediate_size=40, attention_bias=True, mlp_bias=True, tie_word_embeddings=True, rope_parameters=LLAMA3,
+        ),
+    ),
+    "mistral": ("MistralConfig", dict(intermediate_size=40, sliding_window=6)),
+    "qwen2": (
+        "Qwen2Config",
+        dict(intermediate_size=40, use_sliding_window=True, sliding_window=4, max_window_layers=1),
+    ),
+    "qwen2_yarn": ("Qwen2Config", dict(intermediate_size=40, rope_parameters=YARN)),
+    "qwen3": ("Qwen3Config", dict(intermediate_size=40, head_dim=16, tie_word_embeddings=True)),
+    "olmo2": ("Olmo2Config", dict(intermediate_size=40)),
+    "granitemoe": (
+        "GraniteMoeConfig",
+        dict(
+            intermediate_size=24, num_local_experts=8, num_experts_per_tok=3, embedding_multiplier=12.0,
+            attention_multiplier=0.2, residual_multiplier=0.4, logits_scaling=6.0, tie_word_embeddings=True,
+        ),
+    ),
+    "granitemoeshared": (
+        "GraniteMoeSharedConfig",
+        dict(intermediate_size=24, shared_intermediate_size=20, attention_multiplier=0.3, attention_bias=True),
+    ),
+    "minimax_m2": (
+        "MiniMaxM2Config",
+        dict(
+            intermediate_size=24, num_local_experts=8, num_experts_per_tok=3, head_dim=8,
+            rope_parameters={"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+        ),
+    ),
+    "glm4_moe": (
+        "Glm4MoeConfig",
+        dict(
+            intermediate_size=40, n_routed_experts=8, attention_bias=True, use_qk_norm=True, head_dim=16, n_group=4,
+            topk_group=2, routed_scaling_factor=2.5, **MOE,
+        ),
+    ),
+    "dots1": (
+        "Dots1Config",
+        dict(
+            intermediate_size=40, n_routed_experts=8, n_shared_experts=2, first_k_dense_replace=1, norm_topk_prob=True,
+            sliding_window=4, max_window_layers=1, n_group=1, topk_group=1, **MOE,
+        ),
+    ),
+    "ernie4_5_moe": (
+        "Ernie4_5_MoeConfig",
+        dict(intermediate_size=40, moe_num_experts=8, moe_k=3, moe_intermediate_size=24, num_hidden_layers=3),
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        dict(
+            intermediate_size=24, num_local_experts=8, num_experts_per_tok=3, head_dim=16, sliding_window=5,
+            rope_parameters=OSS, swiglu_limit=1.0,
+        ),
+    ),
+    "phimoe": (
+        "PhimoeConfig",
+        dict(
+            intermediate_size=24, num_local_experts=4, attention_bias=True, lm_head_bias=True, router_jitter_noise=0.1,
+        ),
+    ),
+    "phimoe_longrope": (
+        "PhimoeConfig",
+        dict(intermediate_size=24, num_local_experts=4, rope_parameters=LONGROPE, original_max_position_embeddings=64),
+    ),
+}  # fmt: skip
+
+
+def tiny(name: str, seed: int = 0):
+    """The model in eval mode, with weights that make every part matter: routers decide, norms and biases act."""
+    import torch
+    import transformers
+
+    cls, settings = TINY[name]
+    torch.manual_seed(seed)
+    config = getattr(transformers, cls)(**{**BASE, **settings})
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for path, p in [*model.named_parameters(), *model.named_buffers()]:
+            if "inv_freq" in path:
+                continue
+            if path.endswith("sinks"):
+                p.copy_(torch.randn_like(p))
+            elif "correction_bias" in path:
+                p.copy_(0.2 * torch.randn_like(p))
+            elif "norm" in path and path.endswith("weight"):
+                p.copy_(1 + 0.3 * torch.randn_like(p))
+            elif path.endswith("bias") or p.ndim == 1:
+                p.copy_(0.3 * torch.randn_like(p))
+            elif path.endswith(("gate.weight", "router.weight", "router.layer.weight")):
+                p.copy_(torch.randn_like(p))
+            else:
+                p.mul_(5)
+    return model

@@ -1,0 +1,132 @@
+"""config.json of released models, as far as shapes depend on it, and how many parameters they have."""
+
+PHI_LONGROPE = {
+    "type": "longrope", "short_factor": [1.0] * 64, "long_factor": [2.0] * 64, "short_mscale": 1.243163121016122,
+    "long_mscale": 1.243163121016122, "original_max_position_embeddings": 4096,
+}  # fmt: skip
+MIXTRAL = dict(
+    architectures=["MixtralForCausalLM"], num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=2,
+    rms_norm_eps=1e-5, rope_theta=1e6,
+)  # fmt: skip
+QWEN2 = dict(architectures=["Qwen2MoeForCausalLM"], vocab_size=151936, rope_theta=1e6, norm_topk_prob=False)
+QWEN3 = dict(
+    architectures=["Qwen3MoeForCausalLM"], vocab_size=151936, num_key_value_heads=4, head_dim=128, num_experts=128,
+    num_experts_per_tok=8, norm_topk_prob=True, rope_theta=1e6, intermediate_size=6144,
+)  # fmt: skip
+GRANITE = dict(
+    architectures=["GraniteMoeForCausalLM"], num_key_value_heads=8, intermediate_size=512, num_experts_per_tok=8,
+    tie_word_embeddings=True, embedding_multiplier=12.0, attention_multiplier=0.015625, residual_multiplier=0.22,
+    logits_scaling=6.0,
+)  # fmt: skip
+OSS = dict(
+    architectures=["GptOssForCausalLM"], vocab_size=201088, hidden_size=2880, intermediate_size=2880,
+    num_attention_heads=64, num_key_value_heads=8, head_dim=64, num_experts_per_tok=4, sliding_window=128,
+    attention_bias=True, rope_theta=150000.0, max_position_embeddings=131072,
+    rope_scaling={
+        "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
+)  # fmt: skip
+GLM = dict(
+    architectures=["Glm4MoeForCausalLM"], vocab_size=151552, num_attention_heads=96, num_key_value_heads=8,
+    head_dim=128, attention_bias=True, partial_rotary_factor=0.5, num_experts_per_tok=8, n_shared_experts=1,
+    norm_topk_prob=True, rope_theta=1e6,
+)  # fmt: skip
+
+#: name -> (config.json, all parameters with balancing biases, active per token or None)
+RELEASED = {
+    "OLMoE-1B-7B": (
+        dict(
+            architectures=["OlmoeForCausalLM"], vocab_size=50304, hidden_size=2048, intermediate_size=1024,
+            num_hidden_layers=16, num_attention_heads=16, num_key_value_heads=16, num_experts=64, num_experts_per_tok=8,
+        ),
+        6_919_161_856, 1.28e9,
+    ),
+    "Mixtral-8x7B": (
+        dict(
+            MIXTRAL, vocab_size=32000, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
+            intermediate_size=14336,
+        ),
+        46_702_792_704, 12.9e9,
+    ),
+    "Mixtral-8x22B": (
+        dict(
+            MIXTRAL, vocab_size=32768, hidden_size=6144, num_hidden_layers=56, num_attention_heads=48,
+            intermediate_size=16384,
+        ),
+        140_630_071_296, None,
+    ),
+    "Qwen1.5-MoE-A2.7B": (
+        dict(
+            QWEN2, hidden_size=2048, num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=16,
+            moe_intermediate_size=1408, shared_expert_intermediate_size=5632, intermediate_size=5632, num_experts=60,
+            num_experts_per_tok=4,
+        ),
+        14_315_784_192, 2.69e9,
+    ),
+    "Qwen2-57B-A14B": (
+        dict(
+            QWEN2, hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+            moe_intermediate_size=2560, shared_expert_intermediate_size=20480, intermediate_size=18944, num_experts=64,
+            num_experts_per_tok=8,
+        ),
+        57_408_658_944, 14.2e9,
+    ),
+    "Qwen3-30B-A3B": (
+        dict(QWEN3, hidden_size=2048, num_hidden_layers=48, num_attention_heads=32, moe_intermediate_size=768),
+        30_532_122_624, 3.35e9,
+    ),
+    "Qwen3-235B-A22B": (
+        dict(QWEN3, hidden_size=4096, num_hidden_layers=94, num_attention_heads=64, moe_intermediate_size=1536),
+        235_093_634_560, 22.2e9,
+    ),
+    "Phi-3.5-MoE": (
+        dict(
+            architectures=["PhiMoEForCausalLM"], vocab_size=32064, hidden_size=4096, num_hidden_layers=32,
+            num_attention_heads=32, num_key_value_heads=8, intermediate_size=6400, num_local_experts=16,
+            attention_bias=True, lm_head_bias=True, rope_theta=10000.0, rope_scaling=PHI_LONGROPE,
+            max_position_embeddings=131072, sliding_window=131072,
+        ),
+        41_873_153_344, 6.64e9,
+    ),
+    "Granite-3.0-1b-a400m": (
+        dict(GRANITE, vocab_size=49155, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16,
+             num_local_experts=32),
+        1_334_628_352, 0.43e9,
+    ),
+    "Granite-3.0-3b-a800m": (
+        dict(GRANITE, vocab_size=49155, hidden_size=1536, num_hidden_layers=32, num_attention_heads=24,
+             num_local_experts=40),
+        3_298_793_472, 0.88e9,
+    ),
+    "gpt-oss-20b": (
+        dict(OSS, num_hidden_layers=24, num_local_experts=32),
+        20_914_757_184, 4.19e9,
+    ),
+    "gpt-oss-120b": (
+        dict(OSS, num_hidden_layers=36, num_local_experts=128),
+        116_829_156_672, 5.71e9,
+    ),
+    "GLM-4.5-Air": (
+        dict(
+            GLM, hidden_size=4096, num_hidden_layers=46, intermediate_size=10944, moe_intermediate_size=1408,
+            n_routed_experts=128, first_k_dense_replace=1, use_qk_norm=False,
+        ),
+        106_852_251_264, None,
+    ),
+    "GLM-4.5": (
+        dict(
+            GLM, hidden_size=5120, num_hidden_layers=92, intermediate_size=12288, moe_intermediate_size=1536,
+            n_routed_experts=160, first_k_dense_replace=3, use_qk_norm=True, routed_scaling_factor=2.5,
+        ),
+        352_797_829_024, None,
+    ),
+    "MiniMax-M2": (
+        dict(
+            architectures=["MiniMaxM2ForCausalLM"], vocab_size=200064, hidden_size=3072, num_hidden_layers=62,
+            num_attention_heads=48, num_key_value_heads=8, head_dim=128, intermediate_size=1536, num_local_experts=256,
+            num_experts_per_tok=8, rotary_dim=64, rope_theta=5e6,
+        ),
+        228_689_764_864, None,
+    ),
+}  # fmt: skip

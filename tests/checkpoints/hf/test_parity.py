@@ -1,0 +1,147 @@
+"""Tiny random models made by transformers: the same logits, routes and text; out again the same files. float32, CPU."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from families import TINY, tiny
+
+torch = pytest.importorskip("torch", reason="parity with transformers: pip install 'moe-zoo[parity]'")
+transformers = pytest.importorskip("transformers", reason="parity with transformers: pip install 'moe-zoo[parity]'")
+
+import jax  # noqa: E402
+
+import moe_zoo  # noqa: E402
+from moe_zoo.checkpoints.hf.safetensors import read_folder  # noqa: E402
+from moe_zoo.core import param as P  # noqa: E402
+from moe_zoo.inference import generate  # noqa: E402
+from moe_zoo.sharding import MeshConfig, make_mesh  # noqa: E402
+
+torch.set_num_threads(1)
+
+B, S, NEW = 3, 19, 32
+#: none, left, right
+MASK = np.array([[1] * S, [0] * 7 + [1] * (S - 7), [1] * (S - 4) + [0] * 4])
+IDS = np.where(MASK, np.random.default_rng(0).integers(3, 96, (B, S)), 0)
+
+
+@pytest.fixture(scope="module", params=TINY)
+def pair(request, tmp_path_factory):
+    """(name, their model, the directory that they saved, ours)."""
+    theirs, folder = tiny(request.param), tmp_path_factory.mktemp(request.param)
+    theirs.save_pretrained(folder)
+    return request.param, theirs, folder, moe_zoo.load(folder)
+
+
+def forward(model, ids, mask):
+    """(logits, [(router logits, gates by expert)]) of theirs."""
+    routed = []
+    hooks = [
+        module.register_forward_hook(lambda m, i, out: routed.append(out))
+        for module in model.modules()
+        if re.search(r"Top[kK]Router$|TopKRouter", type(module).__name__)
+    ]
+    with torch.no_grad():
+        logits = model(torch.tensor(ids), attention_mask=torch.tensor(mask)).logits.numpy()
+    for hook in hooks:
+        hook.remove()
+    return logits, [(out[0].numpy(), dense(out[1].numpy(), out[2].numpy(), out[0].shape[-1])) for out in routed]
+
+
+def dense(gates, experts, E):
+    out = np.zeros((len(gates), E))
+    np.put_along_axis(out, experts, gates, axis=1)
+    return out
+
+
+def test_logits_routes_and_gates_are_theirs_with_padding_on_either_side(pair):
+    _, theirs, _, ours = pair
+    logits, routed = forward(theirs, IDS, MASK)
+    out = ours(IDS, MASK, return_routing=True)
+    valid = MASK.astype(bool)
+    np.testing.assert_allclose(np.asarray(out.logits)[valid], logits[valid], rtol=0, atol=2e-4)
+    stats, flat = out.aux.stats, valid.reshape(-1)
+    assert len(routed) == len(stats.get("router_logits", ())) == sum("moe" in k for k in kinds(ours))
+    for i, (their_logits, their_gates) in enumerate(routed):
+        ours_at, gates, experts = (np.asarray(stats[f"router_{k}"][i]) for k in ("logits", "gates", "experts"))
+        np.testing.assert_allclose(ours_at[flat], their_logits[flat], rtol=0, atol=2e-4)
+        np.testing.assert_allclose(dense(gates[flat], experts[flat], ours_at.shape[-1]), their_gates[flat], atol=1e-4)
+        assert len(np.unique(experts[flat], axis=0)) > 2
+
+
+def kinds(loaded):
+    from moe_zoo.checkpoints.hf.family import expand
+
+    return expand(loaded.config)
+
+
+def test_greedy_text_with_the_cache_is_theirs(pair):
+    _, theirs, _, ours = pair
+    left = np.stack([np.roll(IDS[b], (MASK[b] == 0).sum()) if b == 2 else IDS[b] for b in range(B)])
+    mask = np.stack([np.roll(MASK[b], (MASK[b] == 0).sum()) if b == 2 else MASK[b] for b in range(B)])
+    settings = dict(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0)
+    with torch.no_grad():
+        out = theirs.generate(torch.tensor(left), attention_mask=torch.tensor(mask), **settings)
+    prompts = [row[m.astype(bool)] for row, m in zip(left, mask)]
+    for new, expected in zip(generate(ours.model, prompts, NEW, temperature=0.0), out.numpy()[:, S:]):
+        np.testing.assert_array_equal(new, expected)
+
+
+def test_out_again_it_is_the_same_directory_and_opens_in_transformers(pair, tmp_path):
+    _, theirs, folder, ours = pair
+    moe_zoo.save_hf(ours, tmp_path)
+    describe = lambda path: {n: (t.shape, t.dtype) for n, t in read_folder(path).items()}
+    assert describe(tmp_path) == describe(folder)
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
+    again, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    np.testing.assert_array_equal(forward(again.eval(), IDS, MASK)[0], forward(theirs, IDS, MASK)[0])
+    first, second = P.arrays(ours.model), P.arrays(moe_zoo.load(tmp_path).model)
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def test_settings_written_from_ours_alone_open_in_transformers_as_the_same_model(pair, tmp_path):
+    """As for a run of ours, which has no config.json of theirs to keep."""
+    name, theirs, _, ours = pair
+    ours = moe_zoo.Loaded(ours.model, ours.config, None)
+    moe_zoo.save_hf(ours, tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ids, mask = IDS[:1], MASK[:1]
+    np.testing.assert_allclose(forward(again, ids, mask)[0], forward(theirs, ids, mask)[0], rtol=0, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def bfloat16(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bfloat16")
+    model = tiny("qwen2_moe").to(torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    return folder
+
+
+def test_bfloat16_in_shards_stays_as_it_is_and_is_computed_in(bfloat16, tmp_path):
+    folder = bfloat16
+    ours = moe_zoo.load(folder)
+    assert {str(a.dtype) for a in P.arrays(ours.model).values()} == {"bfloat16"} and ours.config.dtype == "bfloat16"
+    moe_zoo.save_hf(ours, tmp_path)
+    describe = lambda path: {n: (t.shape, t.dtype) for n, t in read_folder(path).items()}
+    assert describe(tmp_path) == describe(folder)
+    wide = moe_zoo.load(folder, dtype="float32")
+    assert {str(a.dtype) for a in P.arrays(wide.model).values()} == {"float32"}
+    theirs = forward(transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), IDS, MASK)[0]
+    np.testing.assert_allclose(np.asarray(wide(IDS, MASK).logits)[MASK == 1], theirs[MASK == 1], rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "granitemoe"])
+def test_on_a_mesh_every_device_holds_its_shard_and_logits_are_the_same(name, tmp_path):
+    tiny(name).save_pretrained(tmp_path)
+    mesh = make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2), jax.devices()[:8])
+    one, many = moe_zoo.load(tmp_path), moe_zoo.load(tmp_path, mesh=mesh)
+    for path, array in P.arrays(many.model).items():
+        assert all(s.data.shape == array.sharding.shard_shape(array.shape) for s in array.addressable_shards), path
+    assert P.arrays(many.model)["segments.0.blocks.0.ffn.experts.w_up"].addressable_shards[0].data.size * 8 == (
+        P.arrays(one.model)["segments.0.blocks.0.ffn.experts.w_up"].size
+    )
+    ids = np.concatenate([IDS, IDS[:1]])[:, :16]
+    np.testing.assert_allclose(many(ids).logits, one(ids).logits, rtol=0, atol=2e-4)

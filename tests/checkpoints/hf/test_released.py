@@ -1,0 +1,46 @@
+"""Presets from the numbers of released models: exact parameter counts, names one to one, settings there and back."""
+
+import math
+
+import pytest
+from released import RELEASED
+
+from moe_zoo.checkpoints.hf import families
+from moe_zoo.checkpoints.hf.families import find
+from moe_zoo.checkpoints.hf.family import essential
+from moe_zoo.checkpoints.hf.plan import plan
+from moe_zoo.core import param as P
+from moe_zoo.models import Decoder
+from moe_zoo.models.counting import count_parameters
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_a_released_model_has_exactly_its_parameters(name):
+    given, total, active = RELEASED[name]
+    family = find(given["architectures"][0], "config.json")
+    model = Decoder(family.read(given))
+    assert sum(math.prod(a.shape) for a in P.arrays(model).values()) == total
+    if active:
+        # rounded to three figures in the sheet
+        assert count_parameters(model)["active"] == pytest.approx(active, rel=0.01)
+    size, names = 0, {}
+    for leaf in plan(model, family):
+        for _, tensor in leaf.tensors():
+            names.setdefault(tensor, []).append((leaf.path, leaf.stored.part))
+            size += math.prod(leaf.stored.shape(leaf.one)) // leaf.stored.parts
+    assert size == total
+    assert all(len(set(holds)) == len(holds) for holds in names.values())
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_settings_survive_the_way_to_config_json_and_back(name):
+    given = RELEASED[name][0]
+    family = find(given["architectures"][0], "config.json")
+    config = family.read(given)
+    assert not family.mismatches(config)
+    assert essential(family.read(family.write(config))) == essential(config)
+
+
+def test_every_class_has_one_family():
+    names = [name for family in families() for name in family.architectures]
+    assert len(names) == len(set(names)) and len(names) > 14

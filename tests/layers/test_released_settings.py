@@ -1,0 +1,182 @@
+"""Settings that released models need: each against its formula, and off it changes nothing."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import naive
+import numpy as np
+import pytest
+from naive import normal, tiny_config, tiny_model
+
+from moe_zoo.core import param as P
+from moe_zoo.core.registry import ConfigError
+from moe_zoo.experts.feed_forward import FeedForward
+from moe_zoo.layers.attention import Attention, AttentionConfig, View, attend
+from moe_zoo.layers.mlp import MLP, FeedForwardConfig
+from moe_zoo.layers.rope import RopeScaling, angles, rotate
+from moe_zoo.models import Decoder
+
+IDS = jnp.asarray(np.random.default_rng(0).integers(0, 32, (2, 7)))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def turned(x, positions, size, scaling, interleaved):
+    return rotate(x, angles(positions, size, 50.0, scaling), interleaved)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_what_is_beyond_the_rotated_part_of_a_head_stays(interleaved):
+    x, positions = normal(0, 1, 2, 5, 8), jnp.arange(5)[None] * 3
+    out = np.asarray(turned(x, positions, 4, RopeScaling(), interleaved))
+    np.testing.assert_array_equal(out[..., 4:], x[..., 4:])
+    # pairs (2i, 2i + 1) are pairs (i, i + h) of the reordered head
+    order = [0, 2, 1, 3] if interleaved else [0, 1, 2, 3]
+    part = np.asarray(x[..., :4])[..., order]
+    for s in range(5):
+        expected = np.stack([naive.rope(part[0, n, s], 3 * s, 50.0) for n in range(2)])
+        np.testing.assert_allclose(out[0, :, s, :4][..., order], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_stretches_divide_low_frequencies_and_keep_high_ones():
+    plain = RopeScaling().frequencies(16, 1e4)
+    common = dict(factor=4.0, original_max_position_embeddings=64)
+    np.testing.assert_allclose(RopeScaling("linear", factor=4.0).frequencies(16, 1e4), plain / 4)
+    for scaling in (RopeScaling("llama3", **common), RopeScaling("yarn", **common)):
+        ratio = scaling.frequencies(16, 1e4) / plain
+        assert ratio[0] == 1 and ratio[-1] == pytest.approx(0.25) and (np.diff(ratio) <= 1e-12).all()
+    long = RopeScaling("longrope", short_factor=(1.0, 2.0), long_factor=(4.0, 8.0), original_max_position_embeddings=9,
+                       attention_factor=1.5, long_attention_factor=2.0)  # fmt: skip
+    for last, factor, size in ((8, (1.0, 2.0), 1.5), (9, (4.0, 8.0), 2.0)):
+        sin, _ = angles(jnp.array([[0, last]]), 4, 100.0, long)
+        angle = last * 100.0 ** -np.array([0, 0.5]) / np.array(factor)
+        np.testing.assert_allclose(sin[0, 0, 1], size * np.sin(angle), rtol=1e-4, atol=1e-5)
+
+
+def test_biases_of_attention_are_added_where_they_belong():
+    config = AttentionConfig(num_attention_heads=4, num_key_value_heads=2, head_dim=4, qkv_bias=True, output_bias=True)
+    made = P.materialize(Attention(config, hidden_size=8, out_scale=1.0), 0)
+    values = P.arrays(made)
+    assert {n for n in values if "bias" in n} == {"q_bias", "k_bias", "v_bias", "o_bias"}
+    assert not any(np.any(values[n]) for n in values if "bias" in n)
+    biases = {n: normal(i, *a.shape) for i, (n, a) in enumerate(values.items()) if "bias" in n}
+    made = P.replace(made, values | biases)
+    # a constant input of 1 with the bias as its row of weights says the same
+    plain = P.materialize(
+        Attention(dataclasses.replace(config, qkv_bias=False, output_bias=False), hidden_size=9, out_scale=1.0), 0
+    )
+    wide = {n: jnp.concatenate([values[n], biases[f"{n}_bias"].reshape(1, *values[n].shape[1:])]) for n in "qkv"}
+    wide["o"] = jnp.pad(values["o"], ((0, 0), (0, 0), (0, 1)))
+    plain, x = P.replace(plain, wide), normal(9, 1, 6, 8)
+    run = jax.jit(lambda m, x: m(x, View(jnp.arange(6)[None]).with_rotary({m.rotary_key}, x.dtype))[0])
+    expected = run(plain, jnp.concatenate([x, jnp.ones((1, 6, 1))], -1))[..., :8] + biases["o_bias"]
+    np.testing.assert_allclose(run(made, x), expected, rtol=1e-4, atol=1e-5)
+
+
+def with_biases(made):
+    values = P.arrays(made)
+    return P.replace(made, {n: normal(i, *a.shape, scale=0.7) for i, (n, a) in enumerate(values.items())})
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_biases_of_feed_forward_networks_and_of_banks(gated):
+    config = FeedForwardConfig(gated=gated, bias=True)
+    mlp = with_biases(P.materialize(MLP(config, hidden_size=5, intermediate_size=7, out_scale=1.0), 0))
+    bank = with_biases(
+        P.materialize(FeedForward(config, num_experts=3, hidden_size=5, intermediate_size=7, out_scale=1.0), 0)
+    )
+    x, sizes = normal(1, 10, 5), jnp.array([4, 0, 3])
+    rows = np.asarray(jax.jit(lambda b, x: b._general_rows(x, sizes))(bank, x))
+    batched = np.asarray(jax.jit(lambda b, x: b.batched(x))(bank, jnp.broadcast_to(x, (3, 10, 5))))
+    one = lambda w, x: np.asarray(P.replace(mlp, w)(x))
+    for e, where in ((0, slice(0, 4)), (2, slice(4, 7))):
+        mine = {n: a[e] for n, a in P.arrays(bank).items()}
+        np.testing.assert_allclose(rows[where], one(mine, x[where]), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(batched[e], one(mine, x), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(rows[7:], 0)
+    w = {n: np.asarray(a, np.float64) for n, a in P.arrays(mlp).items()}
+    up = np.asarray(x, np.float64) @ w["w_up"] + w["b_up"]
+    inner = naive.silu(np.asarray(x) @ w["w_gate"] + w["b_gate"]) * up if gated else naive.silu(up)
+    np.testing.assert_allclose(np.asarray(mlp(x)), inner @ w["w_down"] + w["b_down"], rtol=1e-4)
+
+
+def test_limits_and_shift_of_the_gated_unit():
+    config = FeedForwardConfig(activation="quick_gelu", clamp=0.5, up_shift=1.0)
+    made, x = P.materialize(MLP(config, hidden_size=5, intermediate_size=7, out_scale=1.0), 0), normal(3, 9, 5)
+    w = {n: np.asarray(a, np.float64) for n, a in P.arrays(made).items()}
+    gate, up = np.minimum(np.asarray(x) @ w["w_gate"], 0.5), np.clip(np.asarray(x) @ w["w_up"], -0.5, 0.5)
+    np.testing.assert_allclose(made(x), (gate * naive.sigmoid(1.702 * gate) * (up + 1)) @ w["w_down"], rtol=1e-4)
+
+
+def test_a_sink_takes_weight_and_adds_nothing():
+    q, k, v, sinks = normal(0, 1, 4, 3, 8), normal(1, 1, 2, 3, 8), normal(2, 1, 2, 3, 8), normal(3, 4)
+    mask = jnp.tril(jnp.ones((1, 3, 3), bool))
+    out = np.asarray(attend(q, k, v, mask, None, sinks))
+    for n in range(4):
+        for i in range(3):
+            scores = [float(q[0, n, i] @ k[0, n // 2, j]) / 8**0.5 for j in range(i + 1)]
+            weights = naive.softmax(np.array([*scores, float(sinks[n])]))[:-1]
+            np.testing.assert_allclose(out[0, n, i], weights @ np.asarray(v[0, n // 2, : i + 1]), rtol=1e-4, atol=1e-6)
+
+
+def test_multipliers_and_placement_of_norms():
+    scale = dict(embedding_multiplier=3.0, residual_multiplier=0.5, logits_scaling=4.0)
+    whole, plain = tiny_model(layers="1*dense", **scale), tiny_model(layers="1*dense")
+    weights = P.arrays(plain)
+    folded = weights | {
+        "embed.table": weights["embed.table"] * 3,
+        "head.kernel": weights["head.kernel"] / 4,
+        "segments.0.blocks.0.mixer.o": weights["segments.0.blocks.0.mixer.o"] / 2,
+        "segments.0.blocks.0.ffn.w_down": weights["segments.0.blocks.0.ffn.w_down"] / 2,
+    }
+    np.testing.assert_allclose(whole(IDS)[0], P.replace(plain, folded)(IDS)[0], rtol=1e-4, atol=1e-5)
+    post = tiny_model(layers="1*dense", norm_placement="post")
+    block = jax.tree.map(lambda a: a[0], post.segments[0].blocks[0])
+    x = post.embed(IDS, jnp.float32)
+    view = View(jnp.broadcast_to(jnp.arange(7), (2, 7))).with_rotary({block.mixer.rotary_key}, jnp.float32)
+    x = x + block.mixer_norm(block.mixer(x, view)[0])
+    x = x + block.ffn_norm(block.ffn(x))
+    np.testing.assert_allclose(post(IDS)[0], post.head(post.norm(x)), rtol=1e-4, atol=1e-5)
+
+
+def test_the_head_may_have_a_bias():
+    made = tiny_model(layers="1*dense", lm_head_bias=True)
+    bias = normal(0, 32)
+    shifted = P.replace(made, P.arrays(made) | {"head.bias": bias})
+    np.testing.assert_allclose(shifted(IDS)[0], made(IDS)[0] + bias, rtol=1e-5, atol=1e-6)
+
+
+def test_defaults_add_no_parameter():
+    names = {n.rsplit(".", 1)[1] for n in P.flat(Decoder(tiny_config(layers="dense moe")))}
+    assert names == {"table", "kernel", "scale", "q", "k", "v", "o", "w_gate", "w_up", "w_down"}
+
+
+def test_biases_of_experts_are_added_once_on_a_mesh():
+    from moe_zoo.sharding import MeshConfig, make_mesh, sharding_of
+
+    changes = dict(layers="1*moe", experts={"name": "feed_forward", "bias": True})
+    one = with_biases(tiny_model(**changes))
+    mesh = make_mesh(MeshConfig(expert=2, tensor=2), jax.devices()[:8])
+    many = Decoder(tiny_config(**changes), mesh)
+    place = lambda n, v: jax.device_put(P.arrays(one)[n], sharding_of(mesh, v.logical_axes, v.get_value().shape, n))
+    many = P.replace(many, {n: place(n, v) for n, v in P.flat(many).items()})
+    ids = jnp.concatenate([IDS] * 4)
+    np.testing.assert_allclose(jax.jit(lambda m, i: m(i)[0])(many, ids), one(ids)[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(attention={"num_attention_heads": 2, "head_dim": 8, "rotary_dim": 10}), ["rotary_dim", "10"]),
+        (dict(attention={"num_attention_heads": 2, "rotary_dim": 3}), ["rotary_dim", "3"]),
+        (dict(attention={"num_attention_heads": 2, "rope_scaling": {"kind": "yarm"}}), ["yarm", "yarn"]),
+        (dict(attention={"num_attention_heads": 2, "rope_scaling": {"kind": "longrope"}}), ["long_factor"]),
+        (dict(tie_word_embeddings=True, lm_head_bias=True), ["lm_head_bias"]),
+        (dict(residual_multiplier=0.0), ["residual_multiplier"]),
+    ],
+)
+def test_impossible_settings_are_named(changes, words):
+    with pytest.raises(ConfigError) as error:
+        tiny_config(**changes)
+    assert all(word in str(error.value) for word in words)
