@@ -107,11 +107,13 @@ def pack_rows(x_TK: Array, block: int | None = None) -> Array:
     float32 as it is; 16-bit numbers as int32, in which column k of each block (of all K by default) lies below column
     k + block / 2.
     """
-    (T, K), block = x_TK.shape, block or x_TK.shape[1]
-    if x_TK.dtype.itemsize == 2:
-        bits = jax.lax.bitcast_convert_type(x_TK, jnp.uint16).astype(jnp.uint32).reshape(T, K // block, 2, block // 2)
-        x_TK = jax.lax.bitcast_convert_type(bits[:, :, 0] | bits[:, :, 1] << 16, jnp.int32)
-    return x_TK.reshape(T, 1, -1)
+    if x_TK.dtype.itemsize == 4:
+        return x_TK[:, None, :]
+    half = (block or x_TK.shape[1]) // 2
+    bits = jax.lax.bitcast_convert_type(x_TK, jnp.uint16)
+    part = lambda first: bits[:, first : first + half].astype(jnp.uint32)
+    words = [part(first) | part(first + half) << 16 for first in range(0, x_TK.shape[1], 2 * half)]
+    return jax.lax.bitcast_convert_type(jnp.concatenate(words, axis=1), jnp.int32)[:, None, :]
 
 
 def _scratch(s: Static, rows: Array, dtype: Any, out_dtype: Any) -> list[Any]:

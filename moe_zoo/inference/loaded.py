@@ -89,9 +89,12 @@ class Loaded:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         tok = self.tokenizer
         if tok is None:
-            raise ValueError("this model has no tokenizer; use inference.generate(loaded.model, ids, ...)")
-        ids = [np.concatenate([[tok.bos_id], tok.encode(p)]).astype(np.int32) for p in prompts]
-        new = generate(self.model, ids, max_new_tokens, stop_ids=[tok.eos_id], pad_id=tok.pad_id, **sampling)
+            raise CheckpointError("this model has no tokenizer; use inference.generate(loaded.model, ids, ...)")
+        # special tokens that a published tokenizer lacks have ids beyond the model's vocabulary
+        known = lambda *ids: [i for i in ids if i < self.config.vocab_size]
+        ids = [np.concatenate([known(tok.bos_id), tok.encode(p)]).astype(np.int32) for p in prompts]
+        pad = known(tok.pad_id, 0)[0]
+        new = generate(self.model, ids, max_new_tokens, stop_ids=known(tok.eos_id), pad_id=pad, **sampling)
         return [tok.decode(n) for n in new]
 
     def replace_router(self, router: str | Mapping[str, Any], *, seed: int = 0, **changes) -> "Loaded":
