@@ -77,7 +77,7 @@ class Checkpoints:
         with self._named_errors(f"{self.path / str(step)} cannot be restored", hint):
             got = self._manager.restore(step, args=items)
         empty = {group: {} for group in (*PARAMS, "objective")}
-        return empty | dict(got.params) | dict(got.train), self._checked(step, got.meta)
+        return empty | dict(got.params) | dict(got.train), self._checked(step, got.meta, "seconds", "data")
 
     def meta(self, step: int) -> dict[str, Any]:
         """What `save` was given as meta, and "groups": {group: [paths]}."""
@@ -86,12 +86,12 @@ class Checkpoints:
             meta = self._manager.restore(step, args=args.Composite(meta=args.JsonRestore())).meta
         return self._checked(step, meta)
 
-    def _checked(self, step: int, meta: Any) -> dict[str, Any]:
+    def _checked(self, step: int, meta: Any, *keys: str) -> dict[str, Any]:
         groups = meta.get("groups") if isinstance(meta, dict) else None
         named = isinstance(groups, dict) and all(
             isinstance(names, list) and all(isinstance(n, str) for n in names) for names in groups.values()
         )
-        if not named or not isinstance(meta.get("seconds"), int | float) or "data" not in meta:
+        if not named or any(key not in meta for key in keys):
             raise CheckpointError(
                 f"{self.path / str(step) / 'meta'} is damaged: it does not say what a run of ours says"
             )
