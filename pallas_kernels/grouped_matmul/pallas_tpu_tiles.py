@@ -18,6 +18,8 @@ LANES = 128
 BODY_CYCLES = 4096
 #: So few rows of lhs are copied in once, instead of once per group.
 MOST_STAYING_ROWS = 256
+#: With few rows, matrices are copied all the time: two copies on their way have to cover the latency of the HBM.
+LEAST_COPY_BYTES = 2 * 2**20
 #: Share of VMEM that buffers may take; the compiler needs some for itself.
 VMEM_SHARE = 0.8
 VMEM_LIMIT_SHARE = 0.94
@@ -104,8 +106,11 @@ def forward_tiles(
     size, out_size = jnp.dtype(lhs_dtype).itemsize, jnp.dtype(out_dtype).itemsize
     fragment = _tpu_schedule.fragment_rows(lhs_dtype, out_dtype)
     macs = target.macs_per_cycle // (1 if size <= 2 else 6)
+    stays = M <= MOST_STAYING_ROWS
     best = None
     for cols, runs in itertools.product(_column_tiles(N, _mxu_unit(N, target)), _runs(M, G, fragment, target)):
+        if stays and best is not None and K * cols * size < LEAST_COPY_BYTES:
+            continue
         long, short, _ = runs
         body_cols = _body_cols(cols, K, long, target)
         for rows in sorted({min(_round_up(r, long), _round_up(M, long)) for r in (256, 512, 1024)}):
@@ -115,24 +120,26 @@ def forward_tiles(
             passes = -(-N // cols)
             compute = (M + G * short / 2) * K * passes * cols / macs
             compute *= 1 + _run_overhead(long, target) / (long * K * body_cols / macs)
-            memory = (passes * M * K * size + G * K * N * size + M * N * out_size) / target.bytes_per_cycle
+            memory = (passes * (M + G * cols) * K * size + M * N * out_size) / target.bytes_per_cycle
             compute, memory = compute / target.num_cores, memory / target.num_cores  # cores divide the rows
-            # A step costs about 150 cycles of bookkeeping. What bounds the kernel has to wait for its first copies, or
-            # leaves its last tile to be multiplied; nothing overlaps the last copy.
-            compute += passes * (M / rows + min(G, M)) * 150 / target.num_cores
+            # A step costs about 150 cycles of bookkeeping, few if lhs stays. What bounds the kernel has to wait for its
+            # first copies, or leaves its last tile to be multiplied; nothing overlaps the last copy.
+            compute += passes * (M / rows + min(G, M)) * (20 if stays else 150) / target.num_cores
             first = (K * cols + rows * K) * size / target.bytes_per_cycle
-            last = _round_up(min(rows, -(-M // G)), short) * K * cols / macs + _run_overhead(short, target)
+            last = max(_round_up(min(rows, -(-M // G)), short), target.mxu_size) * K * cols / macs + _run_overhead(
+                short, target
+            )
             # With one row tile on its way besides the one in use, a short tile cannot hide the next one's copy.
             if buffers[1] < 3:
                 compute, memory = 1.1 * compute, 1.1 * memory
-            # The two overlap, but never wholly: groups differ.
-            time = max(compute + first, memory + last) + 0.3 * min(compute, memory)
+            # The two overlap, but never wholly: groups differ. Groups of a few rows are all alike.
+            time = max(compute + first, memory + last) + (0 if stays else 0.3) * min(compute, memory)
             time += min(rows, -(-M // G)) * cols * out_size / target.bytes_per_cycle
             if best is None or time < best[0]:
                 best = time, rows, cols, runs, body_cols, buffers
     if best is None:
         return None
-    lhs_stays = M <= MOST_STAYING_ROWS and M <= best[1]
+    lhs_stays = stays and M <= best[1]
     _, rows, cols, (long, short, short_runs), body_cols, (weights, lhs, out) = best
     return ForwardTiles(
         rows=rows,
