@@ -91,7 +91,7 @@ def row_range(
     end, total_cost = walk(lambda row, rows, cost, sum: sum + cost, jnp.int32(0))
 
     def border(c: Scalar | int) -> Scalar:
-        share = total_cost // num_cores * c
+        share = jax.lax.div(total_cost, jnp.int32(num_cores)) * c
 
         def visit(row: Scalar, rows: Scalar, cost: Scalar, carry: tuple[Scalar, Scalar]) -> tuple[Scalar, Scalar]:
             before, found = carry

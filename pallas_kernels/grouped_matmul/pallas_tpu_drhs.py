@@ -116,7 +116,8 @@ def _kernel(s: Static, sizes: Ref, offset_ref: Ref, *refs: Ref) -> None:
     core, offset, t = pl.program_id(0), offset_ref[0], s.tiles
     # Cores divide the tiles of the gradient: rows would have to be summed between them.
     tiles = s.tiles_a * s.tiles_b
-    first_tile, end_tile = tiles * core // s.num_cores, tiles * (core + 1) // s.num_cores
+    # lax.div: floor division would need the sign of its operands
+    first_tile, end_tile = (jax.lax.div(jnp.int32(tiles * c), jnp.int32(s.num_cores)) for c in (core, core + 1))
     rows = schedule.row_range(sizes, offset, s.G, s.M, s.fragment)
     count, _ = schedule.build_table(sizes, offset, s.G, rows, r.table)
     steps = schedule.count_tiles(r.table, count, t.rows, s.fragment) * (end_tile - first_tile)
