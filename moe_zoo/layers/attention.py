@@ -24,6 +24,25 @@ _BLOCK = 128
 
 
 @dataclasses.dataclass(frozen=True)
+class LatentConfig:
+    """Multi-head latent attention (`layers/latent_attention.py`); `kv_lora_rank` 0: none. `q_lora_rank` 0: queries
+    straight from the hidden state.
+    """
+
+    kv_lora_rank: int = 0
+    q_lora_rank: int = 0
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+
+    def validate(self, path: str) -> None:
+        positive(self, path, "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        positive(self, path, "kv_lora_rank", "q_lora_rank", zero=True)
+        if self.qk_rope_head_dim % 2:
+            raise ConfigError(f"{join(path, 'qk_rope_head_dim')}: {self.qk_rope_head_dim} is odd; rotation needs pairs")
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionConfig:
     """`head_dim` None: hidden_size / num_attention_heads. `qk_norm`: RMSNorm of q and k, per "head" (Qwen3) or over
     the "full" width before the split into heads (OLMoE). `sliding_window` w: a query sees itself and the w - 1 tokens
@@ -46,6 +65,7 @@ class AttentionConfig:
     rope_scaling: RopeScaling = RopeScaling()
     softmax_scale: float | None = None
     norm_eps: float = 1e-6
+    latent: LatentConfig = LatentConfig()
 
     def validate(self, path: str) -> None:
         positive(self, path, "num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window", "rope_theta")
@@ -58,6 +78,8 @@ class AttentionConfig:
             )
         if self.head_dim is not None and self.head_dim % 2:
             raise ConfigError(f"{join(path, 'head_dim')}: {self.head_dim} is odd; rotary positions need pairs")
+        if self.latent.kv_lora_rank and (self.qk_norm != "none" or self.qkv_bias or self.output_bias or self.sinks):
+            raise ConfigError(f"{join(path, 'latent')}: goes with no qk_norm, biases or sinks")
         if self.rotary_dim is not None and (self.rotary_dim % 2 or self.rotary_dim > (self.head_dim or math.inf)):
             raise ConfigError(
                 f"{join(path, 'rotary_dim')}: {self.rotary_dim} of head_dim={self.head_dim}; expected an even number "
@@ -229,4 +251,4 @@ def attend(
         sink = jnp.broadcast_to(sinks_N.astype(scores.dtype).reshape(M, G, 1, 1), (B, M, G, S, 1))
         weights = jax.nn.softmax(jnp.concatenate([scores, sink], -1), axis=-1)[..., :-1].astype(q.dtype)
     out = jnp.einsum("bmsl,bmlh->bmsh", weights.reshape(B, M, G * S, L), v_BMLH.astype(q.dtype))
-    return out.reshape(B, N, S, H)
+    return out.reshape(B, N, S, -1)

@@ -21,6 +21,7 @@ from moe_zoo.core.param import stack
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.layers.attention import Attention, RotaryKey, View
 from moe_zoo.layers.embedding import Embedding, Head
+from moe_zoo.layers.latent_attention import LatentAttention
 from moe_zoo.layers.mlp import MLP
 from moe_zoo.layers.ngram import NgramEmbedding
 from moe_zoo.layers.norm import NORMS
@@ -232,8 +233,9 @@ def make_block(config: ModelConfig, kind: str, whole: ModelConfig) -> Block:
     else:
         ffn = MLP(config.mlp, hidden_size=D, intermediate_size=config.intermediate_size, out_scale=out_scale)
     norm = NORMS[config.norm]
+    mixer = LatentAttention if config.attention.latent.kv_lora_rank else Attention
     return Block(
-        mixer=Attention(config.attention, hidden_size=D, out_scale=out_scale),
+        mixer=mixer(config.attention, hidden_size=D, out_scale=out_scale),
         ffn=ffn,
         mixer_norm=norm(D, config.norm_eps),
         ffn_norm=norm(D, config.norm_eps),

@@ -42,7 +42,7 @@ def expert_ffn(
       x_RD: rows.
       w_gate_EDF, w_up_EDF, w_down_EFD: weights, of x's dtype.
       group_sizes_L: integers, non-negative, with a sum of at most R; one per expert.
-      activation: "silu", "gelu" (exact), "gelu_tanh", "relu" or "relu2" (squared ReLU).
+      activation: "silu", "gelu" (exact), "gelu_tanh", "quick_gelu", "relu" or "relu2" (squared ReLU).
       group_offset: int scalar, may be traced. The weights then hold only experts [group_offset, group_offset + E) of
         the L experts in group_sizes; rows of other experts give 0. Must lie in [0, L - E].
       implementation: "reference", "xla" (`jax.lax.ragged_dot`), "xla_tiles" (one fused loop over row tiles, for CPUs),

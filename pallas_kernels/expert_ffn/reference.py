@@ -14,6 +14,7 @@ ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": lambda z: jax.nn.gelu(z, approximate=False),
     "gelu_tanh": lambda z: jax.nn.gelu(z, approximate=True),
+    "quick_gelu": lambda z: z * jax.nn.sigmoid(1.702 * z),
     "relu": jax.nn.relu,
     "relu2": lambda z: jnp.square(jax.nn.relu(z)),
 }

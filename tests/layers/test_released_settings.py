@@ -180,3 +180,35 @@ def test_impossible_settings_are_named(changes, words):
     with pytest.raises(ConfigError) as error:
         tiny_config(**changes)
     assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+def test_latent_attention_with_its_cache_is_attention_with_the_keys_written_out(rank):
+    latent = dict(kv_lora_rank=6, q_lora_rank=rank, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=3)
+    model = with_biases(tiny_model(layers="1*dense", attention={"num_attention_heads": 2, "latent": latent}))
+    block = jax.tree.map(lambda a: a[0], model.segments[0].blocks[0])
+    made, x = block.mixer, normal(0, 1, 6, 16)
+    view = View(jnp.arange(6)[None]).with_rotary({made.rotary_key}, jnp.float32)
+    whole = made(x, view)[0]
+    w = {n: np.asarray(a, np.float64) for n, a in P.arrays(made).items()}
+    X = np.asarray(x[0], np.float64)
+    q = X @ w["q_a"] if rank else None
+    q = np.einsum("sr,rnh->snh", naive.rms_norm(q, w["q_norm.scale"], 1e-6), w["q_b"]) if rank else (
+        np.einsum("sd,dnh->snh", X, w["q"])
+    )  # fmt: skip
+    both = X @ w["kv_a"]
+    kv = np.einsum("sr,rnh->snh", naive.rms_norm(both[:, :6], w["kv_norm.scale"], 1e-6), w["kv_b"])
+    for i in range(6):
+        heads = []
+        for n in range(2):
+            mine = np.append(q[i, n, :4], naive.rope(q[i, n, 4:], i, 1e4))
+            keys = [np.append(kv[j, n, :4], naive.rope(both[j, 6:], j, 1e4)) for j in range(i + 1)]
+            heads.append(naive.softmax(np.array([mine @ k / 6**0.5 for k in keys])) @ kv[: i + 1, n, 4:])
+        np.testing.assert_allclose(whole[0, i], np.einsum("nh,nhd->d", heads, w["o"]), rtol=2e-3, atol=1e-4)
+    cache, steps = made.init_cache(1, 8, jnp.float32), []
+    for i in range(6):
+        one = View(jnp.array([[i]])).with_rotary({made.rotary_key}, jnp.float32)
+        out, cache = made(x[:, i : i + 1], one, cache, jnp.int32(i))
+        steps.append(out[:, 0])
+    np.testing.assert_allclose(np.stack(steps, 1), whole, rtol=1e-4, atol=1e-5)
+    assert made.flops_per_token(3) > 0 and {a.shape[-1] for a in cache.values()} == {6, 2, 8}

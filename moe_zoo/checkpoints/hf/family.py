@@ -159,7 +159,9 @@ def essential(config: ModelConfig) -> dict[str, Any]:
     values["attention.head_dim"] = (
         config.attention.head_dim or config.hidden_size // config.attention.num_attention_heads
     )
-    if config.attention.qk_norm == "none":
+    if not config.attention.latent.kv_lora_rank:
+        values = {key: value for key, value in values.items() if not key.startswith("attention.latent.")}
+    if config.attention.qk_norm == "none" and not config.attention.latent.kv_lora_rank:
         values.pop("attention.norm_eps")
     if not config.ngram.orders:
         values = {key: value for key, value in values.items() if not key.startswith("ngram.")}

@@ -27,6 +27,12 @@ LONGROPE = {
 OSS = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 8.0, "truncate": False,
        "original_max_position_embeddings": 16}  # fmt: skip
 
+LATENT = dict(kv_lora_rank=10, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6)
+DEEPSEEK_YARN = {
+    "rope_type": "yarn", "rope_theta": 500.0, "factor": 8.0, "original_max_position_embeddings": 16, "mscale": 0.707,
+    "mscale_all_dim": 0.707,
+}  # fmt: skip
+
 #: name -> (class of its config, settings besides BASE)
 TINY = {
     "olmoe": ("OlmoeConfig", dict(intermediate_size=24, num_experts=8, num_experts_per_tok=3)),
@@ -100,6 +106,27 @@ TINY = {
         dict(
             intermediate_size=24, num_local_experts=8, num_experts_per_tok=3, head_dim=16, sliding_window=5,
             rope_parameters=OSS, swiglu_limit=1.0,
+        ),
+    ),
+    "deepseek_v2": (
+        "DeepseekV2Config",
+        dict(
+            intermediate_size=40, n_routed_experts=8, n_shared_experts=2, first_k_dense_replace=1, q_lora_rank=None,
+            num_key_value_heads=4, rope_parameters=DEEPSEEK_YARN, **LATENT, **MOE,
+        ),
+    ),
+    "deepseek_v2_groups": (
+        "DeepseekV2Config",
+        dict(
+            intermediate_size=40, n_routed_experts=8, n_shared_experts=1, q_lora_rank=12, num_key_value_heads=4,
+            topk_method="group_limited_greedy", n_group=4, topk_group=2, routed_scaling_factor=3.0, **LATENT, **MOE,
+        ),
+    ),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        dict(
+            intermediate_size=40, n_routed_experts=8, first_k_dense_replace=1, q_lora_rank=12, num_key_value_heads=4,
+            n_group=4, topk_group=2, rope_parameters=DEEPSEEK_YARN, **LATENT, **MOE,
         ),
     ),
     "phimoe": (

@@ -27,6 +27,13 @@ OSS = dict(
         "original_max_position_embeddings": 4096,
     },
 )  # fmt: skip
+YARN = {
+    "type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1,
+}  # fmt: skip
+DEEPSEEK = dict(
+    kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, rope_theta=10000,
+    max_position_embeddings=163840, moe_layer_freq=1,
+)  # fmt: skip
 GLM = dict(
     architectures=["Glm4MoeForCausalLM"], vocab_size=151552, num_attention_heads=96, num_key_value_heads=8,
     head_dim=128, attention_bias=True, partial_rotary_factor=0.5, num_experts_per_tok=8, n_shared_experts=1,
@@ -106,6 +113,25 @@ RELEASED = {
     "gpt-oss-120b": (
         dict(OSS, num_hidden_layers=36, num_local_experts=128),
         116_829_156_672, 5.71e9,
+    ),
+    "DeepSeek-V2-Lite": (
+        dict(
+            DEEPSEEK, architectures=["DeepseekV2ForCausalLM"], vocab_size=102400, hidden_size=2048,
+            num_hidden_layers=27, num_attention_heads=16, q_lora_rank=None, intermediate_size=10944,
+            moe_intermediate_size=1408, n_routed_experts=64, n_shared_experts=2, num_experts_per_tok=6,
+            first_k_dense_replace=1, rope_scaling=YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+        ),
+        15_706_484_224, 2.66e9,
+    ),
+    "DeepSeek-V3": (
+        dict(
+            DEEPSEEK, architectures=["DeepseekV3ForCausalLM"], vocab_size=129280, hidden_size=7168,
+            num_hidden_layers=61, num_attention_heads=128, q_lora_rank=1536, intermediate_size=18432,
+            moe_intermediate_size=2048, n_routed_experts=256, n_shared_experts=1, num_experts_per_tok=8, n_group=8,
+            topk_group=4, first_k_dense_replace=3, routed_scaling_factor=2.5,
+            rope_scaling=YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+        ),
+        671_026_419_200, 37.6e9,
     ),
     "GLM-4.5-Air": (
         dict(

@@ -1,0 +1,95 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values grow out of one small vector per token.
+
+    c = norm(x W_a[:, :R]);  k_rot = rope(x W_a[:, R:]), one for all heads
+    [k_n | v] = c W_b;  scores = q_n k_n + rope(q_r) k_rot
+
+The cache holds c and k_rot only. B batch, S query length, L key length, N heads, R latent width.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moe_zoo.core.param import fan_in, param
+from moe_zoo.layers.attention import Attention, AttentionConfig, RotaryKey, View, attend
+from moe_zoo.layers.norm import RMSNorm
+from moe_zoo.layers.rope import rotate
+
+
+class LatentAttention(Attention):
+    """Softmax attention over keys and values from a latent; queries from one too, if `q_lora_rank` is given."""
+
+    Config = AttentionConfig
+
+    def __init__(self, config: AttentionConfig, *, hidden_size: int, out_scale: float):
+        D, N, c = hidden_size, config.num_attention_heads, config.latent
+        H, R = c.qk_nope_head_dim + c.qk_rope_head_dim, c.kv_lora_rank
+        self.config, self.dims = config, (D, N, N, H)
+        if c.q_lora_rank:
+            self.q_a = param((D, c.q_lora_rank), ("embed", None), fan_in(D))
+            self.q_norm = RMSNorm(c.q_lora_rank, config.norm_eps, axis="qk_norm")
+            self.q_b = param((c.q_lora_rank, N, H), (None, "heads", "head_dim"), fan_in(c.q_lora_rank))
+        else:
+            self.q = param((D, N, H), ("embed", "heads", "head_dim"), fan_in(D))
+        self.kv_a = param((D, R + c.qk_rope_head_dim), ("embed", None), fan_in(D))
+        self.kv_norm = RMSNorm(R, config.norm_eps, axis="qk_norm")
+        self.kv_b = param((R, N, c.qk_nope_head_dim + c.v_head_dim), (None, "heads", "head_dim"), fan_in(R))
+        self.o = param((N, c.v_head_dim, D), ("heads", "head_dim", "embed"), fan_in(N * c.v_head_dim, out_scale))
+
+    @property
+    def rotary_key(self) -> RotaryKey:
+        return self.config.latent.qk_rope_head_dim, self.config.rope_theta, self.config.rope_scaling
+
+    def init_cache(self, batch: int, max_seq: int, dtype) -> dict:
+        """The latent and the rotated key part of `max_seq` tokens, and who they are."""
+        c = self.config.latent
+        return {
+            "latent": jnp.zeros((batch, max_seq, c.kv_lora_rank), dtype),
+            "rotated": jnp.zeros((batch, max_seq, c.qk_rope_head_dim), dtype),
+            "positions": jnp.zeros((batch, max_seq), jnp.int32),
+            "valid": jnp.zeros((batch, max_seq), bool),
+        }
+
+    def __call__(self, x_BSD: Float[Array, "B S D"], view: View, cache: dict | None = None, at=None):
+        """Returns (output, cache), as `Attention`."""
+        c, sin_cos = self.config.latent, view.rotary[self.rotary_key]
+        turn = lambda x: rotate(x, sin_cos, self.config.rope_interleaved)
+        q = self._queries(x_BSD)
+        q = jnp.concatenate([q[..., : c.qk_nope_head_dim], turn(q[..., c.qk_nope_head_dim :])], -1)
+        both = x_BSD @ self.kv_a[...].astype(x_BSD.dtype)
+        latent, rotated = self.kv_norm(both[..., : c.kv_lora_rank]), turn(both[:, None, :, c.kv_lora_rank :])[:, 0]
+        if cache is None:
+            out = self._parallel(q, *self._expand(latent, rotated), view)
+        else:
+            valid = jnp.ones(view.positions.shape, bool) if view.valid is None else view.valid
+            new = {"latent": latent, "rotated": rotated, "positions": view.positions, "valid": valid}
+            write = lambda old, value: jax.lax.dynamic_update_slice_in_dim(old, value.astype(old.dtype), at, 1)
+            cache = {name: write(old, new[name]) for name, old in cache.items()}
+            mask_BSL = self._ordered(view.positions, cache["positions"]) & cache["valid"][:, None, :]
+            k, v = self._expand(cache["latent"].astype(q.dtype), cache["rotated"].astype(q.dtype))
+            out = attend(q, k, v, mask_BSL, self.config.softmax_scale)
+        return jnp.einsum("bnsh,nhd->bsd", out, self.o[...].astype(out.dtype)), cache
+
+    def _queries(self, x_BSD):
+        if not self.config.latent.q_lora_rank:
+            return jnp.einsum("bsd,dnh->bnsh", x_BSD, self.q[...].astype(x_BSD.dtype))
+        latent = self.q_norm(x_BSD @ self.q_a[...].astype(x_BSD.dtype))
+        return jnp.einsum("bsr,rnh->bnsh", latent, self.q_b[...].astype(x_BSD.dtype))
+
+    def _expand(self, latent_BLR, rotated_BLr):
+        """Keys and values of every head."""
+        N, nope = self.dims[1], self.config.latent.qk_nope_head_dim
+        both = jnp.einsum("blr,rnh->bnlh", latent_BLR, self.kv_b[...].astype(latent_BLR.dtype))
+        B, _, L, _ = both.shape
+        shared = jnp.broadcast_to(rotated_BLr[:, None], (B, N, L, rotated_BLr.shape[-1]))
+        return jnp.concatenate([both[..., :nope], shared], -1), both[..., nope:]
+
+    def flops_per_token(self, context: float) -> float:
+        """Projections, scores and mixing over `context` visible keys on average. Forward; multiply-adds count two."""
+        D, N, _, H = self.dims
+        c = self.config.latent
+        if self.config.sliding_window is not None:
+            context = min(context, self.config.sliding_window)
+        queries = c.q_lora_rank * (D + N * H) if c.q_lora_rank else D * N * H
+        keys = D * (c.kv_lora_rank + c.qk_rope_head_dim) + c.kv_lora_rank * N * (c.qk_nope_head_dim + c.v_head_dim)
+        return 2 * (queries + keys + N * c.v_head_dim * D) + 2 * N * (H + c.v_head_dim) * context
