@@ -92,7 +92,8 @@ def test_bfloat16_ungated_with_offset(monkeypatch):
 
 def test_small_tiles(monkeypatch):
     monkeypatch.setattr(pallas_tpu_tiles, "tiles", lambda *_: SMALL_TILES)
-    check(ROUTINGS, jnp.float32, gated=True, activation="gelu_tanh", tolerance=1e-6)
+    # tanh itself is off by 1e-6 where the compiler does not optimize
+    check(ROUTINGS, jnp.float32, gated=True, activation="gelu_tanh", tolerance=2e-6)
 
 
 def test_shard_map():
