@@ -11,6 +11,7 @@ import pytest
 
 from moe_zoo.core.schema import build
 from moe_zoo.models import ModelConfig
+from moe_zoo.routing import ROUTERS as registry
 from moe_zoo.sharding import MeshConfig, make_mesh
 from moe_zoo.train.config import load_config
 from moe_zoo.train.step import Trainer
@@ -41,6 +42,7 @@ ROUTERS = {
     "soft": ({"name": "soft", "slots_per_expert": 2}, "slots", (), "next_token"),
     "smoe_dropout": ({"name": "smoe_dropout"}, "dropless", (), "next_token"),
     "hash": ({"name": "hash"}, "dropless", (), "next_token"),
+    "sparsemixer": ({"name": "sparsemixer"}, "dropless", (), "next_token"),
 }  # fmt: skip
 COMPETING = ("expert_choice", "relu_budget")
 # Every router on the mixed mesh and top-k on each axis alone; MOE_ZOO_ALL_MESHES=1 (`make meshes`) tries all on all.
@@ -116,6 +118,10 @@ def alone(router: str):
         for _ in range(3 if point < POINTS - 1 else 0):
             state, _ = trainer.train_step(state, batch(), np.float32(0))
     return states, gradients(trainer, states)
+
+
+def test_every_router_is_here():
+    assert {chosen["name"] for chosen, *_ in ROUTERS.values()} == set(registry.names())
 
 
 @pytest.mark.parametrize("router, mesh", EVERY_ROUTER)
