@@ -86,31 +86,39 @@ def decoder(name: str, seed: int = 0, **changes) -> Decoder:
 @functools.cache
 def layer(name: str) -> tuple[MoE, object]:
     """(the first routed layer, what its routers share)."""
-    model = decoder(name)
-    block = jax.tree.map(lambda a: a[0], model.segments[0].blocks[0])
+    return first_layer(decoder(name))
+
+
+def first_layer(model: Decoder) -> tuple[MoE, object]:
+    block = jax.tree.map(lambda a: jnp.asarray(np.asarray(a)[0]), model.segments[0].blocks[0])
     return block.ffn, dict(model.shared).get(block.ffn.router_name)
+
+
+# One program for each router and shape, shared by the tests.
+call_layer = jax.jit(lambda moe, x, ctx: moe(x, ctx))
+call_model = jax.jit(lambda model, ids: model(ids, step=jnp.int32(3)))
 
 
 def context(name: str, batch: int = B, seq: int = S, **changes) -> RoutingContext:
     moe, shared = layer(name)
-    ids = jnp.asarray(np.random.default_rng(5).integers(0, 32, batch * seq), jnp.int32)
+    ids = np.random.default_rng(5).integers(0, 32, batch * seq).astype(np.int32)
     carry = moe.router.init_carry(batch * seq)
     fixed = dict(token_ids=ids, step=jnp.int32(4), key=jax.random.key(0), carry=carry, shared=shared)
     return RoutingContext(batch=batch, seq=seq, **{**fixed, **changes})
 
 
 def tokens(n: int = T, seed: int = 0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal((n, D)), jnp.float32)
+    return np.random.default_rng(seed).standard_normal((n, D)).astype(np.float32)
 
 
 def run(name, x_TD, ctx):
     moe, _ = layer(name)
-    y, aux, routing = moe(x_TD.reshape(ctx.batch, ctx.seq, D), ctx)
+    y, aux, routing = call_layer(moe, x_TD.reshape(ctx.batch, ctx.seq, D), ctx)
     return y.reshape(x_TD.shape), aux, routing
 
 
 def expert(bank, e: int, x: np.ndarray) -> np.ndarray:
-    gate, up, down = (np.asarray(w[...][e], np.float64) for w in (bank.w_gate, bank.w_up, bank.w_down))
+    gate, up, down = (np.asarray(w[...])[e].astype(np.float64) for w in (bank.w_gate, bank.w_up, bank.w_down))
     g = x @ gate
     return (g / (1 + np.exp(-g)) * (x @ up)) @ down
 
@@ -118,9 +126,10 @@ def expert(bank, e: int, x: np.ndarray) -> np.ndarray:
 def naive(decision, bank, x_TD) -> np.ndarray:
     """The layer's output from its decision, one token and one expert at a time."""
     x, y = np.asarray(x_TD, np.float64), np.zeros((x_TD.shape[0], D))
+    decision = jax.tree.map(np.asarray, decision)
     if isinstance(decision, TokenChoice):
         for t in range(len(x)):
-            for e, gate in zip(np.asarray(decision.experts[t]), np.asarray(decision.gates[t], np.float64)):
+            for e, gate in zip(decision.experts[t], decision.gates[t].astype(np.float64)):
                 if e < decision.num_experts:
                     y[t] += gate * expert(bank, e, x[t])
     elif isinstance(decision, Dense):
@@ -138,8 +147,8 @@ def naive(decision, bank, x_TD) -> np.ndarray:
         G, size, num_experts, C = decision.dispatch.shape
         for g, e, c in np.ndindex(G, num_experts, C):
             rows = slice(g * size, (g + 1) * size)
-            slot = np.asarray(decision.dispatch[g, :, e, c], np.float64) @ x[rows]
-            y[rows] += np.outer(np.asarray(decision.combine[g, :, e, c], np.float64), expert(bank, e, slot))
+            slot = decision.dispatch[g, :, e, c].astype(np.float64) @ x[rows]
+            y[rows] += np.outer(decision.combine[g, :, e, c].astype(np.float64), expert(bank, e, slot))
     return y
 
 
@@ -184,8 +193,8 @@ def test_padding_changes_nothing(name):
     valid[:, S - 2 :] = False
     flat = valid.reshape(-1)
     x = tokens()
-    other = jnp.where(flat[:, None], x, 7.0 * tokens(seed=9))
-    ctx = context(name, valid=jnp.asarray(flat))
+    other = np.where(flat[:, None], x, 7 * tokens(seed=9))
+    ctx = context(name, valid=flat)
     (y, aux, _), (z, other_aux, _) = run(name, x, ctx), run(name, other, ctx)
     np.testing.assert_allclose(y[flat], z[flat], atol=1e-6)
     np.testing.assert_array_equal(np.asarray(y)[~flat], 0)
@@ -206,11 +215,10 @@ def test_relabelling_experts_relabels_the_decision_and_leaves_the_output(name):
         value = var.get_value()
         for axis, kind in enumerate(var.logical_axes):
             if kind in ("expert", "expert_logits"):
-                value = jnp.take(value, order, axis=axis)
+                value = np.take(np.asarray(value), order, axis=axis)
         moved[path] = value
-    ids = jnp.asarray(np.random.default_rng(1).integers(0, 32, (B, S)), jnp.int32)
-    call = jax.jit(lambda m: m(ids, step=jnp.int32(3)))
-    (a, aux, _), (b, moved_aux, _) = call(model), call(P.replace(model, moved))
+    ids = np.random.default_rng(1).integers(0, 32, (B, 2 * S)).astype(np.int32)
+    (a, aux, _), (b, moved_aux, _) = call_model(model, ids), call_model(P.replace(model, moved), ids)
     np.testing.assert_allclose(a, b, atol=2e-5)
     load = lambda aux: aux.stats["segments.0.blocks.0"]["load"].total
     np.testing.assert_allclose(np.asarray(load(aux))[:, order], load(moved_aux), atol=1e-5)
@@ -242,8 +250,8 @@ def test_gradient_reaches_trained_parameters_and_no_others(name):
 
 @pytest.mark.parametrize("name", [n for n in CASES if n not in ("hash", "soft")])
 def test_all_tokens_alike_and_a_single_token_work(name):
-    same = jnp.tile(tokens(1), (T, 1))
-    y, _, _ = run(name, same, context(name, token_ids=jnp.zeros(T, jnp.int32)))
+    same = np.tile(tokens(1), (T, 1))
+    y, _, _ = run(name, same, context(name, token_ids=np.zeros(T, np.int32)))
     if name in CAUSAL and "capacity" not in name:
         np.testing.assert_allclose(y, np.tile(y[:1], (T, 1)), atol=1e-5)
     one, _, routing = run(name, tokens(1), context(name, batch=1, seq=1))
@@ -257,10 +265,9 @@ def test_one_expert_and_all_experts_equal_the_loop(name, num_experts):
     K = [k for k in ("num_experts_per_tok", "expected_active", "k_min", "k_max") if k in fields(CASES[name])]
     settings = {**CASES[name].router, **{k: num_experts for k in K}}
     model = decoder(name, num_experts=num_experts, router=HashableDict(settings))
-    block = jax.tree.map(lambda a: a[0], model.segments[0].blocks[0])
-    ctx = context(name, shared=dict(model.shared).get(block.ffn.router_name))
-    y, _, routing = block.ffn(tokens().reshape(B, S, D), ctx)
-    np.testing.assert_allclose(y.reshape(T, D), naive(routing.decision, block.ffn.experts, tokens()), atol=2e-5)
+    moe, shared = first_layer(model)
+    y, _, routing = call_layer(moe, tokens().reshape(B, S, D), context(name, shared=shared))
+    np.testing.assert_allclose(y.reshape(T, D), naive(routing.decision, moe.experts, tokens()), atol=2e-5)
     if isinstance(routing.decision, TokenChoice) and K:
         np.testing.assert_array_equal(routing.decision.counts(), T)
 
@@ -274,9 +281,8 @@ class HashableDict(dict):
 
 @pytest.mark.parametrize("name", CASES)
 def test_bfloat16_is_finite_and_close(name):
-    ids = jnp.asarray(np.random.default_rng(1).integers(0, 32, (B, S)), jnp.int32)
-    call = jax.jit(lambda m: m(ids, step=jnp.int32(3))[0])
-    wide, narrow = call(decoder(name)), call(decoder(name, dtype="bfloat16"))
+    ids = np.random.default_rng(1).integers(0, 32, (B, 2 * S)).astype(np.int32)
+    wide, narrow = (call_model(model, ids)[0] for model in (decoder(name), decoder(name, dtype="bfloat16")))
     assert bool(jnp.isfinite(narrow).all())
     # a token whose routing flips may differ: most must not
     assert float(jnp.median(jnp.abs(wide - narrow))) < 0.05
@@ -287,11 +293,11 @@ def test_causality_is_as_claimed(name):
     """Changing the last token changes no earlier logits, exactly where the router says so."""
     model = decoder(name)
     rng = np.random.default_rng(2)
-    ids = rng.integers(0, 32, (2, 12)).astype(np.int32)
+    ids = rng.integers(0, 32, (B, 2 * S)).astype(np.int32)
     changed = ids.copy()
     changed[:, -1] = (changed[:, -1] + 5) % 32
-    call = jax.jit(lambda t: model(t, step=jnp.int32(3))[0])
-    difference = float(jnp.abs(call(ids)[:, :-1] - call(changed)[:, :-1]).max())
+    logits, other = (np.asarray(call_model(model, t)[0]) for t in (ids, changed))
+    difference = np.abs(logits[:, :-1] - other[:, :-1]).max()
     if name in CAUSAL:
         assert difference < 1e-5
     else:
