@@ -138,22 +138,26 @@ def test_one_compilation_serves_all_steps():
 def test_an_optimizer_of_optax_takes_steps_that_are_a_multiple_of_the_rate(name):
     """The step multiplies the learning rate in, so optax at rate r must equal optax at rate 1 times r."""
     rng = np.random.default_rng(0)
-    params = {"w": jnp.asarray(rng.standard_normal((6, 5)), jnp.float32), "b": jnp.ones(5)}
-    grads = [jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), jnp.float32), params) for _ in range(3)]
+    params = {"w": rng.standard_normal((6, 5)).astype(np.float32), "b": np.ones(5, np.float32)}
+    grads = [jax.tree.map(lambda p: rng.standard_normal(p.shape).astype(np.float32), params) for _ in range(3)]
     make = functools.reduce(getattr, name.split("."), optax)
     theirs, one = make(learning_rate=0.01), make(learning_rate=1.0)
-    p, q, s, r = params, params, one.init(params), theirs.init(params)
-    for g in grads:
-        u, s = one.update(g, s, p)
-        v, r = theirs.update(g, r, q)
-        p, q = jax.tree.map(lambda a, b: a + 0.01 * b, p, u), optax.apply_updates(q, v)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), p, q)
     ours = make_optimizer(OptimConfig(name=name), {"w": ("embed", "mlp"), "b": ("mlp",)})
-    state, total = ours.init(params), jax.tree.map(jnp.zeros_like, params)
-    for g in grads:  # some give nothing at first
-        updates, state = ours.update(g, state, params)
-        total = jax.tree.map(lambda t, u: t + jnp.abs(u), total, updates)
-    assert all(float(t.max()) > 0 for t in jax.tree.leaves(total))
+
+    @jax.jit
+    def step(g, p, q, total, states):
+        u, s = one.update(g, states[0], p)
+        v, r = theirs.update(g, states[1], q)
+        updates, state = ours.update(g, states[2], params)
+        p, q = jax.tree.map(lambda a, b: a + 0.01 * b, p, u), optax.apply_updates(q, v)
+        return p, q, jax.tree.map(lambda t, u: t + jnp.abs(u), total, updates), (s, r, state)
+
+    p, q, total = params, params, jax.tree.map(np.zeros_like, params)
+    states = jax.jit(lambda params: tuple(tx.init(params) for tx in (one, theirs, ours)))(params)
+    for g in grads:
+        p, q, total, states = step(g, p, q, total, states)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), p, q)
+    assert all(float(t.max()) > 0 for t in jax.tree.leaves(total))  # some give nothing at first
 
 
 def test_options_of_optax_are_passed_on_and_decay_is_decoupled_where_it_has_none():
