@@ -83,8 +83,7 @@ def train(
         step, seconds = 0, 0.0
         if (latest := checkpoints.latest()) is not None:
             state, meta = checkpoints.restore(latest, trainer.abstract_state())
-            step, seconds = latest, meta["seconds"]
-            data.set_state(meta["data"])
+            step, seconds = latest, _go_on(data, meta, checkpoints.path / str(latest) / "meta")
         else:
             counts = None if begin_from else parts["train"].token_counts(config.model.vocab_size)
             state = trainer.init_state(counts, begin_from)
@@ -237,6 +236,21 @@ def code_version() -> str:
     except (OSError, subprocess.SubprocessError):
         commit = ""
     return moe_zoo.__version__ + (f"+{commit}" if commit else "")
+
+
+def _go_on(data, meta: dict[str, Any], path: Path) -> float:
+    """Puts the iterator behind the last consumed batch and returns the seconds trained; CheckpointError if damaged."""
+    seconds, position = meta["seconds"], meta["data"]
+    try:
+        if type(seconds) not in (int, float) or not 0 <= seconds < float("inf"):
+            raise TypeError(f"seconds trained: expected a number >= 0, got {str(seconds)[:80]!r}")
+        # the iterator would take a fraction and fail in its thread
+        if not all(type(leaf) is int for leaf in jax.tree.leaves(position)):
+            raise TypeError(f"data position: expected whole numbers, got {str(position)[:80]!r}")
+        data.set_state(position)
+    except (TypeError, ValueError, LookupError, OverflowError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    return float(seconds)
 
 
 class _Stopwatch:

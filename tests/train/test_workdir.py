@@ -115,6 +115,21 @@ def test_a_damaged_checkpoint_is_named_with_the_step_to_fall_back_to(run, tmp_pa
     assert train(config, workdir)["finished"]
 
 
+def test_a_damaged_position_or_time_is_a_line_before_anything_compiles(run, tmp_path):
+    config, source = run
+    workdir = shutil.copytree(source, tmp_path / "run")
+    (file,) = (workdir / "checkpoints/2/meta").rglob("metadata")
+    meta = json.loads(file.read_text())
+    positions = (None, [], {}, "x", 3, *({"next_index": x} for x in ("x", None, -1, 1.5)))
+    for change in [{"data": x} for x in positions] + [{"seconds": x} for x in (None, "x", -1, float("inf"), True)]:
+        file.write_text(json.dumps(meta | change))
+        with pytest.raises(CheckpointError, match="checkpoints/2/meta is damaged: .*") as raised:
+            train(config, workdir)
+        assert "\n" not in str(raised.value)
+    file.write_text(json.dumps(meta))
+    assert train(config, workdir, stop_at=3)["step"] == 3
+
+
 def test_a_directory_that_vanishes_ends_the_run_with_a_line(run, tmp_path):
     config, source = run
     workdir = shutil.copytree(source, tmp_path / "run")
