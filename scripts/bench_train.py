@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from moe_zoo.cli import huge_pages
+
 ROOT = Path(__file__).resolve().parents[1]
 #: the decoder of the comparison
 B, S, LAYERS, D, F, E, K, V = 8, 256, 4, 256, 512, 8, 2, 264
@@ -127,6 +129,8 @@ class Contender:
 
     def __init__(self, name: str):
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+        if name != "transformers":  # as scripts/train.py sets it for itself; transformers gains nothing by it
+            environment = huge_pages.environment(environment) or environment
         command = [sys.executable, __file__, "--worker", name]
         self.name = name
         self.process = subprocess.Popen(

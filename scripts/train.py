@@ -1,5 +1,10 @@
 """Train a model. `--help` says how; the work is in moe_zoo/cli/train.py."""
 
+from moe_zoo.cli import huge_pages
+
+if __name__ == "__main__":
+    huge_pages.use()
+
 from moe_zoo.cli.train import main
 
 if __name__ == "__main__":
