@@ -6,7 +6,7 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of the suite's time is compilation. Without LLVM's optimizations, and with XLA's older emitters (jax 0.10 has
-# them; newer versions ignore the option), it takes a fifth.
+# them; newer versions ignore the option), it takes less than half.
 _FLAGS = {
     "--xla_force_host_platform_device_count": 8,
     "--xla_backend_optimization_level": 0,
