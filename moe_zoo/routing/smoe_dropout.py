@@ -59,7 +59,7 @@ class SMoEDropout(Router):
 
     Config = SMoEDropoutConfig
     requires = ("step",)
-    cost = CostBound(6, 40, "up to all E experts for every token, sorted and moved")
+    cost = CostBound(12, 40, "up to all E experts for every token, sorted and moved")
 
     def __init__(self, config: SMoEDropoutConfig, dims: Dims):
         self.config, self.num_experts = config, dims.num_experts
