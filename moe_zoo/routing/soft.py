@@ -18,7 +18,7 @@ from moe_zoo.core.context import Routing, RoutingContext
 from moe_zoo.core.decision import Soft as SoftDecision
 from moe_zoo.core.param import Constant, fan_in, param
 from moe_zoo.core.schema import positive
-from moe_zoo.routing.router import Dims, Router, at_least_f32
+from moe_zoo.routing.router import CostBound, Dims, Router, at_least_f32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Soft(Router):
     decision = SoftDecision
     provides = ("probs",)
     causal = False
+    cost = CostBound(24, 14, "every token weighs on all slots of every expert, 16 E of them")
 
     def __init__(self, config: SoftConfig, dims: Dims):
         self.config, self.num_experts = config, dims.num_experts

@@ -1,5 +1,6 @@
 """Pictures are whole PNGs of the right size for odd shapes, and put the numbers where they belong."""
 
+import json
 import struct
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from moe_zoo.analysis import plot_domain_experts, plot_expert_load, plot_loss, plots
+from moe_zoo.analysis import Specialization, plot_domain_experts, plot_expert_load, plot_loss, plots
 
 _DOMAINS = ["python_code", "reference_prose", "docstrings", "c_headers", "character_names"]
 
@@ -115,22 +116,26 @@ def test_dead_experts_and_missing_numbers_are_drawn(tmp_path):
     _size(plot_expert_load(history, tmp_path / "load.png"))
 
 
+def _used(domains, *tables):
+    return Specialization.of(domains, np.ones(len(domains)), list(enumerate(tables)))
+
+
 @pytest.mark.parametrize(
     "num_layers, num_domains, num_experts", [(1, 1, 4), (1, 5, 64), (5, 5, 8), (2, 5, 128), (18, 3, 16)]
 )
 def test_domain_experts(tmp_path, num_layers, num_domains, num_experts):
     matrix_LDE = np.random.default_rng(0).integers(0, 100, (num_layers, num_domains, num_experts))
-    path = plot_domain_experts(matrix_LDE, _DOMAINS[:num_domains], tmp_path / "domains.png")
+    path = plot_domain_experts(_used(_DOMAINS[:num_domains], *matrix_LDE), tmp_path / "domains.png")
     *_, (width, height) = plots._domain_layout(num_layers, num_domains, num_experts)
     _check(path, width, height)
     assert width < 17 and height < 12
 
 
 def test_domain_experts_with_empty_rows_long_names_and_sorting(tmp_path):
-    matrix_LDE = np.zeros((1, 2, 4))
-    matrix_LDE[0, 0, 1] = 5
+    matrix_DE = np.zeros((2, 4))
+    matrix_DE[0, 1] = 5
     names = ["a_domain_with_a_name_that_would_not_fit_at_all", "never_seen"]
-    _size(plot_domain_experts(matrix_LDE, names, tmp_path / "domains.png", sort_experts=True))
+    _size(plot_domain_experts(_used(names, matrix_DE), tmp_path / "domains.png", sort_experts=True))
     assert plots._shortened(names[0]) == "a_domain_with_a…t_at_all"
 
 
@@ -139,15 +144,16 @@ def test_experts_are_sorted_by_the_domain_that_prefers_them():
     assert plots._by_domain(ratio_DE).tolist() == [3, 1, 2, 0]
 
 
-def test_names_must_fit_the_matrix(tmp_path):
-    with pytest.raises(ValueError, match="1 domain names"):
-        plot_domain_experts(np.ones((1, 2, 4)), ["a"], tmp_path / "domains.png")
+def test_domain_experts_of_layers_that_differ_and_of_none(tmp_path):
+    saved = _used(["a", "b"], np.eye(2), np.zeros((2, 3)), np.ones((2, 8))).to_dict()
+    _size(plot_domain_experts(json.loads(json.dumps(saved)), tmp_path / "domains.png"))
+    _check(plot_domain_experts(_used(["a"]), tmp_path / "none.png"), 6.0, 2.0)
 
 
 def test_importing_the_package_does_not_import_matplotlib():
     code = (
         "import sys, moe_zoo.analysis as analysis; assert 'matplotlib' not in sys.modules; "
-        "assert analysis.load_entropy([1, 1]) == 1; assert analysis.specialization.specialization([[1], [1]]) == 0; "
+        "assert analysis.load_entropy([1, 1]) == 1; assert analysis.mutual_information([[1], [1]]) == 0; "
         "assert 'matplotlib' not in sys.modules; "
         "analysis.plot_loss; assert 'matplotlib.pyplot' not in sys.modules"
     )
