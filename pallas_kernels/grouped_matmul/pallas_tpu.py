@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from pallas_kernels import _tpu_schedule, _tpu_target, _varying
 from pallas_kernels.grouped_matmul import pallas_tpu_drhs, pallas_tpu_forward, pallas_tpu_tiles
+from pallas_kernels.quantized import Quantized, Weights
 
 #: Copies address whole HBM tiles of rows. Other numbers of rows are padded (by a copy of the operand).
 _ROWS = 8
@@ -21,13 +22,15 @@ _LANES = 128
 _MAX_GROUPS = 16384
 
 
-def why_not(lhs_MK: Array, rhs: Array, *, transpose_rhs: bool, out_dtype: Any, asked: str | None) -> str | None:
+def why_not(lhs_MK: Array, rhs: Weights, *, transpose_rhs: bool, out_dtype: Any, asked: str | None) -> str | None:
     """Why the kernels, of the forward pass and of both gradients, can't take these operands; None if they can.
 
     Widths that are no multiple of 128 run if asked for by name: XLA may then be the faster choice.
     """
     (M, K), G = lhs_MK.shape, rhs.shape[0]
     N = rhs.shape[1 if transpose_rhs else 2]
+    if isinstance(rhs, Quantized):
+        return "the kernel does not take quantized weights yet"
     dtypes = (jnp.bfloat16, jnp.float32)
     if lhs_MK.dtype not in dtypes or out_dtype not in dtypes:
         return f"the kernel takes bfloat16 and float32, not {lhs_MK.dtype} to {jnp.dtype(out_dtype)}"

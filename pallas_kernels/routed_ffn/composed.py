@@ -11,14 +11,15 @@ from jaxtyping import Array
 
 from pallas_kernels import _checks
 from pallas_kernels.permute import xla as permute
+from pallas_kernels.quantized import Weights
 
 
 def forward(
     rows_forward: Callable[..., Any],
     x_TD: Array,
-    w_gate_EDF: Array | None,
-    w_up_EDF: Array,
-    w_down_EFD: Array,
+    w_gate_EDF: Weights | None,
+    w_up_EDF: Weights,
+    w_down_EFD: Weights,
     sizes_L: Array,
     offset: Array | None,
     choice_R: Array,
@@ -39,9 +40,9 @@ def forward(
 def backward(
     rows_backward: Callable[..., Any],
     x_TD: Array,
-    w_gate_EDF: Array | None,
-    w_up_EDF: Array,
-    w_down_EFD: Array,
+    w_gate_EDF: Weights | None,
+    w_up_EDF: Weights,
+    w_down_EFD: Weights,
     sizes_L: Array,
     offset: Array | None,
     choice_R: Array,
