@@ -253,7 +253,7 @@ def test_tiles_fit(name):
         (64, 2048, 1024, 64),
     ]:
         for k, n in ((inner, outer), (outer, inner)):
-            t = pallas_tpu_tiles.forward_tiles(rows, k, n, groups, BF16, BF16, target)
+            t = pallas_tpu_tiles.forward_tiles(rows, k, n, groups, BF16, BF16, BF16, target)
             held = t.weight_buffers * k * t.cols + t.lhs_buffers * t.rows * k + t.out_buffers * t.rows * t.cols
             assert 2 * held < target.vmem_bytes and (t.lhs_buffers >= 3 or t.lhs_stays)
             assert t.rows % t.body_rows[0] == 0 or rows < t.rows + t.body_rows[0]
