@@ -54,8 +54,8 @@ def backward(
     *,
     gate_on: str,
     **how: Any,
-) -> tuple[Array, Array | None, Array, Array, Array]:
-    """(dx, dw_gate or None, dw_up, dw_down, dgates)."""
+) -> tuple[Array, Array | None, Array | None, Array | None, Array]:
+    """(dx, dw_gate, dw_up, dw_down, dgates), None for weights that are frozen or not there."""
     token_R, gate_R = tokens(choice_R, slot_TK), row_gates(gates_TK, choice_R, x_TD.dtype)
     x_RD, dout_RD = permute.take(x_TD, token_R), permute.take(dout_TD, token_R)
     weights = (w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset, gate_RF, up_RF)

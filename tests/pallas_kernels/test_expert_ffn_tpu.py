@@ -122,7 +122,7 @@ def test_tiles_fit_and_divide():
 
     for target in (_tpu_target._V5E, _tpu_target._V6E, _tpu_target._TPU7X, _tpu_target.UNKNOWN):
         for M, K, N, G in ((65536, 2048, 1024, 64), (16384, 14336, 4096, 8), (64, 2048, 768, 128), (8, 20, 12, 3)):
-            shape = pallas_tpu_tiles.Shape(M, K, N, G, 1, 2, 2, 3, 2)
+            shape = pallas_tpu_tiles.Shape(M, K, N, G, 1, 2, 2, 3, 2, 2)
             t = pallas_tpu_tiles.tiles(shape, target)
             assert t.rows % t.body_rows[0] == 0 and t.cols % t.body_cols == 0 and t.cols <= N
             assert all(rows % 16 == 0 for rows in t.body_rows)
