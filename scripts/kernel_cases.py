@@ -252,6 +252,25 @@ def _routed_case(function: Callable[[Shape], Callable]) -> Callable[[Shape], tup
     return build
 
 
+def _narrow_routed(s: Shape) -> tuple:
+    """The same with int8 weights, each (values, scale)."""
+    _, (x, *weights, sizes, choice, slot, gates), meta = _routed_case(_our_routed)(s)
+
+    def run(x, *operands):
+        *narrow, sizes, choice, slot, gates = operands
+        weights = (ops.Quantized(*narrow[i : i + 2]) for i in (0, 2, 4))
+        return ops.routed_ffn(x, *weights, sizes, choice, slot, gates, implementation=OURS)
+
+    narrow = [_array(*w.shape, dtype=jnp.int8) for w in weights]
+    scales = [_array(s.E, 1, w.shape[2], dtype=jnp.float32) for w in weights]
+    for variant in meta["variants"].values():
+        sizes_E = variant["concrete"][4]
+        variant["concrete"] = {i + 3: value for i, value in variant["concrete"].items()}
+        variant["min_bytes"] -= int((sizes_E > 0).sum()) * (3 * s.K * s.N - 4 * (2 * s.N + s.K))
+    pairs = [array for pair in zip(narrow, scales) for array in pair]
+    return run, (x, *pairs, sizes, choice, slot, gates), meta
+
+
 def _plan(s: Shape, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(choice, slot) with these rows per expert: which token a row belongs to is drawn."""
     choice = np.random.default_rng(1).permutation(s.M).astype(np.int32)
@@ -319,6 +338,7 @@ BUILDERS: dict[str, dict[tuple[str, str], Callable[[Shape], tuple]]] = {
     "grouped_matmul_fp8": _narrow_builders(jnp.float8_e4m3fn),
     "expert_ffn": {(OURS, "fwd"): _ffn_case(_our_ffn), (PEER, "fwd"): _ffn_case(_megablox_ffn)},
     "routed_ffn": {(OURS, "fwd"): _routed_case(_our_routed), (PEER, "fwd"): _routed_case(_megablox_routed)},
+    "routed_ffn_int8": {(OURS, "fwd"): _narrow_routed, (WIDE, "fwd"): _routed_case(_our_routed)},
     "route_top_k": {(OURS, "fwd"): _our_routing},
     "expert_rows": {(OURS, "fwd"): _our_rows},
 }

@@ -104,40 +104,40 @@ def check_matmul(implementation, sizes, rhs, dtype, transpose_rhs=False, offset=
     assert_close(dlhs, dexpected, dtype)
 
 
-XLA = ["xla", "xla_tiles", "reference"]
+ALL = ["xla", "xla_tiles", "pallas_tpu"]
 
 
-@pytest.mark.parametrize("transpose_rhs", [False, True])
-@pytest.mark.parametrize("implementation", XLA)
-def test_matmul(implementation, transpose_rhs):
+@pytest.mark.parametrize("implementation", [*ALL, "reference"])
+def test_matmul(implementation):
     for sizes in RAGGED:
-        check_matmul(implementation, sizes, weights("int8", transpose_rhs), "float32", transpose_rhs)
+        check_matmul(implementation, sizes, weights("int8", False), "float32")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("narrow", NARROW)
-def test_matmul_dtypes(narrow, dtype):
-    check_matmul(None, RAGGED[0], weights(narrow, False), dtype)
+@pytest.mark.parametrize(
+    ("implementation", "narrow"), [("xla", "int8"), ("xla_tiles", "float8_e5m2"), ("pallas_tpu", "float8_e4m3fn")]
+)
+def test_matmul_transposed(implementation, narrow):
+    check_matmul(implementation, RAGGED[0], weights(narrow, True), "bfloat16", True)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "xla_tiles"])
+@pytest.mark.parametrize("implementation", ALL)
 def test_matmul_of_some_groups(implementation):
     for offset in range(3):
         check_matmul(implementation, RAGGED[0], weights("int8", False, groups=2), "bfloat16", offset=offset)
 
 
-def test_one_scale_per_group():
-    for implementation in XLA:
-        check_matmul(implementation, RAGGED[0], weights("float8_e4m3fn", False, scalar=True), "float32")
+@pytest.mark.parametrize("implementation", ["xla_tiles", "pallas_tpu"])
+def test_one_scale_per_group(implementation):
+    check_matmul(implementation, RAGGED[0], weights("float8_e4m3fn", False, scalar=True), "float32")
 
 
-@settings(max_examples=15, deadline=None)
-@given(st.lists(st.integers(0, 10), min_size=G, max_size=G), st.sampled_from(["xla", "xla_tiles"]))
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.integers(0, 10), min_size=G, max_size=G), st.sampled_from(ALL))
 def test_matmul_of_any_sizes(sizes, implementation):
     check_matmul(implementation, tuple(sizes), weights("int8", False), "float32")
 
 
-@pytest.mark.parametrize("implementation", [None, "xla"])
+@pytest.mark.parametrize("implementation", ["xla_tiles", "pallas_tpu"])
 def test_shard_map_over_groups(implementation):
     """Values and scales sharded over groups by a per-device offset: the sum over devices is the whole."""
     mesh = jax.make_mesh((2,), ("expert",), axis_types=(AxisType.Auto,))
@@ -156,10 +156,9 @@ def test_shard_map_over_groups(implementation):
     assert_close(*pullback(dout), np.asarray(expected[1], np.float64), "float32")
 
 
-@pytest.mark.parametrize("narrow", ["int8", "float8_e5m2"])
-def test_no_gradient_of_the_weights(narrow):
+def test_no_gradient_of_the_weights():
     """Adapters train through frozen weights, also in a scan under checkpoint; the weights' own is an error."""
-    x, rhs, sizes = jnp.asarray(draw(2, M, K), jnp.float32), weights(narrow, False), jnp.array(RAGGED[0])
+    x, rhs, sizes = jnp.asarray(draw(2, M, K), jnp.float32), weights("float8_e5m2", False), jnp.array(RAGGED[0])
     stacked = jax.tree.map(lambda a: jnp.stack([a, a]), rhs)
 
     def loss(adapter_NK, stacked):
@@ -230,14 +229,18 @@ def check_ffn(implementation, sizes, dtype, weights, activation, tolerance):
         assert np.abs(np.asarray(a, np.float64) - b).max() <= tolerance * max(np.abs(b).max(), 1e-30)
 
 
-@pytest.mark.parametrize("implementation", XLA)
+@pytest.mark.parametrize("implementation", [*ALL, "reference"])
 def test_ffn(implementation):
     for sizes in RAGGED:
-        check_ffn(implementation, sizes, "float32", ffn_weights("int8", True), "silu", 1e-6)
-    check_ffn(implementation, RAGGED[0], "bfloat16", ffn_weights("float8_e4m3fn", False), "relu2", 1.2e-2)
+        check_ffn(implementation, sizes, "float32", ffn_weights("int8", True), "silu", 2e-6)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "xla_tiles"])
+def test_ffn_ungated_bfloat16():
+    """The pre-activations are saved rounded, and the gradient meets two scales: it carries four more roundings."""
+    check_ffn("pallas_tpu", RAGGED[0], "bfloat16", ffn_weights("float8_e4m3fn", False), "relu2", 1.2e-2)
+
+
+@pytest.mark.parametrize("implementation", ALL)
 def test_only_the_way_down_quantized(implementation):
     """The others then train."""
     gate, up, down = ffn_weights("int8", True)
@@ -252,7 +255,7 @@ def test_only_the_way_down_quantized(implementation):
         assert_close(a, np.asarray(b, np.float64), "float32")
 
 
-@pytest.mark.parametrize("implementation", XLA)
+@pytest.mark.parametrize("implementation", ["xla_tiles", "pallas_tpu"])
 def test_routed_ffn(implementation):
     """Two experts per token, with gates; the gradients of tokens and gates."""
     rng = np.random.default_rng(0)
