@@ -254,21 +254,19 @@ def test_routed_ffn(implementation):
     experts = rng.permuted(np.tile(np.arange(G), (T, 1)), axis=1)[:, :2].reshape(-1)
     choice = np.argsort(experts, kind="stable").astype(np.int32)
     plan = np.bincount(experts, minlength=G), choice, np.argsort(choice).reshape(T, 2)
-    x, gates, q = (
-        draw(5, T, D).astype(np.float32),
-        rng.random((T, 2)).astype(np.float32),
-        ffn_weights("int8", True, D, F),
-    )
+    x, dout, gates = (a.astype(np.float32) for a in (draw(5, T, D), draw(6, T, D), rng.random((T, 2))))
+    q = ffn_weights("int8", True, D, F)
 
     def loss(x, gates, weights, implementation):
         how = dict(activation="relu", implementation=implementation)
-        return jnp.sum(jnp.sin(routed_ffn(x, *weights, *plan, gates, **how)))
+        # linear: the sine of large sums would make their rounding larger still
+        return jnp.sum(dout * routed_ffn(x, *weights, *plan, gates, **how))
 
     gradients = jax.jit(jax.grad(loss, (0, 1)), static_argnums=3)
     with jax.enable_x64(True):
         expected = gradients(x.astype(np.float64), gates.astype(np.float64), wide(q), "reference")
-    for a, b in zip(gradients(x, gates, q, implementation), expected):
-        assert_close(a, np.asarray(b), "float32")
+    for a, b in zip(gradients(x, gates, q, implementation), map(np.asarray, expected)):
+        assert a.dtype == jnp.float32 and np.abs(a - b).max() <= 2e-6 * np.abs(b).max()
 
 
 def test_gate_and_up_alike():
