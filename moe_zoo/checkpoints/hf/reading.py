@@ -1,7 +1,9 @@
 """A published directory -> a model on its devices, each shard built from the slices of the tensors it consists of."""
 
 import dataclasses
+import functools
 import json
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from moe_zoo.checkpoints.hf import memory
 from moe_zoo.checkpoints.hf.families import find
 from moe_zoo.checkpoints.hf.family import Family
 from moe_zoo.checkpoints.hf.layout import copy_into
@@ -26,6 +29,7 @@ EXTRAS = (
     "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 _THREADS = min(8, os.cpu_count() or 1)
+_PIECE = 16 << 20  # bytes that one thread copies at a time, about
 _COMPUTE = ("float32", "bfloat16", "float64")
 
 
@@ -74,39 +78,50 @@ def load(folder: Path, mesh, dtype=None) -> tuple[Decoder, ModelConfig, Publishe
     check(leaves, tensors, published.family, folder)
     files, variables = Files(tensors), P.flat(model)
     shardings = {n: sharding_of(mesh, v.logical_axes, v.get_value().shape, n) for n, v in variables.items()}
-    values = {}
-    for leaf in leaves:
-        kind = _stored_dtype(leaf, tensors)
-        if dtype is not None and not isinstance(variables[leaf.path], P.Buffer):
-            kind = np.dtype(jax.numpy.dtype(dtype))
-        values[leaf.path] = jax.make_array_from_callback(
-            leaf.shape, shardings[leaf.path], lambda index, leaf=leaf, kind=kind: _read(leaf, files, index, kind)
-        )
+    values, last = {}, None
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for leaf in leaves:
+            kind = _stored_dtype(leaf, tensors)
+            if dtype is not None and not isinstance(variables[leaf.path], P.Buffer):
+                kind = np.dtype(jax.numpy.dtype(dtype))
+            array = _place(leaf, files, shardings[leaf.path], kind, pool)
+            # where devices have memory of their own, one leaf travels while the next is read, and no more
+            jax.block_until_ready(last)
+            values[leaf.path] = last = array
     return P.replace(model, values), config, published
 
 
-def _read(leaf: Leaf, files: Files, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
-    """The part `index` of a leaf, in memory that the CPU backend takes over instead of copying."""
-    bounds = [s.indices(n)[:2] for s, n in zip(index, leaf.shape)]
-    out = _aligned([stop - start for start, stop in bounds], dtype)
+def _place(leaf: Leaf, files: Files, sharding, dtype: np.dtype, pool: ThreadPoolExecutor) -> jax.Array:
+    """One leaf on its devices. What several devices hold is read once."""
+    bounds = lambda index: tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape))
+    shard = functools.cache(lambda key: _read(leaf, files, key, dtype, pool))
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: shard(bounds(index)))
 
-    def fill(where: tuple[int, ...], name: str) -> None:
-        view = leaf.stored.ours(files[name], leaf.one)[tuple(index[len(where) :])]
-        copy_into(out[tuple(i - start for i, (start, _) in zip(where, bounds))], view)
+
+def _read(leaf: Leaf, files: Files, bounds, dtype: np.dtype, pool: ThreadPoolExecutor) -> np.ndarray:
+    """The part of a leaf within `bounds`, in memory that the CPU backend takes over instead of copying."""
+    out = memory.empty([stop - start for start, stop in bounds], dtype)
+
+    def fill(where: tuple[int, ...], name: str, rows: slice) -> None:
+        inside = tuple(slice(*b) for b in bounds[len(where) :])
+        target = out[tuple(i - start for i, (start, _) in zip(where, bounds))][rows]
+        memory.touch(target)
+        copy_into(target, leaf.stored.ours(files[name], leaf.one)[inside][rows])
 
     mine = [t for t in leaf.tensors() if all(start <= i < stop for i, (start, stop) in zip(t[0], bounds))]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for done in [pool.submit(fill, *tensor) for tensor in mine]:
-            done.result()
+    work = [pool.submit(fill, *t, rows) for t in mine for rows in _pieces(out, len(t[0]), files.tensors[t[1]])]
+    for done in work:
+        done.result()
     return out
 
 
-def _aligned(shape, dtype: np.dtype) -> np.ndarray:
-    """Uninitialised memory at a multiple of 64 bytes, which the CPU backend needs to use it as it is."""
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    raw = np.empty(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(dtype).reshape(shape)
+def _pieces(out: np.ndarray, lead: int, tensor) -> list[slice]:
+    """Rows of one tensor that one thread copies: so many that a large one keeps every thread busy."""
+    if out.ndim == lead or not isinstance(tensor, Tensor):  # what is decoded is decoded at once
+        return [slice(None)]
+    row = max(1, math.prod(out.shape[lead + 1 :]) * out.itemsize)
+    step = -(-_PIECE // (256 * row)) * 256
+    return [slice(at, at + step) for at in range(0, out.shape[lead], step)]
 
 
 def _stored_dtype(leaf: Leaf, tensors: dict[str, Tensor]) -> np.dtype:
