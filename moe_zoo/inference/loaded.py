@@ -61,11 +61,18 @@ class Loaded:
     tokenizer_spec: str = "bytes"
     published: hf.Published | None = None
 
-    def __call__(self, input_ids, attention_mask=None, *, return_routing: bool = False) -> Output:
+    def __call__(
+        self, input_ids, attention_mask=None, decoder_input_ids=None, *, return_routing: bool = False
+    ) -> Output:
         """Logits for int ids [B, S]. `attention_mask` [B, S]: 0 marks padding, left or right; positions follow it.
 
         `return_routing`: what every routed layer did with every token, see `RoutedAux`.
+        `decoder_input_ids` belongs to encoder-decoders, and is an error for a model that is a decoder alone.
         """
+        if decoder_input_ids is not None:
+            raise ValueError(
+                f"decoder_input_ids: {type(self.model).__name__} has no encoder; give the whole text as input_ids"
+            )
         ids = np.atleast_2d(np.asarray(input_ids))
         if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
             raise ValueError(f"input_ids: expected integers [batch, seq], got {ids.dtype} {list(ids.shape)}")

@@ -67,7 +67,10 @@ def check(leaves: list[Leaf], tensors: dict[str, Tensor], family: Family, folder
                     f"{tensor.where} has shape {list(tensor.shape)}, config.json makes it {list(expected)}"
                 )
             if tensor.dtype.name not in ("float32", "float16", "bfloat16", "float64"):
-                raise CheckpointError(f"{tensor.where} is {tensor.dtype.name}: quantised weights cannot be read yet")
+                raise CheckpointError(
+                    f"{tensor.where} is {tensor.dtype.name}, expected floats: config.json names no quantised format "
+                    "that can be read"
+                )
             used.add(name)
     unused = sorted(name for name in tensors.keys() - used if not _known(name, leaves, family))
     if unused:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_zoo.checkpoints.hf import memory
+from moe_zoo.checkpoints.hf import fp8, memory
 from moe_zoo.checkpoints.hf.families import find
 from moe_zoo.checkpoints.hf.family import Family
 from moe_zoo.checkpoints.hf.layout import copy_into
@@ -62,7 +62,33 @@ def describe(folder: Path) -> tuple[Published, ModelConfig]:
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise CheckpointError(f"{path}: it has no 'architectures', so nothing says what class of model this is")
     family = find(names[0], str(path))
+    _quantization(settings, str(path))
     return Published(folder, family, settings), family.read(settings, str(path))
+
+
+def read_tensors(published: Published) -> dict[str, Tensor]:
+    """From the headers: every tensor of the directory; what several hold together as one that is decoded when read."""
+    tensors = published.family.unpack(read_folder(published.folder))
+    block = _quantization(published.settings, str(published.folder / "config.json"))
+    return fp8.unpack(tensors, block) if block else tensors
+
+
+def _quantization(settings: dict[str, Any], where: str) -> tuple[int, int] | None:
+    """The block size of 8-bit floats, if the files hold such. Raises CheckpointError for what cannot be decoded."""
+    config = settings.get("quantization_config")
+    if config is None:
+        return None
+    method = config.get("quant_method") if isinstance(config, dict) else None
+    if method not in ("fp8", "mxfp4"):
+        raise CheckpointError(
+            f"{where}: quantization_config of quant_method {method!r} is not supported; known: fp8 in blocks, mxfp4. "
+            "Take the release in bfloat16, if there is one, or save one with transformers: dequantize() and "
+            "save_pretrained"
+        )
+    try:
+        return fp8.block_size(config) if method == "fp8" else None
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: quantization_config: {error}") from error
 
 
 def load(folder: Path, mesh, dtype=None) -> tuple[Decoder, ModelConfig, Published]:
@@ -71,7 +97,7 @@ def load(folder: Path, mesh, dtype=None) -> tuple[Decoder, ModelConfig, Publishe
     All that can be wrong is found in config.json and the headers, before anything is allocated.
     """
     published, config = describe(folder)
-    tensors = published.family.unpack(read_folder(folder))
+    tensors = read_tensors(published)
     config = dataclasses.replace(config, dtype=_compute_dtype(tensors, published.family, dtype))
     model = Decoder(config, mesh)
     leaves = plan(model, published.family)
@@ -142,15 +168,30 @@ def compute_dtype(dtype) -> str:
 
 
 def download(name: str) -> Path:
-    """A model of the hub, by name: the files that can be read here, nothing that runs. Needs `huggingface_hub`."""
+    """A model of the hub by name: its directory in the hub's cache, with the files that are read here and no others.
+
+    Needs `huggingface_hub` (extra `hub`). Offline, what was fetched before is used. Raises CheckpointError.
+    """
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import errors, snapshot_download
     except ImportError as error:
         raise CheckpointError(
-            f"{name} is no directory here, and to fetch it from the hub `pip install huggingface_hub` is needed"
+            f"{name} is no directory here, and to fetch it from the hub huggingface_hub is needed: "
+            "pip install 'moe-zoo[hub]'"
         ) from error
+    # not a second copy of the weights in another layout, as in original/ or consolidated.safetensors
+    wanted = ["*.safetensors", "*.safetensors.index.json", *EXTRAS]
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.safetensors.index.json", *EXTRAS]))
-    except Exception as error:
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"]))
+    except errors.GatedRepoError as error:
+        way_out = f"its owner asks for consent: give it at https://huggingface.co/{name}, then `hf auth login`"
+        raise CheckpointError(f"{name} cannot be fetched from the hub: {way_out}") from error
+    except errors.RepositoryNotFoundError as error:
+        way_out = "there is no such model, or it is private: check the name, or `hf auth login`"
+        raise CheckpointError(f"{name} is no directory here and not on the hub: {way_out}") from error
+    except Exception as error:  # no connection, in the words of whatever library found out
         text = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{name} is no directory here and cannot be fetched from the hub: {text}") from error
+        raise CheckpointError(
+            f"{name} is no directory here and cannot be fetched from the hub; where there is a connection, "
+            f"`hf download {name} --local-dir DIR`, then load DIR ({type(error).__name__}: {text})"
+        ) from error
