@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_zoo.checkpoints.hf import fp8, memory
+from moe_zoo.checkpoints.hf import fp8, memory, narrow
 from moe_zoo.checkpoints.hf.families import find
 from moe_zoo.checkpoints.hf.family import Family
 from moe_zoo.checkpoints.hf.layout import copy_into
@@ -91,8 +91,8 @@ def _quantization(settings: dict[str, Any], where: str) -> tuple[int, int] | Non
         raise CheckpointError(f"{where}: quantization_config: {error}") from error
 
 
-def load(folder: Path, mesh, dtype=None) -> tuple[Decoder, ModelConfig, Published]:
-    """The model with its weights. `dtype` None: as they are stored.
+def load(folder: Path, mesh, dtype=None, weights: str | None = None) -> tuple[Decoder, ModelConfig, Published]:
+    """The model with its weights. `dtype` None: as they are stored. `weights` "int8": those of experts narrowed.
 
     All that can be wrong is found in config.json and the headers, before anything is allocated.
     """
@@ -102,11 +102,20 @@ def load(folder: Path, mesh, dtype=None) -> tuple[Decoder, ModelConfig, Publishe
     model = Decoder(config, mesh)
     leaves = plan(model, published.family)
     check(leaves, tensors, published.family, folder)
+    if weights is not None:
+        _narrow(model, weights, folder)
     files, variables = Files(tensors), P.flat(model)
     shardings = {n: sharding_of(mesh, v.logical_axes, v.get_value().shape, n) for n, v in variables.items()}
     values, last = {}, None
     with ThreadPoolExecutor(_THREADS) as pool:
         for leaf in leaves:
+            if variables[leaf.path].get_value().dtype == np.int8:
+                names = (leaf.path, f"{leaf.path}_scale")
+                arrays = narrow.place(leaf, files, [shardings[name] for name in names], pool)
+                jax.block_until_ready((last, arrays[1]))
+                values |= zip(names, arrays)
+                last = arrays[0]
+                continue
             kind = _stored_dtype(leaf, tensors)
             if dtype is not None and not isinstance(variables[leaf.path], P.Buffer):
                 kind = np.dtype(jax.numpy.dtype(dtype))
@@ -115,6 +124,13 @@ def load(folder: Path, mesh, dtype=None) -> tuple[Decoder, ModelConfig, Publishe
             jax.block_until_ready(last)
             values[leaf.path] = last = array
     return P.replace(model, values), config, published
+
+
+def _narrow(model: Decoder, weights: str, folder: Path) -> None:
+    if weights != "int8":
+        raise CheckpointError(f"weights: expected None (as they are stored) or 'int8', got {weights!r}")
+    if not model.quantize_experts():
+        raise CheckpointError(f"{folder}: weights={weights!r} narrows experts, and this model has none")
 
 
 def _place(leaf: Leaf, files: Files, sharding, dtype: np.dtype, pool: ThreadPoolExecutor) -> jax.Array:

@@ -14,6 +14,7 @@ import moe_zoo
 from moe_zoo.checkpoints import CheckpointError, hf
 from moe_zoo.checkpoints.hf import safetensors
 from moe_zoo.checkpoints.hf.families import find
+from moe_zoo.core import param as P
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.sharding import MeshConfig, make_mesh
 
@@ -146,3 +147,58 @@ def test_experts_that_do_not_divide_over_the_mesh_are_named_with_what_would_do(t
     mesh = make_mesh(MeshConfig(expert=4), jax.devices()[:4])
     with pytest.raises((CheckpointError, ConfigError), match="'expert' of size 6.*size 4; sizes that do: 1, 2, 3, 6"):
         moe_zoo.load(tmp_path, mesh=mesh)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """(directory, model) of an OLMoE with experts of 40 x 24 whose channels differ in size."""
+    path = tmp_path_factory.mktemp("int8")
+    family, config = small("OLMoE-1B-7B")
+    given = family.write(config) | dict(hidden_size=40, intermediate_size=24, head_dim=10, num_experts=8)
+    config, rng = family.read(given), np.random.default_rng(2)
+    model = random(config, ml_dtypes.bfloat16)
+    scaled = lambda n, a: a * (0.15 * rng.uniform(0.5, 2, a.shape[-1])).astype(a.dtype) if ".experts." in n else a
+    model = P.replace(model, {n: scaled(n, a) for n, a in P.arrays(model).items()})
+    hf.save(path, model, config)
+    return path, moe_zoo.load(path)
+
+
+@pytest.mark.parametrize("mesh", [dict(), dict(fsdp=2, expert=2, tensor=2)])
+def test_int8_experts_are_those_of_quantize_and_the_rest_is_as_stored(wide, mesh):
+    path, loaded = wide
+    devices = make_mesh(MeshConfig(**mesh), jax.devices()[:8]) if mesh else None
+    before, after = P.arrays(loaded.model), P.arrays(moe_zoo.load(path, weights="int8", mesh=devices).model)
+    narrowed = [n for n, a in after.items() if a.dtype == np.int8]
+    assert after.keys() - before.keys() == {f"{n}_scale" for n in narrowed} and len(narrowed) == 3
+    for name in before.keys() - narrowed:
+        np.testing.assert_array_equal(np.asarray(after[name]), np.asarray(before[name]))
+    for name in narrowed:
+        exact = np.asarray(before[name], np.float32)
+        scale = np.abs(exact).max(axis=-2, keepdims=True) / np.float32(127)
+        np.testing.assert_array_equal(np.asarray(after[f"{name}_scale"]), scale)
+        np.testing.assert_array_equal(np.asarray(after[name]), np.round(exact / scale))
+        shards = after[name].addressable_shards
+        assert all(s.data.size * len(shards) == after[name].size for s in shards)
+
+
+def test_logits_of_int8_experts_are_close_and_the_most_likely_token_mostly_the_same(wide):
+    path, loaded = wide
+    ids = np.random.default_rng(0).integers(0, 48, (4, 24))
+    narrow = moe_zoo.load(path, weights="int8")
+    exact, near = (np.asarray(model(ids).logits) for model in (loaded, narrow))
+    assert 0 < np.abs(near - exact).max() < 0.05 * exact.std()
+    assert (near.argmax(-1) == exact.argmax(-1)).mean() > 0.9
+    held = P.arrays(narrow.model)
+    changed = P.arrays(narrow.replace_router({"name": "top_k", "num_experts_per_tok": 1}).model)
+    assert changed.keys() == held.keys() and all(changed[n] is held[n] for n in held if ".experts." in n)
+
+
+def test_what_int8_cannot_do_is_said(wide, tmp_path):
+    path, _ = wide
+    with pytest.raises(CheckpointError, match="narrowed to int8"):
+        moe_zoo.save_hf(moe_zoo.load(path, weights="int8"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(CheckpointError, match="'int8', got 'int4'"):
+        moe_zoo.load(path, weights="int4")
+    with pytest.raises(CheckpointError, match="convert.py export"):
+        moe_zoo.load(tmp_path / "run", weights="int8")
