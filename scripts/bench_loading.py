@@ -87,6 +87,7 @@ def load_ours(folder: Path, **how) -> Any:
 
 CONTENDERS: dict[str, Callable[[Path], Any]] = {
     "ours": load_ours,
+    "ours_int8": lambda folder: load_ours(folder, weights="int8"),
     "ours_mesh8": lambda folder: load_ours(folder, mesh=True),
     "safetensors": read_with_safetensors,
 }
@@ -201,7 +202,7 @@ def add_loading(subparsers: Any) -> None:
     parser = subparsers.add_parser("loading", help="a published directory beside safetensors.numpy.load_file")
     parser.add_argument("--folder", default=None, help="a published directory; generated if not given")
     parser.add_argument("--layers", type=int, default=2, help="of the generated one: 0.84 GB each, and 0.41 GB")
-    parser.add_argument("--peers", default="ours,ours_mesh8,safetensors", help="ratios are to the last one")
+    parser.add_argument("--peers", default="ours,ours_int8,ours_mesh8,safetensors", help="ratios are to the last one")
     parser.add_argument("--rounds", type=int, default=7)
     parser.set_defaults(run=run_loading)
 
