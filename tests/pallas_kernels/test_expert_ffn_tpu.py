@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import _tpu_rows, expert_ffn, quantize, routed_ffn
-from pallas_kernels.expert_ffn import ACTIVATIONS, pallas_tpu_tiles, reference
+from pallas_kernels.expert_ffn import pallas_tpu_tiles, reference
 
 R, D, F, E = 133, 128, 256, 4
 SMALL_TILES = _tpu_rows.Tiles(
@@ -108,15 +108,9 @@ def test_small_tiles(monkeypatch):
 
 
 def test_quantized(monkeypatch):
-    """Each column tile with its part of the scales, forward; back, scales of the rows that go in."""
+    """Each column tile with its part of the scales, forward; back, scales of the rows that go in, rounded once more."""
     monkeypatch.setattr(pallas_tpu_tiles, "tiles", lambda *_: SMALL_TILES)
-    check(ROUTINGS[:2], jnp.float32, gated=True, activation="silu", tolerance=2e-6, narrow="int8")
-
-
-@pytest.mark.parametrize("activation", [a for a in ACTIVATIONS if a != "silu"])
-def test_activations(activation):
-    """Those that other tests leave out, through the whole backward pass."""
-    check(ROUTINGS[:1], jnp.float32, activation in ("gelu", "relu"), activation, tolerance=3e-6)
+    check(ROUTINGS[:1], jnp.bfloat16, False, "relu2", tolerance=1.2e-2, narrow="float8_e4m3fn")
 
 
 def test_shard_map():

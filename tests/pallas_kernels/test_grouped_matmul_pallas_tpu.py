@@ -110,14 +110,14 @@ def drhs(num_groups):
 
 
 def check_forward(
-    sizes, dtype, transpose_rhs=False, out_dtype=None, offset=0, groups=None, rows=M, narrow=None, axis=1, **tiles
+    sizes, dtype, transpose_rhs=False, out_dtype=None, offset=0, groups=None, rows=M, narrow=None, **tiles
 ):
     groups, out_dtype = groups or len(sizes), out_dtype or dtype
     live = slices(sizes, offset, groups)
     lhs, lhs64 = rounded(draw(0, rows, K), dtype)
     rhs, rhs64 = rounded(draw(1, groups, N, K) if transpose_rhs else draw(1, groups, K, N), dtype)
     if narrow:
-        rhs = quantize(rhs, narrow, axis=axis)
+        rhs = quantize(rhs, narrow, axis=2 if transpose_rhs else 1)
         rhs64 = np.asarray(rhs.values, np.float64) * np.asarray(rhs.scale, np.float64)
     lhs, dead = poisoned(lhs, live)
     expected = np.zeros((rows, N))
@@ -143,11 +143,11 @@ def test_forward_equals_float64(dtype, transpose_rhs, out_dtype, tiles):
         check_forward(sizes, dtype, transpose_rhs, out_dtype, **tiles)
 
 
-@pytest.mark.parametrize(("narrow", "axis"), [("int8", 1), ("float8_e4m3fn", 2)])
-def test_quantized(narrow, axis):
-    """Scales of columns, each tile with its part, or of the rows that go in; as many weight buffers as there are."""
-    for sizes in RAGGED[:3]:
-        check_forward(sizes, F32, narrow=narrow, axis=axis)
+@pytest.mark.parametrize(("dtype", "narrow", "transpose_rhs"), [(F32, "int8", False), (BF16, "float8_e4m3fn", True)])
+def test_quantized(dtype, narrow, transpose_rhs):
+    """Of some groups; each column tile with its part of the scales."""
+    for sizes in RAGGED[:2]:
+        check_forward(sizes, dtype, transpose_rhs, offset=3, groups=4, narrow=narrow)
 
 
 @pytest.mark.parametrize("tiles", [{}, STAYS])

@@ -113,22 +113,19 @@ def test_matmul(implementation):
         check_matmul(implementation, sizes, weights("int8", False), "float32")
 
 
-@pytest.mark.parametrize(
-    ("implementation", "narrow"), [("xla", "int8"), ("xla_tiles", "float8_e5m2"), ("pallas_tpu", "float8_e4m3fn")]
-)
+@pytest.mark.parametrize(("implementation", "narrow"), [("xla", "int8"), ("xla_tiles", "float8_e5m2")])
 def test_matmul_transposed(implementation, narrow):
     check_matmul(implementation, RAGGED[0], weights(narrow, True), "bfloat16", True)
 
 
-@pytest.mark.parametrize("implementation", ALL)
+@pytest.mark.parametrize("implementation", ["xla", "xla_tiles"])
 def test_matmul_of_some_groups(implementation):
     for offset in range(3):
         check_matmul(implementation, RAGGED[0], weights("int8", False, groups=2), "bfloat16", offset=offset)
 
 
-@pytest.mark.parametrize("implementation", ["xla_tiles", "pallas_tpu"])
-def test_one_scale_per_group(implementation):
-    check_matmul(implementation, RAGGED[0], weights("float8_e4m3fn", False, scalar=True), "float32")
+def test_one_scale_per_group():
+    check_matmul("xla_tiles", RAGGED[0], weights("float8_e4m3fn", False, scalar=True), "float32")
 
 
 @settings(max_examples=10, deadline=None)
@@ -193,8 +190,8 @@ def test_errors_name_what_was_given(values, scale, error, message):
 # --- expert_ffn, routed_ffn ------------------------------------------------------------------------------------------
 
 
-def ffn_weights(narrow, gated):
-    dims = ((K, N), (K, N), (N, K))
+def ffn_weights(narrow, gated, D=K, F=N):
+    dims = ((D, F), (D, F), (F, D))
     gate, up, down = (quantize(jnp.asarray(draw(i, G, *d) / 4, jnp.float32), narrow) for i, d in enumerate(dims))
     return (gate if gated else None), up, down
 
@@ -229,18 +226,13 @@ def check_ffn(implementation, sizes, dtype, weights, activation, tolerance):
         assert np.abs(np.asarray(a, np.float64) - b).max() <= tolerance * max(np.abs(b).max(), 1e-30)
 
 
-@pytest.mark.parametrize("implementation", [*ALL, "reference"])
+@pytest.mark.parametrize("implementation", ["xla", "xla_tiles", "reference"])
 def test_ffn(implementation):
     for sizes in RAGGED:
         check_ffn(implementation, sizes, "float32", ffn_weights("int8", True), "silu", 2e-6)
 
 
-def test_ffn_ungated_bfloat16():
-    """The pre-activations are saved rounded, and the gradient meets two scales: it carries four more roundings."""
-    check_ffn("pallas_tpu", RAGGED[0], "bfloat16", ffn_weights("float8_e4m3fn", False), "relu2", 1.2e-2)
-
-
-@pytest.mark.parametrize("implementation", ALL)
+@pytest.mark.parametrize("implementation", ["xla", "xla_tiles"])
 def test_only_the_way_down_quantized(implementation):
     """The others then train."""
     gate, up, down = ffn_weights("int8", True)
@@ -257,15 +249,20 @@ def test_only_the_way_down_quantized(implementation):
 
 @pytest.mark.parametrize("implementation", ["xla_tiles", "pallas_tpu"])
 def test_routed_ffn(implementation):
-    """Two experts per token, with gates; the gradients of tokens and gates."""
-    rng = np.random.default_rng(0)
-    experts, T = rng.permuted(np.tile(np.arange(G), (M // 2, 1)), axis=1)[:, :2].reshape(-1), M // 2
-    choice = jnp.asarray(np.argsort(experts, kind="stable"), jnp.int32)
-    plan = jnp.bincount(jnp.asarray(experts), length=G), choice, jnp.argsort(choice).reshape(T, 2)
-    x, gates, q = draw(5, T, K).astype(np.float32), rng.random((T, 2)).astype(np.float32), ffn_weights("int8", True)
+    """Two experts per token, with gates; the gradients of tokens and gates. So wide that the kernels gather rows."""
+    rng, T, D, F = np.random.default_rng(0), M // 2, 128, 32
+    experts = rng.permuted(np.tile(np.arange(G), (T, 1)), axis=1)[:, :2].reshape(-1)
+    choice = np.argsort(experts, kind="stable").astype(np.int32)
+    plan = np.bincount(experts, minlength=G), choice, np.argsort(choice).reshape(T, 2)
+    x, gates, q = (
+        draw(5, T, D).astype(np.float32),
+        rng.random((T, 2)).astype(np.float32),
+        ffn_weights("int8", True, D, F),
+    )
 
     def loss(x, gates, weights, implementation):
-        return jnp.sum(jnp.sin(routed_ffn(x, *weights, *plan, gates, implementation=implementation)))
+        how = dict(activation="relu", implementation=implementation)
+        return jnp.sum(jnp.sin(routed_ffn(x, *weights, *plan, gates, **how)))
 
     gradients = jax.jit(jax.grad(loss, (0, 1)), static_argnums=3)
     with jax.enable_x64(True):
