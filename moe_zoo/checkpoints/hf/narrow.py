@@ -40,19 +40,19 @@ def place(leaf: Leaf, files: Files, shardings, pool: ThreadPoolExecutor) -> tupl
 
 def _read(leaf: Leaf, files: Files, bounds, scale: np.ndarray, pool: ThreadPoolExecutor) -> np.ndarray:
     """The values within `bounds`; their channels' scales, which take all of A, are written where they belong."""
+    A, B = leaf.shape[-2:]
     out = memory.empty([stop - start for start, stop in bounds], np.dtype(np.int8))
 
-    def fill(where: tuple[int, ...], name: str) -> None:
-        lead = tuple(slice(*b) for b in bounds[len(where) : -2])
-        wide = leaf.stored.ours(files[name], leaf.one)[lead]
-        target = out[tuple(i - start for i, (start, _) in zip(where, bounds))]
-        scales = scale[where][lead]
+    def fill(where: tuple[int, ...], name: str, experts: tuple[int, ...]) -> None:
+        """`experts`: () or, where one tensor holds several, the number of one within the bounds."""
+        at = tuple(start + e for e, (start, _) in zip(experts, bounds[len(where) :]))
+        wide = leaf.view(files, name, (*(slice(e, e + 1) for e in at), slice(0, A), slice(0, B)))
+        target = out[(*(i - start for i, (start, _) in zip(where, bounds)), *experts)]
         memory.touch(target)
-        for at in np.ndindex(wide.shape[:-2]):  # experts, where one tensor holds several
-            _quantize(wide[at], target[at], scales[at][0], *bounds[-2:])
+        _quantize(wide.reshape(A, B, copy=False), target, scale[(*where, *at)][0], *bounds[-2:])
 
     mine = [t for t in leaf.tensors() if all(start <= i < stop for i, (start, stop) in zip(t[0], bounds))]
-    for done in [pool.submit(fill, *tensor) for tensor in mine]:
+    for done in [pool.submit(fill, *t, e) for t in mine for e in np.ndindex(out.shape[len(t[0]) : -2])]:
         done.result()
     return out
 

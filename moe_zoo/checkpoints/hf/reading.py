@@ -15,7 +15,9 @@ import numpy as np
 from moe_zoo.checkpoints.hf import fp8, memory, narrow
 from moe_zoo.checkpoints.hf.families import find
 from moe_zoo.checkpoints.hf.family import Family
+from moe_zoo.checkpoints.hf.fp8 import Blocks
 from moe_zoo.checkpoints.hf.layout import copy_into
+from moe_zoo.checkpoints.hf.mxfp4 import Packed
 from moe_zoo.checkpoints.hf.plan import Leaf, check, plan
 from moe_zoo.checkpoints.hf.safetensors import Files, Tensor, read_folder
 from moe_zoo.checkpoints.native import CheckpointError
@@ -145,10 +147,12 @@ def _read(leaf: Leaf, files: Files, bounds, dtype: np.dtype, pool: ThreadPoolExe
     out = memory.empty([stop - start for start, stop in bounds], dtype)
 
     def fill(where: tuple[int, ...], name: str, rows: slice) -> None:
-        inside = tuple(slice(*b) for b in bounds[len(where) :])
-        target = out[tuple(i - start for i, (start, _) in zip(where, bounds))][rows]
-        memory.touch(target)
-        copy_into(target, leaf.stored.ours(files[name], leaf.one)[inside][rows])
+        target = out[tuple(i - start for i, (start, _) in zip(where, bounds))]
+        first, *rest = bounds[len(where) :]
+        rows = slice(rows.start, min(rows.stop, len(target)))
+        memory.touch(target[rows])
+        inside = (slice(first[0] + rows.start, first[0] + rows.stop), *(slice(*b) for b in rest))
+        copy_into(target[rows], leaf.view(files, name, inside))
 
     mine = [t for t in leaf.tensors() if all(start <= i < stop for i, (start, stop) in zip(t[0], bounds))]
     work = [pool.submit(fill, *t, rows) for t in mine for rows in _pieces(out, len(t[0]), files.tensors[t[1]])]
@@ -159,11 +163,14 @@ def _read(leaf: Leaf, files: Files, bounds, dtype: np.dtype, pool: ThreadPoolExe
 
 def _pieces(out: np.ndarray, lead: int, tensor) -> list[slice]:
     """Rows of one tensor that one thread copies: so many that a large one keeps every thread busy."""
-    if out.ndim == lead or not isinstance(tensor, Tensor):  # what is decoded is decoded at once
-        return [slice(None)]
-    row = max(1, math.prod(out.shape[lead + 1 :]) * out.itemsize)
-    step = -(-_PIECE // (256 * row)) * 256
-    return [slice(at, at + step) for at in range(0, out.shape[lead], step)]
+    rows = out.shape[lead]
+    if isinstance(tensor, Packed):
+        step = 1  # one expert is decoded at a time
+    elif isinstance(tensor, Blocks):
+        step = rows
+    else:
+        step = -(-_PIECE // (256 * max(1, math.prod(out.shape[lead + 1 :]) * out.itemsize))) * 256
+    return [slice(at, at + step) for at in range(0, rows, max(1, step))]
 
 
 def _stored_dtype(leaf: Leaf, tensors: dict[str, Tensor]) -> np.dtype:

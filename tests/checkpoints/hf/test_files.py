@@ -316,6 +316,12 @@ def test_four_bit_experts_are_read_as_what_they_say_and_written_decoded(tmp_path
     assert len(expected) == 4
     for name, numbers in expected.items():
         np.testing.assert_array_equal(files[name].astype(float), numbers)
+    narrow = P.arrays(moe_zoo.load(tmp_path, weights="int8").model)
+    for layer in range(2):
+        numbers = expected[f"model.layers.{layer}.mlp.experts.down_proj"]
+        down = f"segments.{layer}.blocks.0.ffn.experts.w_down"
+        near = np.asarray(narrow[down], float) * np.asarray(narrow[f"{down}_scale"])
+        np.testing.assert_allclose(near[0], numbers, rtol=0, atol=np.abs(numbers).max() / 250)
     tensors.pop(f"{name}_scales")
     safetensors.write(tmp_path / "model.safetensors", [(n, a.dtype, a.shape) for n, a in tensors.items()], tensors.get)
     refused(tmp_path, f"{name}_blocks", "scales")
