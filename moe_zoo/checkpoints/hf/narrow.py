@@ -34,7 +34,7 @@ def place(leaf: Leaf, files: Files, shardings, pool: ThreadPoolExecutor) -> tupl
         return shards[bounds]
 
     values = jax.make_array_from_callback(leaf.shape, shardings[0], shard)
-    # a copy: devices of one sharding may not each take over a part of what is not theirs alone
+    # copied, so that no device keeps all scales alive
     return values, jax.make_array_from_callback(scale.shape, shardings[1], lambda index: np.array(scale[index]))
 
 

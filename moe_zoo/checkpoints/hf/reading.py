@@ -169,7 +169,8 @@ def _pieces(out: np.ndarray, lead: int, tensor) -> list[slice]:
     elif isinstance(tensor, Blocks):
         step = rows
     else:
-        step = -(-_PIECE // (256 * max(1, math.prod(out.shape[lead + 1 :]) * out.itemsize))) * 256
+        step = max(1, _PIECE // max(1, math.prod(out.shape[lead + 1 :]) * out.itemsize))
+        step = -(-step // 256) * 256 if out.ndim - lead == 2 else step  # whole tiles of a transposed copy
     return [slice(at, at + step) for at in range(0, rows, max(1, step))]
 
 
