@@ -13,6 +13,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import bench_loading
 import bench_train
 import jax
 import jax.numpy as jnp
@@ -145,7 +146,10 @@ def _add_common(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespa
     parser.set_defaults(run=run)
 
 
-BENCHMARKS = (add_expert_ffn, add_expert_rows, add_kernels, add_routers, bench_train.add_train, bench_train.add_startup)
+BENCHMARKS = (
+    add_expert_ffn, add_expert_rows, add_kernels, add_routers, bench_loading.add_loading, bench_train.add_train,
+    bench_train.add_startup,
+)  # fmt: skip
 
 
 def main() -> None:

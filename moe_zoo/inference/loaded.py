@@ -61,11 +61,18 @@ class Loaded:
     tokenizer_spec: str = "bytes"
     published: hf.Published | None = None
 
-    def __call__(self, input_ids, attention_mask=None, *, return_routing: bool = False) -> Output:
+    def __call__(
+        self, input_ids, attention_mask=None, decoder_input_ids=None, *, return_routing: bool = False
+    ) -> Output:
         """Logits for int ids [B, S]. `attention_mask` [B, S]: 0 marks padding, left or right; positions follow it.
 
         `return_routing`: what every routed layer did with every token, see `RoutedAux`.
+        `decoder_input_ids` belongs to encoder-decoders, and is an error for a model that is a decoder alone.
         """
+        if decoder_input_ids is not None:
+            raise ValueError(
+                f"decoder_input_ids: {type(self.model).__name__} has no encoder; give the whole text as input_ids"
+            )
         ids = np.atleast_2d(np.asarray(input_ids))
         if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
             raise ValueError(f"input_ids: expected integers [batch, seq], got {ids.dtype} {list(ids.shape)}")
@@ -110,6 +117,8 @@ class Loaded:
         settings["losses"] = {n: c for n, c in settings["losses"].items() if _fits(LOSSES.get(n), cls)}
         config = build(ModelConfig, settings, "model")
         model, old = Decoder(config, self.model.mesh), P.arrays(self.model)
+        if self.model.quantized:
+            model.quantize_experts()
         mesh = next(iter(old.values())).sharding.mesh
         put = lambda var, path, value: jax.device_put(value, sharding_of(mesh, var.logical_axes, value.shape, path))
         kept = {n: a for n, a in P.arrays(model).items() if n in old and old[n].shape == a.shape}
@@ -135,10 +144,12 @@ def _forward(graphdef, record, state, ids, valid):
     return logits, aux
 
 
-def load(path: str | Path, *, mesh=None, dtype=None, step: int | None = None) -> Loaded:
+def load(path: str | Path, *, mesh=None, dtype=None, weights: str | None = None, step: int | None = None) -> Loaded:
     """Opens a run of ours, a published directory (config.json, safetensors), or online the name of one on the hub.
 
-    `mesh` None: one device. `dtype` None: parameters as they are stored. `step`: of a run; None is the newest.
+    `mesh` None: one device. `dtype` None: parameters as they are stored. `weights` "int8": the matrices of a published
+    model's routed experts in int8 with a scale per output channel, narrowed while they are read; such a model can be
+    used, not trained or saved. `step`: of a run; None is the newest.
 
     Raises CheckpointError when there is nothing to open or what is there cannot be used.
     """
@@ -147,10 +158,14 @@ def load(path: str | Path, *, mesh=None, dtype=None, step: int | None = None) ->
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         folder = hf.download(str(path))
     if not hf.is_published(folder):
+        if weights is not None:
+            raise CheckpointError(
+                f"weights={weights!r} is for published directories; `convert.py export {path}` makes one"
+            )
         return _load_run(folder, mesh, dtype, step)
     if step is not None:
         raise CheckpointError(f"{folder} is no run of ours and has no steps, got step={step}")
-    model, config, published = hf.load(folder, mesh, dtype)
+    model, config, published = hf.load(folder, mesh, dtype, weights)
     tokenizer = _tokenizer(folder)
     return Loaded(model, config, tokenizer, str(folder) if tokenizer else "", published)
 

@@ -158,6 +158,17 @@ class Decoder(nnx.Module):
                 if block.routed:
                     yield f"segments.{s}.blocks.{p}", block, segment.layer_ids[p]
 
+    def quantize_experts(self) -> bool:
+        """Declares the matrices of all routed experts as int8, before there are values. Whether there are any."""
+        for _, block, _ in self.routed():
+            block.ffn.experts.quantize()
+        return self.quantized
+
+    @property
+    def quantized(self) -> bool:
+        """Whether routed experts hold int8."""
+        return any(block.ffn.experts.quantized for _, block, _ in self.routed())
+
     @property
     def causal(self) -> bool:
         """Whether every router claims that no token depends on later ones; generation makes sense only then."""
