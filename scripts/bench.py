@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import bench_generate
 import bench_train
 import jax
 import jax.numpy as jnp
@@ -188,7 +189,14 @@ def _add_common(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespa
     parser.set_defaults(run=run)
 
 
-BENCHMARKS = (add_expert_ffn, add_expert_rows, add_kernels, bench_train.add_train, bench_train.add_startup)
+BENCHMARKS = (
+    add_expert_ffn,
+    add_expert_rows,
+    add_kernels,
+    bench_train.add_train,
+    bench_train.add_startup,
+    bench_generate.add_generate,
+)
 
 
 def main() -> None:

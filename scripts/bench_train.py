@@ -106,12 +106,11 @@ CONTENDERS: dict[str, Callable[[], Callable[[], None]]] = {
 }
 
 
-def worker(name: str) -> None:
+def worker(step: Callable[[], Any]) -> None:
     """Answers each number n on stdin with the CPU and wall seconds of n steps, one JSON line."""
-    step = CONTENDERS[name]()
     for _ in range(2):
         step()
-    print(json.dumps({"ready": name}), flush=True)
+    print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         samples = []
         for _ in range(int(line)):
@@ -123,11 +122,11 @@ def worker(name: str) -> None:
 
 
 class Contender:
-    """A worker process."""
+    """A worker process: `script --worker name arguments`."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, script: str = __file__, *arguments: Any):
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-        command = [sys.executable, __file__, "--worker", name]
+        command = [sys.executable, script, "--worker", name, *map(str, arguments)]
         self.name = name
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -256,4 +255,4 @@ def add_startup(subparsers: Any) -> None:
 
 
 if __name__ == "__main__":
-    worker(sys.argv[2])
+    worker(CONTENDERS[sys.argv[2]]())
