@@ -53,6 +53,7 @@ def prompts(batch: int, longest: int) -> list[np.ndarray]:
 
 
 def ours(folder: str, batch: int, longest: int, new: int) -> Callable[[], np.ndarray]:
+    """Continues the prompts with our model."""
     import moe_zoo
     from moe_zoo.inference import generate
 
@@ -61,6 +62,7 @@ def ours(folder: str, batch: int, longest: int, new: int) -> Callable[[], np.nda
 
 
 def transformers_(experts: str, folder: str, batch: int, longest: int, new: int) -> Callable[[], np.ndarray]:
+    """The same with theirs, experts run in the way called `experts`."""
     import torch
     import transformers
 

@@ -111,8 +111,8 @@ class Decoder(nnx.Module):
 
         `segment_ids` separate packed documents; `valid` False marks padding, which changes nothing elsewhere. With a
         `cache` (`init_cache`) the S tokens continue the cached ones. `inputs` holds arrays with a leading axis of all L
-        layers, for routers (`router_bias`, `given`). `record` puts every token's routing into the Aux' terms. `last`: only
-        the logits of the last token, [B, 1, V].
+        layers, for routers (`router_bias`, `given`). `record` puts every token's routing into the Aux' terms.
+        `last`: only the logits of the last token, [B, 1, V].
         """
         B, S = tokens.shape
         at = None if cache is None else cache["at"]
