@@ -1,5 +1,7 @@
 """Text as it comes: whole characters, stop strings, the sum of the pieces; chat templates; recommended settings."""
 
+import io
+import json
 import sys
 from pathlib import Path
 
@@ -11,6 +13,8 @@ from published import TEMPLATE, write_published, write_tokenizer  # noqa: E402
 
 import moe_zoo  # noqa: E402
 from moe_zoo.checkpoints import CheckpointError  # noqa: E402
+from moe_zoo.cli import common  # noqa: E402
+from moe_zoo.cli.sample import sample  # noqa: E402
 from moe_zoo.data.tokenizer import ByteTokenizer, load_tokenizer  # noqa: E402
 from moe_zoo.inference import chat, loaded  # noqa: E402
 from moe_zoo.inference.published import generation_settings  # noqa: E402
@@ -180,3 +184,18 @@ def test_templates_render_as_in_transformers(folder, model):
             assert chat.render(folder, messages, **how) == theirs.apply_chat_template(messages, tokenize=False, **asked)
         expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         assert model.chat_ids(messages).tolist() == expected
+
+
+def test_the_command_line_streams_and_chats(folder, model, capsys, monkeypatch):
+    run = lambda *argv: common.run(sample, [f"--workdir={folder}", "--temperature=0", "--tokens=12", *argv])
+    assert run("--prompt=ab", "--json") == 0
+    text = model.generate("ab", 12, temperature=0.0)[0]
+    out = capsys.readouterr().out
+    assert out.startswith(f"ab{text}\n") and json.loads(out.splitlines()[-1])["samples"][0]["text"] == text
+    assert run("--chat", "--prompt= What is 2+2? é ") == 0
+    assert capsys.readouterr().out == model.chat(CHAT, 12, temperature=0.0) + "\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\ntwo\n"))
+    assert run("--chat", "--json") == 0
+    assert [s["prompt"] for s in json.loads(capsys.readouterr().out.splitlines()[-1])["samples"]] == ["one", "two"]
+    assert run("--system=x") == 2 and "--chat" in capsys.readouterr().err
+    assert run("--min-p=2") == 2 and "min_p" in capsys.readouterr().err
