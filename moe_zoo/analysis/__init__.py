@@ -15,7 +15,9 @@ _HOME = {
     "load_max_over_mean": "specialization",
     "plot_domain_experts": "plots",
     "plot_expert_load": "plots",
+    "plot_layer_load": "routing_plots",
     "plot_loss": "plots",
+    "plot_token_routing": "routing_plots",
 }
 
 __all__ = [
@@ -23,7 +25,9 @@ __all__ = [
     "load_max_over_mean",
     "plot_domain_experts",
     "plot_expert_load",
+    "plot_layer_load",
     "plot_loss",
+    "plot_token_routing",
     "specialization",
 ]
 
