@@ -1,6 +1,6 @@
 """Pictures of one forward pass: how much each expert got, and where the tokens of a sentence went.
 
-In the manner of `plots`: plain data and a path in, a PNG out. L routed layers, S tokens, K experts per token, E experts.
+In the manner of `plots`: plain data and a path in, a PNG out. L routed layers, S tokens, K experts each, E experts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def plot_layer_load(counts_LE: ArrayLike, path: str | os.PathLike[str]) -> pathl
     L, E = counts_LE.shape
     with np.errstate(invalid="ignore"):
         ratio_LE = counts_LE / counts_LE.mean(axis=1, keepdims=True)
-    cell = min(0.62, max(0.1, 9.0 / E)), min(0.34, max(0.14, 7.0 / L))
+    cell = min(0.62, max(0.06, 8.0 / E)), min(0.34, max(0.14, 7.0 / L))
     height = max(2.4, L * cell[1] + 1.5)
     figure, panels = plots._figure(max(5.0, E * cell[0] + 2.2), height)
     limit = plots._colour_limit([np.log2(np.maximum(ratio_LE, 1e-6))])
@@ -65,7 +65,7 @@ def plot_token_routing(
     image_LES = np.zeros((L, num_experts + 1, S))
     layer, token = np.arange(L)[:, None, None], np.arange(S)[None, :, None]
     np.add.at(image_LES, (layer, np.minimum(experts_LSK, num_experts), token), gates_LSK)
-    columns = 1 if S > 24 else min(L, 2)
+    columns = 1 if S > 12 else min(L, 2)
     rows = -(-L // columns)
     cell = min(0.3, 11.0 / S)
     height = rows * (min(4.0, max(1.0, 0.16 * num_experts)) + 0.7) + 0.8
@@ -76,7 +76,9 @@ def plot_token_routing(
             image_LES[index, :-1], cmap=_GATE, vmin=0, vmax=most, aspect="auto", origin="lower", interpolation="nearest"
         )
         plots._title(axes, f"routed layer {index}", "", small=True)
-        axes.set_xticks(range(S), [_shown(t) for t in tokens], fontsize=8, rotation=90 if max(map(len, tokens)) > 2 else 0)
+        axes.set_xticks(
+            range(S), [_shown(t) for t in tokens], fontsize=8, rotation=90 if max(map(len, tokens)) > 2 else 0
+        )
         axes.yaxis.set_major_locator(FixedLocator(plots._ids(num_experts, 8)))
         axes.tick_params(length=0)
         axes.set_ylabel("expert" if index % columns == 0 else "")
