@@ -16,7 +16,9 @@ _HOME = {
     "mutual_information": "specialization",
     "plot_domain_experts": "plots",
     "plot_expert_load": "plots",
+    "plot_layer_load": "routing_plots",
     "plot_loss": "plots",
+    "plot_token_routing": "routing_plots",
 }
 
 __all__ = sorted(_HOME)

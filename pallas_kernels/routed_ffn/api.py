@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import _checks, _choose, _varying, quantized
 from pallas_kernels.expert_ffn import api as rows
 from pallas_kernels.expert_ffn import pallas_tpu as rows_tpu
-from pallas_kernels.expert_ffn import xla, xla_tiles
+from pallas_kernels.expert_ffn import xla, xla_few, xla_tiles
 from pallas_kernels.quantized import Quantized
 from pallas_kernels.routed_ffn import composed, pallas_tpu, reference
 
@@ -123,6 +123,9 @@ def _table(entries: Any, static: _Static, x_TD: Array, w_up_EDF: Array, choice_R
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _routed_ffn(static, x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset, choice_R, slot_TK, gates_TK):
     table = _table(_FORWARD, static, x_TD, w_up_EDF, choice_R, save=False)
+    if static.implementation is None and xla_few.suits(choice_R.shape[0], w_up_EDF.shape[0]):
+        few = functools.partial(composed.forward, xla_few.forward)
+        table["xla_tiles"] = functools.partial(few, activation=static.activation, gate_on=static.gate_on, save=False)
     operands = (x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset, choice_R, slot_TK, gates_TK)
     return _choose.run(static.implementation, table, *operands)[0]
 

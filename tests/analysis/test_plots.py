@@ -8,7 +8,15 @@ import sys
 import numpy as np
 import pytest
 
-from moe_zoo.analysis import Specialization, plot_domain_experts, plot_expert_load, plot_loss, plots
+from moe_zoo.analysis import (
+    Specialization,
+    plot_domain_experts,
+    plot_expert_load,
+    plot_layer_load,
+    plot_loss,
+    plot_token_routing,
+    plots,
+)
 
 _DOMAINS = ["python_code", "reference_prose", "docstrings", "c_headers", "character_names"]
 
@@ -165,3 +173,38 @@ def test_unknown_names_are_said():
 
     with pytest.raises(AttributeError, match="plot_loss"):
         moe_zoo.analysis.plot_losses  # noqa: B018
+
+
+@pytest.mark.parametrize("layers, experts", [(1, 2), (2, 8), (24, 128)])
+def test_load_of_layers(tmp_path, layers, experts):
+    counts = np.random.default_rng(0).integers(0, 50, (layers, experts))
+    counts[0] = 0  # a layer that saw nothing
+    path = plot_layer_load(counts, tmp_path / "load.png")
+    width, height = _size(path)
+    _check(path, width / 150, height / 150)
+    assert 600 < width < 2200 and 300 < height < 1400
+
+
+def test_a_brighter_cell_is_where_the_gate_is_larger(tmp_path):
+    """Token 0 goes to expert 2 alone and token 1 nowhere: the one dark cell is at the top left of the panel."""
+    from matplotlib.image import imread
+
+    experts, gates = np.array([[[2, 3], [3, 3]]]), np.array([[[1.0, 0.5], [0.0, 0.0]]])
+    path = plot_token_routing(["a", "$b"], experts, gates, 3, tmp_path / "tokens.png")
+    pixels = imread(path)[..., :3]
+    dark = np.argwhere(np.abs(pixels - np.array([8, 48, 107]) / 255).max(-1) < 0.02)
+    cell = dark[(dark[:, 1] < pixels.shape[1] * 0.8)]  # without the colour bar
+    top, left = cell.min(0)
+    bottom, right = cell.max(0)
+    assert (
+        len(cell) > 0.9 * (bottom - top) * (right - left)
+        and right < pixels.shape[1] * 0.5
+        and bottom < pixels.shape[0] * 0.5
+    )
+
+
+def test_routing_that_does_not_fit_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="do not fit"):
+        plot_token_routing(["a"], np.zeros((1, 2, 1), int), np.zeros((1, 2, 1)), 3, tmp_path / "x.png")
+    with pytest.raises(ValueError, match="layers, experts"):
+        plot_layer_load(np.zeros(3), tmp_path / "x.png")
