@@ -30,5 +30,7 @@ def train_flops_per_token(model: Decoder, seq_len: int, rows_per_token: dict[str
     """Active FLOPs to train on one token of rows of `seq_len`: forward and twice that for the backward pass.
 
     A token sees (seq_len + 1) / 2 keys on average; recomputation (remat) and the optimizer are not counted.
+    `rows_per_token`: as measured, by the path of the stacked block; for other blocks what their routers say.
     """
-    return 3 * model.flops_per_token((seq_len + 1) / 2, rows_per_token)
+    rows = {path: block.ffn.router.rows_per_token(seq_len) for path, block, _ in model.routed()}
+    return 3 * model.flops_per_token((seq_len + 1) / 2, {**rows, **(rows_per_token or {})})
