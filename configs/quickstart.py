@@ -63,9 +63,9 @@ CPU = overlay(
         "model": {"ngram": {}},
         "data": {"eval_stride": 64},
         "optim": {"lr_scales": []},
-        "train": {"minutes": None, "steps": 600},
-        "checkpoint": {"every": 200},
-        "log": {"every": 1, "eval_every": 30, "eval_rows": 128, "tensorboard": False},
+        "train": {"minutes": None, "steps": 500},
+        "checkpoint": {"every": 100},
+        "log": {"every": 1, "eval_every": 25, "eval_rows": 128, "tensorboard": False},
     },
 )
 

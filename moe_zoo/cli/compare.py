@@ -15,6 +15,9 @@ from typing import Any
 
 from moe_zoo.cli import common
 
+#: where a prepared corpus is looked for
+PREPARED = "runs/corpus"
+
 
 def compare(argv: Sequence[str]) -> None:
     """Does what the flags ask for, in this order: list, train, page, cards."""
@@ -61,7 +64,7 @@ def parse(argv: Sequence[str]) -> Any:
     add("--seeds", type=int, default=3, help="seeds 0, 1, ... of each entry (3)")
     add("--scale", default="cpu", help="cpu: minutes a run on 2 cores; gpu: minutes on one H100; pod: only listed")
     add("--match", default="active", help="what the experts' width makes equal: active FLOPs, total parameters, none")
-    add("--data", default=None, help="data.source of every run; the prepared corpus if there is one, else embedded")
+    add("--data", default=None, help="data.source of every run; runs/corpus if it is there, else embedded")
     add("--store", default=None, help="the store (docs/results/compare/SCALE.jsonl)")
     add("--workdir", default="runs/compare", help="where runs train until they are in the store")
     add("--minutes", type=float, default=None, help="start no run after this time")
@@ -103,8 +106,8 @@ def train(arguments: Any, entries: Sequence[Any], scale: Any, store: Any) -> boo
 
 
 def default_source() -> str:
-    """What is trained on if nothing is said: the prepared corpus, else the embedded one."""
-    return "embedded"
+    """What is trained on if nothing is said: the corpus of `prepare_data.py --out=runs/corpus`, else the embedded one."""
+    return PREPARED if Path(PREPARED).is_dir() else "embedded"
 
 
 def list_entries(entries: Sequence[Any], scale: Any, store: Any, match: str) -> None:

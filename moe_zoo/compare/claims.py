@@ -17,10 +17,11 @@ DIRECTIONS = ("lower", "higher")
 
 @dataclasses.dataclass(frozen=True)
 class Statistic:
-    """A number that a run ends with. `title`: in tables. `form`: how it is written. `needs_causal`: says nothing about
-    a model that sees the future.
+    """A number that a run ends with. `short`: its name in a claim; `title`: spelled out. `form`: how it is written.
+    `needs_causal`: says nothing about a model that sees the future.
     """
 
+    short: str
     title: str
     form: str
     needs_causal: bool = False
@@ -28,14 +29,14 @@ class Statistic:
 
 #: what claims may name; every finished run has each of them, or None where it does not apply
 STATISTICS: Mapping[str, Statistic] = {
-    "test_bits_per_byte": Statistic("test bits per byte", ".4f", needs_causal=True),
-    "load_violation": Statistic("load violation: busiest expert over an even share, minus 1, mean of layers", ".3f"),
-    "max_load_violation": Statistic("load violation of the worst layer", ".3f"),
-    "dropped_fraction": Statistic("share of choices dropped in training", ".4f"),
-    "experts_per_token": Statistic("experts per token in training, mean", ".3f"),
-    "train_flops_per_token": Statistic("active FLOPs per token in training, as measured", ".4g"),
-    "specialization": Statistic("what the expert says of the domain, bits, mean of layers", ".4f"),
-    "tokens_per_second": Statistic("training speed", ",.0f"),
+    "test_bits_per_byte": Statistic("loss", "test bits per byte", ".4f", needs_causal=True),
+    "load_violation": Statistic("imbalance", "load violation: busiest expert over an even share, minus 1", ".3f"),
+    "max_load_violation": Statistic("worst imbalance", "load violation of the worst layer", ".3f"),
+    "dropped_fraction": Statistic("drops", "share of choices dropped in training", ".4f"),
+    "experts_per_token": Statistic("experts per token", "experts per token in training", ".3f"),
+    "train_flops_per_token": Statistic("compute", "active FLOPs per token in training, as measured", ".4g"),
+    "specialization": Statistic("specialization", "what the expert says of the domain, in bits", ".4f"),
+    "tokens_per_second": Statistic("speed", "tokens per second of training", ",.0f"),
 }
 
 
@@ -67,7 +68,7 @@ class Claim:
 
     def short(self) -> str:
         """The claim in one line."""
-        return f"{STATISTICS[self.statistic].title.partition(':')[0]} {self.direction} than {self.baseline}"
+        return f"{STATISTICS[self.statistic].short} {'<' if self.direction == 'lower' else '>'} {self.baseline}"
 
 
 @dataclasses.dataclass(frozen=True)

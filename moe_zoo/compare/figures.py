@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from moe_zoo.analysis.plots import BELOW_AND_ABOVE
 from moe_zoo.compare.claims import STATISTICS, Claim
 from moe_zoo.compare.entries import REFERENCE
-from moe_zoo.compare.statistics import NO, YES, Run, interval, paired
+from moe_zoo.compare.statistics import NO, YES, Interval, Run, interval, paired
 from moe_zoo.compare.style import FAINT, INK, MUTED, colours, figure, name_curves, title
 from moe_zoo.compare.tables import Group, Row, plus_minus, says
 
@@ -50,9 +50,7 @@ def _forest(axes: Axes, group: Group, statistic: str, rows: Sequence[Row], shade
     for height, row in enumerate(rows):
         colour, found = shades[row.label], row.verdict.difference
         pairs = paired(row.runs, group.row(row.claim.baseline).runs, statistic)
-        axes.scatter(
-            list(pairs.values()), [height] * len(pairs), s=11, color=colour, alpha=0.45, linewidths=0, zorder=3
-        )
+        axes.scatter(list(pairs.values()), [height - 0.24] * len(pairs), s=9, color=colour, alpha=0.6, linewidths=0)
         if found.n > 1:
             axes.plot([found.low, found.high], [height, height], color=colour, linewidth=2.2, solid_capstyle="round")
             reach = max(reach, abs(found.low), abs(found.high))
@@ -133,20 +131,20 @@ def _named(row: Row, low: float) -> str:
 
 
 def _loss_limits(rows: Sequence[Row]) -> tuple[float, float]:
-    """From just below the lowest end to where the curves were after a seventh of the way."""
+    """From just below the lowest end to where the curves were after a sixth of the way."""
     ends = [_end(row) for row in rows]
     early = [
         float(
             np.interp(
-                run["steps"] / 7, run["curves"]["validation"]["step"], run["curves"]["validation"]["bits_per_byte"]
+                run["steps"] / 6, run["curves"]["validation"]["step"], run["curves"]["validation"]["bits_per_byte"]
             )
         )
         for row in rows
         for run in row.finished
     ]
     low, high = min(ends), max(float(np.median(early)), max(ends))
-    room = 0.03 * max(high - low, 1e-3)
-    return low - room, high + room
+    room = max(high - low, 1e-3)
+    return low - 0.12 * room, high + 0.03 * room
 
 
 def gaps(group: Group) -> Figure | None:
@@ -161,8 +159,8 @@ def gaps(group: Group) -> Figure | None:
     width = 11.5 if columns > 2 else 3.6 * columns
     drawn, panels = figure(width, 1.75 * lines + 0.4, lines, columns, sharex=True, sharey=True)
     shades = palette(group)
-    late = np.concatenate([np.ravel(gap[1][:, len(gap[0]) // 4 :]) for gap in found.values()])
-    reach = max(float(np.quantile(np.abs(late), 0.99)) * 1.1, 1e-3)
+    late = [bound for _, gap_SN in found.values() for bound in _bounds(gap_SN[:, gap_SN.shape[1] // 3 :])]
+    reach = max(float(np.nanquantile(np.abs([(b.low, b.high, b.mean) for b in late]), 0.98)) * 1.1, 1e-3)
     for axes, (label, (tokens, gap_SN)) in zip(panels, found.items(), strict=False):
         for other, (x, y_SN) in found.items():
             if other != label:
@@ -176,6 +174,8 @@ def gaps(group: Group) -> Figure | None:
         title(axes, label, shades[label], note=f"{gap_SN.mean(0)[-1]:+.3f}", size=9.5)
     for axes in panels[len(found) :]:
         axes.set_axis_off()
+    for axes in panels[max(0, len(found) - columns) : len(found)]:
+        axes.tick_params(labelbottom=True)
     drawn.supylabel(f"validation bits per byte − {REFERENCE}'s", fontsize=8.5, color=MUTED)
     drawn.supxlabel("tokens", fontsize=8.5, color=MUTED)
     return drawn
@@ -192,8 +192,12 @@ def _gap(row: Row, reference: Row | None) -> tuple[np.ndarray, np.ndarray] | Non
     return np.asarray(pairs[0][0]["tokens"], float), np.asarray(difference, float)
 
 
+def _bounds(y_SN: np.ndarray) -> list[Interval]:
+    return [interval(column) for column in y_SN.T]
+
+
 def _band(axes: Axes, x: np.ndarray, y_SN: np.ndarray, colour: str) -> None:
-    bounds = [interval(column) for column in y_SN.T]
+    bounds = _bounds(y_SN)
     if len(y_SN) > 1:
         axes.fill_between(x, [b.low for b in bounds], [b.high for b in bounds], color=colour, alpha=0.18, linewidth=0)
     axes.plot(x, [b.mean for b in bounds], color=colour, linewidth=1.8, zorder=3)
@@ -208,10 +212,10 @@ def load(group: Group, most: int = 6) -> Figure | None:
     if not rows:
         return None
     columns = min(most, max(len(run["curves"]["load"]["layers"]) for _, run in rows))
-    drawn, panels = figure(1.9 * columns + 2.2, 0.82 * len(rows) + 0.7, len(rows), columns, sharex=True)
-    shades, image = palette(group), None
+    drawn, panels = figure(1.9 * columns + 2.2, 0.7 * len(rows) + 0.9, len(rows), columns, sharex=True)
+    shades, image, before = palette(group), None, 0
     for line, (row, run) in enumerate(rows):
-        layers, first = run["curves"]["load"]["layers"], run["config"]["model"]["layers"]
+        layers = run["curves"]["load"]["layers"]
         kept = np.unique(np.linspace(0, len(layers) - 1, columns).round().astype(int))
         for column in range(columns):
             axes = panels[line * columns + column]
@@ -221,12 +225,12 @@ def load(group: Group, most: int = 6) -> Figure | None:
                 axes.set_axis_off()
                 continue
             image = _heat(axes, np.asarray(layers[kept[column]], float).T, run["curves"]["load"]["step"][-1])
-            note = f"routed layer {kept[column] + 1} of {len(layers)}"
-            axes.set_title(note, fontsize=7.5, color=MUTED, loc="left", pad=2)
+            if len(layers) != before:  # once for all entries below that have as many
+                axes.set_title(f"routed layer {kept[column] + 1}", fontsize=8, color=MUTED, loc="left", pad=3)
         panels[line * columns].set_ylabel(
             row.label, color=shades[row.label], rotation=0, ha="right", va="center", size=9
         )
-        del first
+        before = len(layers)
     panels[-columns].set_xlabel("step")
     bar = drawn.colorbar(image, ax=panels, fraction=0.03, pad=0.01, aspect=30, extend="both")
     bar.set_ticks([-2, -1, 0, 1, 2], labels=["1/4×", "1/2×", "even", "2×", "4×"])
@@ -280,6 +284,10 @@ def specialization(group: Group) -> Figure | None:
     if not rows:
         return None
     domains = rows[0][1]["specialization"]["domains"]
+    # a gap where the first word of the name changes, as between the languages of one text and other domains
+    families = [name.partition("_")[0] if "_" in name else "" for name in domains]
+    repeated = [family if families.count(family) > 1 else "" for family in families]
+    edges = [i for i in range(1, len(domains)) if repeated[i] != repeated[i - 1]]
     columns = min(4, len(rows))
     lines = -(-len(rows) // columns)
     height = 0.17 * len(domains) + 0.65
@@ -295,6 +303,8 @@ def specialization(group: Group) -> Figure | None:
             vmax=2, interpolation="nearest",
         )  # fmt: skip
         axes.set_yticks(range(len(domains)), domains, fontsize=7)
+        for height in edges:
+            axes.axhline(height - 0.5, color="white", linewidth=2)
         axes.set_xticks([])
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)

@@ -12,7 +12,7 @@ from moe_zoo.compare.claims import Claim
 from moe_zoo.compare.entries import MATCHES, REFERENCE, Entry
 from moe_zoo.compare.store import Store
 from moe_zoo.compare.style import save_png, to_svg
-from moe_zoo.compare.tables import COLUMNS, Group, Row, cells, groups
+from moe_zoo.compare.tables import COLUMNS, Group, Row, cells, groups, says
 from moe_zoo.core.registry import ConfigError
 
 #: name of the file, heading, what to know when looking at it
@@ -82,7 +82,7 @@ def headline(group: Group) -> list[str]:
 def summary(group: Group) -> list[str]:
     """One sentence per claim that was answered."""
     return [
-        f"{row.label}: {row.claim.says} ({row.claim.source}). {row.claim.short()}: {cells(row)[4]}."
+        f"{row.label}: {row.claim.says} ({row.claim.source}). {row.claim.short()}: {says(row.verdict)}."
         for row in group.rows
         if isinstance(row.claim, Claim)
     ]
@@ -175,7 +175,8 @@ def _html_table(group: Group) -> str:
         found = cells(row)
         answer = {"yes": "yes", "no": "no"}.get(row.verdict.answer, "open")
         dot = f'<i class="dot" style="background: {_page_colour(shades[row.label])}"></i>'
-        made = [f'<td class="name">{dot}{html.escape(found[0])}</td>']
+        note = "" if row.causal else "<small>sees the future</small>"
+        made = [f'<td class="name">{dot}{html.escape(row.label)}{note}</td>']
         for (name, number), cell in list(zip(COLUMNS, found, strict=True))[1:]:
             kind = answer if name == "verdict" else "n" if number else ""
             made.append(f'<td class="{kind}">{html.escape(cell)}</td>')

@@ -23,9 +23,8 @@ from moe_zoo.compare import record
 from moe_zoo.compare.claims import STATISTICS
 from moe_zoo.compare.entries import Plan
 from moe_zoo.compare.store import Store
-from moe_zoo.core import param as P
 from moe_zoo.data import Corpus
-from moe_zoo.models.counting import count_parameters
+from moe_zoo.models.counting import count_parameters, router_parameters
 from moe_zoo.sharding import make_mesh
 from moe_zoo.train import loop
 from moe_zoo.train.evaluate import evaluate
@@ -147,12 +146,6 @@ def measure(plan: Plan, workdir: Path, test: dict[str, Any] | None) -> dict[str,
         "specialization": record.specialization(test),
         "test_tokens": test["tokens"],
     }
-
-
-def router_parameters(model) -> int:
-    """Parameters that are the routers', of all layers together, frozen ones and what they share included."""
-    own = lambda name: ".ffn.router." in f".{name}" or name.startswith("shared.")
-    return sum(v.get_value().size for name, v in P.flat(model).items() if own(name) and not isinstance(v, P.Buffer))
 
 
 @contextlib.contextmanager

@@ -77,7 +77,7 @@ def judge(claim: Claim | Reference, entry: Sequence[Run], baseline: Sequence[Run
     failed answers no: a model that cannot be trained is not better.
     """
     if isinstance(claim, Reference):
-        return Verdict("", None, "others are compared with it")
+        return Verdict("", None, "reference")
     if not entry:
         return Verdict("", None, "no run yet")
     if not baseline:

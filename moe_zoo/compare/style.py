@@ -60,7 +60,11 @@ def name_curves(axes: Axes, ends: Sequence[tuple[float, str, str]], gap: float =
     low, high = axes.get_ylim()
     ends = sorted(ends)
     heights = [min(max((height - low) / (high - low), 0), 1) for height, *_ in ends]
-    for true, height, (_, text, colour) in zip(heights, spread(heights, gap), ends, strict=True):
+    places = spread(heights, gap)
+    # a crowd at the bottom would hang out of the figure: the lowest labels move up, and push others only if need be
+    for i in range(len(places)):
+        places[i] = max(places[i], i * gap)
+    for true, height, (_, text, colour) in zip(heights, places, ends, strict=True):
         line = {"color": colour, "linewidth": 0.8, "clip_on": False, "transform": axes.transAxes}
         axes.plot([1.01, 1.05], [true, height], **line)
         axes.text(1.06, height, text, transform=axes.transAxes, color=colour, va="center", fontsize=8.5)

@@ -71,8 +71,8 @@ class Group:
 
 
 def groups(runs: Sequence[Run], entries: Mapping[str, Entry], match: str) -> list[Group]:
-    """Every run in at least one group. First the one of this way of matching that was last written to, then the other
-    groups that have something to add.
+    """Every run in at least one group. First the largest one of this way of matching (of equal ones, that which was
+    last written to), then the other groups that have something to add.
     """
     places: dict[tuple[str, str, str], list[Run]] = {}
     for run in runs:
@@ -80,7 +80,7 @@ def groups(runs: Sequence[Run], entries: Mapping[str, Entry], match: str) -> lis
             places.setdefault((how, run["data"]["fingerprint"], run["cost_hash"]), []).append(run)
     newest = {id(run): number for number, run in enumerate(runs)}
     last = lambda place: max(newest[id(run)] for run in places[place])
-    ordered = sorted(places, key=lambda place: (place[0] != match, -last(place)))
+    ordered = sorted(places, key=lambda place: (place[0] != match, -len(places[place]), -last(place)))
     shown: set[int] = set()
     found = []
     for place in ordered:
@@ -119,9 +119,9 @@ def _rows(runs: Sequence[Run], entries: Mapping[str, Entry]) -> list[Row]:
 
 #: titles of the columns of `cells`, and whether they are numbers
 COLUMNS = (
-    ("entry", False), ("claim", False), ("test bits per byte", True), ("difference to baseline", True),
-    ("verdict", False), ("MFLOP per token", True), ("parameters", True), ("minutes", True), ("load violation", True),
-    ("experts per token", True), ("dropped", True), ("seeds", True),
+    ("entry", False), ("test bits per byte", True), ("claim", False), ("difference", True), ("verdict", False),
+    ("MFLOP / token", True), ("M params", True), ("active", True), ("minutes", True), ("load violation", True),
+    ("worst layer", True), ("experts / token", True), ("dropped", True), ("seeds", True),
 )  # fmt: skip
 
 
@@ -129,21 +129,23 @@ def cells(row: Row) -> list[str]:
     """One row of the table, as text."""
     verdict, claim = row.verdict, row.claim
     form = STATISTICS[claim.statistic].form if isinstance(claim, Claim) else ".4f"
-    worst = row.mean("max_load_violation")
+    parameters = row.runs[0]["parameters"]
     return [
-        row.label,
-        claim.short() if isinstance(claim, Claim) else "reference",
-        plus_minus(row.interval(LOSS), ".4f") + ("" if row.causal else " (sees the future)"),
+        row.label + ("" if row.causal else " (sees the future)"),
+        plus_minus(row.interval(LOSS), ".4f"),
+        claim.short() if isinstance(claim, Claim) else "–",
         plus_minus(verdict.difference, f"+{form}"),
         says(verdict),
         _number(row.mean("train_flops_per_token"), ".2f", 1e-6),
-        " / ".join(_number(row.runs[0]["parameters"][name], ".2f", 1e-6) for name in ("total", "active")) + " M",
+        _number(parameters["total"], ".2f", 1e-6),
+        _number(parameters["active"], ".2f", 1e-6),
         _number(minutes(row), ".1f"),
-        _number(row.mean("load_violation"), ".2f") + ("" if worst is None else f" (worst {worst:.2f})"),
+        _number(row.mean("load_violation"), ".2f"),
+        _number(row.mean("max_load_violation"), ".2f"),
         _number(row.mean("experts_per_token"), ".2f"),
         _number(row.mean("dropped_fraction"), ".1%"),
         str(len(row.runs)) + (f", {failed} failed" if (failed := len(row.runs) - len(row.finished)) else ""),
-    ]  # fmt: skip
+    ]
 
 
 def says(verdict: Verdict) -> str:

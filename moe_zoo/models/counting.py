@@ -26,6 +26,12 @@ def count_parameters(model: Decoder, trainable=None) -> dict[str, int]:
     return {"total": sum(size.values()), "active": sum(active.values()), "trainable": sum(size[n] for n in trainable)}
 
 
+def router_parameters(model: Decoder) -> int:
+    """Parameters that are the routers', of all layers together: frozen ones, and what the routers share, included."""
+    own = lambda name: ".ffn.router." in f".{name}" or name.startswith("shared.")
+    return sum(v.get_value().size for n, v in P.flat(model).items() if own(n) and not isinstance(v, P.Buffer))
+
+
 def train_flops_per_token(model: Decoder, seq_len: int, rows_per_token: dict[str, float] | None = None) -> float:
     """Active FLOPs to train on one token of rows of `seq_len`: forward and twice that for the backward pass.
 
