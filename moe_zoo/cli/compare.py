@@ -106,7 +106,7 @@ def train(arguments: Any, entries: Sequence[Any], scale: Any, store: Any) -> boo
 
 
 def default_source() -> str:
-    """What is trained on if nothing is said: the corpus of `prepare_data.py --out=runs/corpus`, else the embedded one."""
+    """What is trained on if nothing is said: `prepare_data.py --out=runs/corpus` if that was made, else embedded."""
     return PREPARED if Path(PREPARED).is_dir() else "embedded"
 
 
