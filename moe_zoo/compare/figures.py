@@ -12,7 +12,7 @@ from moe_zoo.analysis.plots import BELOW_AND_ABOVE
 from moe_zoo.compare.claims import STATISTICS, Claim
 from moe_zoo.compare.entries import REFERENCE
 from moe_zoo.compare.statistics import NO, YES, Interval, Run, interval, paired
-from moe_zoo.compare.style import FAINT, INK, MUTED, colours, figure, name_curves, title
+from moe_zoo.compare.style import FAINT, INK, MUTED, PAGE, colours, figure, name_curves, title
 from moe_zoo.compare.tables import Group, Row, plus_minus, says
 
 
@@ -87,7 +87,7 @@ def curves(group: Group) -> Figure | None:
     rows = [row for row in group.rows if row.finished]
     if not rows:
         return None
-    drawn, panels = figure(11.5, 4.3, 1, 3, sharey=True)
+    drawn, panels = figure(PAGE, 4.3, 1, 3, sharey=True)
     shades = palette(group)
     low, high = _loss_limits([row for row in rows if row.causal] or rows)
     for axes, (name, label, scale) in zip(panels, _AXES, strict=True):
@@ -156,7 +156,7 @@ def gaps(group: Group) -> Figure | None:
         return None
     columns = min(4, len(found))
     lines = -(-len(found) // columns)
-    width = 11.5 if columns > 2 else 3.6 * columns
+    width = PAGE if columns > 2 else 3.6 * columns
     drawn, panels = figure(width, 1.75 * lines + 0.4, lines, columns, sharex=True, sharey=True)
     shades = palette(group)
     late = [bound for _, gap_SN in found.values() for bound in _bounds(gap_SN[:, gap_SN.shape[1] // 3 :])]

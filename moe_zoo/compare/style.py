@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from moe_zoo.analysis.plots import spread
 from moe_zoo.compare.entries import REFERENCE
 
+PAGE = 11.5  # inches of a figure as wide as the page
 INK, MUTED, FAINT = "#22262b", "#6b7280", "#d9dce1"
 _VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", FAINT: "var(--faint)"}
 #: told apart on white and on near-black, neighbours also with the common forms of colour blindness
@@ -71,13 +72,15 @@ def name_curves(axes: Axes, ends: Sequence[tuple[float, str, str]], gap: float =
 
 
 def to_svg(drawn: Figure) -> str:
-    """An <svg> element for the page: as wide as its column, text as text, ink in the page's variables."""
+    """An <svg> element for the page: no wider than its column, text as text, ink in the page's variables."""
     text = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "moe_zoo"}):
         drawn.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", svg, count=1)
+    # narrow figures stay narrow, so that letters are as large in all of them
+    width = f"max-width: {min(100, 100 * drawn.get_figwidth() / PAGE):.0f}%"
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', rf'\1 style="{width}"', svg, count=1)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, variable)
