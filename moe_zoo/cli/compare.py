@@ -37,12 +37,11 @@ def compare(argv: Sequence[str]) -> None:
     entries = pick(arguments.entries, known) if arguments.entries else []
     scale = SCALES[arguments.scale]
     store = Store(arguments.store or Path("docs/results/compare") / f"{scale.name}.jsonl")
-    through = True
     if arguments.list:
         list_entries(entries or list(known.values()), scale, store, arguments.match)
-    elif entries:
-        through = train(arguments, entries, scale, store)
-    if arguments.page or (entries and not arguments.list):
+    elif entries and not train(arguments, entries, scale, store):
+        raise KeyboardInterrupt
+    if arguments.page or (entries and not arguments.list and store.keys()):
         from moe_zoo.compare.page import write_page
 
         written = write_page(store, known, scale.name, arguments.match)
@@ -52,8 +51,6 @@ def compare(argv: Sequence[str]) -> None:
 
         for path in write_cards(Path("docs/zoo"), store.path.parent):
             print(f"card: {path}")
-    if not through:
-        raise KeyboardInterrupt
 
 
 def parse(argv: Sequence[str]) -> Any:
