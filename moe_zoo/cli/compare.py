@@ -59,7 +59,11 @@ def parse(argv: Sequence[str]) -> Any:
     add = parser.add_argument
     add("--entries", default="", help="names with commas between them, or all")
     add("--seeds", type=int, default=3, help="seeds 0, 1, ... of each entry (3)")
-    add("--scale", default="cpu", help="cpu: minutes a run on 2 cores; gpu: minutes on one H100; pod: only listed")
+    add(
+        "--scale",
+        default="cpu",
+        help="cpu: minutes a run on 2 cores; gpu: minutes on one H100; pod: only listed; tiny: a trial",
+    )
     add("--match", default="active", help="what the experts' width makes equal: active FLOPs, total parameters, none")
     add("--data", default=None, help="data.source of every run; runs/corpus if it is there, else embedded")
     add("--store", default=None, help="the store (docs/results/compare/SCALE.jsonl)")

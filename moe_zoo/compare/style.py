@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from moe_zoo.analysis.plots import spread
 from moe_zoo.compare.entries import REFERENCE
+from moe_zoo.train.config import known_configs
 
 PAGE = 11.5  # inches of a figure as wide as the page
 INK, MUTED, FAINT = "#22262b", "#6b7280", "#d9dce1"
@@ -28,8 +29,11 @@ _PALETTE = (
 
 
 def colours(names: Sequence[str]) -> dict[str, str]:
-    """A colour per entry, the same on every figure: the reference in ink, the others in alphabetical order."""
-    others = sorted(name for name in names if name != REFERENCE)
+    """A colour per entry, the same on every page: the reference in ink, the others by their place in the list of all
+    entries, whichever are shown.
+    """
+    entries = [name for name, path in known_configs().items() if "\nCLAIM = " in path.read_text(encoding="utf-8")]
+    others = [name for name in [*entries, *sorted(set(names) - set(entries))] if name != REFERENCE]
     return {REFERENCE: INK} | {name: _PALETTE[i % len(_PALETTE)] for i, name in enumerate(others)}
 
 
