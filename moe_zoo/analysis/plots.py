@@ -26,7 +26,7 @@ from moe_zoo.analysis.specialization import Specialization
 _DPI = 150
 _INK, _MUTED, _FAINT = "#22262b", "#6b7280", "#d9dce1"
 _BLUE, _ORANGE = "#0072b2", "#d55e00"  # after Okabe and Ito
-_BELOW_AND_ABOVE = LinearSegmentedColormap.from_list(
+BELOW_AND_ABOVE = LinearSegmentedColormap.from_list(
     "below_and_above", ["#08306b", "#2673b5", "#93c1e2", "#f6f5f1", "#f3b183", "#d55e00", "#6e2600"]
 ).with_extremes(bad="#c9ccd1")
 _MAX_COLUMNS = 150  # of a heatmap over steps: a column then averages out the noise of single batches
@@ -140,14 +140,14 @@ def _direct_labels(axes: Axes, labels: Sequence[tuple[float, str, str, str]]) ->
     low, high = np.log(axes.get_ylim())
     labels = sorted(labels)
     heights = [(math.log(level) - low) / (high - low) for level, *_ in labels]
-    for true_height, height, (_, text, colour, weight) in zip(heights, _spread(heights, gap=0.06), labels, strict=True):
+    for true_height, height, (_, text, colour, weight) in zip(heights, spread(heights, gap=0.06), labels, strict=True):
         axes.plot(
             [1.005, 1.035], [true_height, height], transform=axes.transAxes, color=colour, linewidth=0.8, clip_on=False
         )
         axes.text(1.045, height, text, transform=axes.transAxes, color=colour, weight=weight, va="center", fontsize=10)
 
 
-def _spread(heights: Sequence[float], gap: float) -> list[float]:
+def spread(heights: Sequence[float], gap: float) -> list[float]:
     """Moves ascending heights apart by at least `gap`, keeping each crowded group centred where it was."""
     groups: list[tuple[float, int]] = []  # centre, size
     for height in heights:
@@ -238,7 +238,7 @@ def _load_panel(axes: Axes, layer: int, edges: np.ndarray, load_ES: np.ndarray, 
     num_experts = len(load_ES)
     values = np.ma.masked_invalid(np.log2(np.maximum(load_ES, 1e-6)))
     image = axes.pcolormesh(
-        edges, np.arange(num_experts + 1) - 0.5, values, cmap=_BELOW_AND_ABOVE, vmin=-limit, vmax=limit, rasterized=True
+        edges, np.arange(num_experts + 1) - 0.5, values, cmap=BELOW_AND_ABOVE, vmin=-limit, vmax=limit, rasterized=True
     )
     # The last tenth rather than the last line, which is one batch.
     last = load_ES[:, -max(1, load_ES.shape[1] // 10) :].mean(axis=1)
@@ -359,7 +359,7 @@ def _domain_panel(axes: Axes, ratio_DE: np.ndarray, limit: float, cell: tuple[fl
         np.arange(num_experts + 1) - 0.5,
         np.arange(num_domains + 1) - 0.5,
         values,
-        cmap=_BELOW_AND_ABOVE,
+        cmap=BELOW_AND_ABOVE,
         vmin=-limit,
         vmax=limit,
         edgecolors="white",

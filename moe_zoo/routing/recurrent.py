@@ -106,3 +106,8 @@ class Recurrent(Router):
 
     def max_active(self) -> int:
         return self.config.num_experts_per_tok
+
+    def flops_per_token(self, hidden_size: int) -> float:
+        """Projection, the six matrices of the GRU, logits."""
+        p = self.config.recurrent_size
+        return 2 * p * (hidden_size + 6 * p + self.num_experts)

@@ -92,6 +92,14 @@ class Router(nnx.Module):
         """Experts per token to count in active parameters and FLOPs when no measurement is given."""
         return self.max_active()
 
+    def rows_per_token(self, seq_len: int) -> float:
+        """Expert rows to compute for each token of sequences of `seq_len`, when no measurement is given."""
+        return self.active()
+
+    def flops_per_token(self, hidden_size: int) -> float:
+        """Forward FLOPs of deciding on one token, multiply-adds counting two; by default x W."""
+        return 2 * hidden_size * self.num_experts
+
 
 def at_least_f32(x: Array) -> Array:
     """Router mathematics never runs below float32; float64 (used by equality tests) stays float64."""

@@ -85,6 +85,10 @@ class SMoEDropout(Router):
         experts_TK = jnp.where(on_K, experts_TK, self.num_experts)
         return Routing(TokenChoice(experts_TK, gates_TK, self.num_experts), logits_TE, jax.nn.softmax(logits_TE))
 
+    def rows_per_token(self, seq_len: int) -> float:
+        """The mean over training."""
+        return sum(self.config.bounds(self.num_experts)) / 2
+
     def max_active(self) -> int:
         return max(self.config.bounds(self.num_experts)[1], self.config.eval_experts_per_tok or 0)
 

@@ -63,6 +63,14 @@ class Soft(Router):
             combine = jnp.where(ctx.valid.reshape(B, S, 1, 1), combine, 0)
         return Routing(SoftDecision(dispatch, combine), None, combine.sum(-1).reshape(B * S, -1))
 
+    def rows_per_token(self, seq_len: int) -> float:
+        """Every sequence fills all slots, however long it is."""
+        return self.num_experts * self.config.slots_per_expert / seq_len
+
+    def flops_per_token(self, hidden_size: int) -> float:
+        """Logits of all slots, mixing into them and out of them."""
+        return 6 * hidden_size * self.num_experts * self.config.slots_per_expert
+
 
 def unit(x: Array, axis: int, eps: float) -> Array:
     """x / (|x| + eps) along an axis: the paper's Algorithm 2. The authors' code has sqrt(|x|^2 + eps) below."""

@@ -99,10 +99,10 @@ def test_smoothing_keeps_a_line_and_the_mean_level():
 
 
 def test_labels_are_moved_apart_as_little_as_needed():
-    np.testing.assert_allclose(plots._spread([0.1, 0.5, 0.9], 0.1), [0.1, 0.5, 0.9])
-    np.testing.assert_allclose(plots._spread([0.5, 0.5, 0.9], 0.1), [0.45, 0.55, 0.9])
-    np.testing.assert_allclose(plots._spread([0.5, 0.5, 0.5, 0.62], 0.1), np.array([-0.15, -0.05, 0.05, 0.15]) + 0.53)
-    assert plots._spread([], 0.1) == []
+    np.testing.assert_allclose(plots.spread([0.1, 0.5, 0.9], 0.1), [0.1, 0.5, 0.9])
+    np.testing.assert_allclose(plots.spread([0.5, 0.5, 0.9], 0.1), [0.45, 0.55, 0.9])
+    np.testing.assert_allclose(plots.spread([0.5, 0.5, 0.5, 0.62], 0.1), np.array([-0.15, -0.05, 0.05, 0.15]) + 0.53)
+    assert plots.spread([], 0.1) == []
 
 
 @pytest.mark.parametrize("num_layers, num_experts, num_points", [(1, 64, 3), (3, 8, 400), (4, 4, 1), (12, 128, 20)])
