@@ -25,9 +25,9 @@ def files():
     lines = json_lines(TEXTS)
     return {
         "a.txt": lines,
-        "a.txt.gz": gzip.compress(lines),
+        "a.txt.gz": gzip.compress(lines, mtime=0),
         "a.jsonl": json_lines(CHATS),
-        "a.jsonl.gz": gzip.compress(lines),
+        "a.jsonl.gz": gzip.compress(lines, mtime=0),
         "a.jsonl.zst": zstandard.compress(lines),
         "a.parquet": parquet(texts),
         "b.parquet": parquet(chats, compression="none", use_dictionary=False),

@@ -28,7 +28,7 @@ def _encoded():
     large = table.cast(pa.schema([("text", pa.large_string()), ("domain", pa.string()), ("id", pa.int64())]))
     return {
         "rows.jsonl": raw,
-        "rows.jsonl.gz": gzip.compress(raw),
+        "rows.jsonl.gz": gzip.compress(raw, mtime=0),
         "rows.jsonl.zst": zstandard.compress(raw),
         "rows.JSONL.ZST": zstandard.compress(raw[:999]) + zstandard.compress(raw[999:]),  # two frames
         "rows.parquet": parquet(table),
@@ -143,19 +143,19 @@ def test_a_column_that_is_there_twice(tmp_path):
         ("a.parquet", b"PAR1", "not a whole parquet file"),
         ("a.parquet", b"hello" * 99, "not a whole parquet file"),
         ("a.parquet", parquet(_table())[:-20], "not a whole parquet file"),
-        ("a.parquet", gzip.compress(b"x"), "gzip-compressed: its name should end in .gz"),
+        ("a.parquet", gzip.compress(b"x", mtime=0), "gzip-compressed: its name should end in .gz"),
         ("a.arrow", b"hello" * 99, "not a whole Arrow file"),
         ("a.arrow", stream(_table())[:5000], "not a whole Arrow file"),
         ("a.arrow", parquet(_table()), "a parquet file: its name should end in .parquet"),
         ("a.jsonl.zst", zstandard.compress(json_lines(ROWS))[:-9], "not a whole zstd file: it ends in the middle"),
         ("a.jsonl.zst", b"not zstd", "not a whole zstd file"),
         ("a.jsonl.zst", zstandard.compress(b""), "the file is empty"),
-        ("a.jsonl", gzip.compress(b"x"), "gzip-compressed: its name should end in .gz"),
+        ("a.jsonl", gzip.compress(b"x", mtime=0), "gzip-compressed: its name should end in .gz"),
         ("a.jsonl", zstandard.compress(b"x"), "zstd-compressed: its name should end in .zst"),
         ("a.txt", b"PK\3\4rest", "a zip archive: unpack it"),
-        ("a.txt.gz", gzip.compress(b"\0\1"), "binary"),
-        ("a.txt.gz", gzip.compress("é".encode("latin-1") * 99), "not UTF-8"),
-        ("a.txt.gz", gzip.compress(LONG.encode())[:-4], "not a whole gzip file"),
+        ("a.txt.gz", gzip.compress(b"\0\1", mtime=0), "binary"),
+        ("a.txt.gz", gzip.compress("é".encode("latin-1") * 99, mtime=0), "not UTF-8"),
+        ("a.txt.gz", gzip.compress(LONG.encode(), mtime=0)[:-4], "not a whole gzip file"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "Git LFS pointer"),
     ],
 )  # fmt: skip
@@ -219,7 +219,7 @@ def test_mixed_folder(tmp_path, caplog):
     write_saved(tmp_path / "deep" / "one", [_table([{"text": "deep"}])])
     write_saved(tmp_path / "damaged", [_table()], state={"_data_files": [{"filename": "gone.arrow"}]})
     (tmp_path / "lines.jsonl.zst").write_bytes(zstandard.compress(json_lines([{"text": "line"}])))
-    (tmp_path / "deep" / "book.txt.gz").write_bytes(gzip.compress(b"book"))
+    (tmp_path / "deep" / "book.txt.gz").write_bytes(gzip.compress(b"book", mtime=0))
     (tmp_path / "rows.parquet").write_bytes(parquet(_table([{"text": "row"}])))
     (tmp_path / "bad.parquet").write_bytes(b"PAR1")
     (tmp_path / "notes.docx").write_bytes(b"x")

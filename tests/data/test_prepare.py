@@ -53,7 +53,7 @@ def root(tmp_path_factory):
     put("usr/share/go-1.19/src/p/latin.go", b"\xe9" * 999)
     words = "".join(f"Word{i} \\Word\\, n.\n   {s}\n   [1913 Webster]\n\n" for i, s in enumerate(sentences(4, 2500)))
     header = "00-database-info\n   header\nheader of the file\n"
-    put("usr/share/dictd/gcide.dict.dz", gzip.compress((header + words).encode()))
+    put("usr/share/dictd/gcide.dict.dz", gzip.compress((header + words).encode(), mtime=0))
     synsets = [f"{i:08} 03 n 02 small_one{i} 0 other(a) 0 000 | {s}  " for i, s in enumerate(sentences(5, 2000))]
     put("usr/share/wordnet/data.noun", "  1 This licence is not a gloss | no\n" + "\n".join(synsets) + "\n")
     put("usr/share/doc/postgresql-doc-15/html/a.html", page(sentences(6, 30)))

@@ -30,7 +30,7 @@ def test_text_file(tmp_path):
 def test_json_lines(tmp_path, suffix):
     content = _lines({"text": LONG}, {"text": "zwei", "domain": "de"}, {"text": "three", "domain": None}) + "\n"
     path = tmp_path / f"part.1{suffix}"
-    path.write_bytes(gzip.compress(content.encode()) if suffix.endswith("gz") else content.encode())
+    path.write_bytes(gzip.compress(content.encode(), mtime=0) if suffix.endswith("gz") else content.encode())
     corpus = load_corpus(path, TOKENIZER)
     assert _texts(corpus) == [LONG, "zwei", "three"]
     assert corpus.domains == ("part.1", "de") and corpus.domain_ids.tolist() == [0, 1, 0]
@@ -78,7 +78,7 @@ def test_bad_lines_are_counted(tmp_path, caplog):
         ("a.jsonl", b'{"txt": "x"}\n', "no 'text' field"),
         ("a.jsonl", b"[" * 100_000, "invalid JSON"),
         ("a.jsonl.gz", b"not gzip", "gzip"),
-        ("a.jsonl.gz", gzip.compress(_lines({"text": LONG}).encode() * 99)[:-30], "gzip"),
+        ("a.jsonl.gz", gzip.compress(_lines({"text": LONG}).encode() * 99, mtime=0)[:-30], "gzip"),
         ("a.json", b"{}", "unsupported format '.json': expected a .txt"),
         ("a.json", b"{}", "did you mean '.jsonl'"),
         ("a.tar.zst", b"x", "unsupported format '.tar.zst'"),
@@ -155,7 +155,7 @@ def test_folder_skips_are_counted(tmp_path, caplog):
             "binary.txt": b"\0\1\2",
             "latin.txt": b"\xe9" * 50,
             "empty.txt": "",
-            "cut.jsonl.gz": gzip.compress(_lines({"text": LONG}).encode())[:-9],
+            "cut.jsonl.gz": gzip.compress(_lines({"text": LONG}).encode(), mtime=0)[:-9],
             "table.csv": "a,b",
             "readme.md": "x",
         },
