@@ -19,8 +19,20 @@ from typing import Any
 import numpy as np
 from bench_train import Contender, worker
 
-#: settings of the two models that both sides run; `mixtral` is the decoder of `bench.py train`
+#: settings of the models that both sides run: `tiny` of the size that the parity tests load, `mixtral` the decoder of
+#: `bench.py train`, whose weights no longer fit in a core's cache
 MODELS = {
+    "tiny": (
+        "MixtralConfig",
+        dict(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_key_value_heads=2,
+            intermediate_size=24,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+        ),
+    ),
     "mixtral": ("MixtralConfig", dict(intermediate_size=512, num_local_experts=8, num_experts_per_tok=2)),
     "olmoe": ("OlmoeConfig", dict(intermediate_size=128, num_experts=64, num_experts_per_tok=8)),
 }
@@ -37,7 +49,7 @@ def write_model(name: str, folder: str) -> None:
 
     torch.manual_seed(0)
     cls, settings = MODELS[name]
-    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, cls)(**SIZES, **settings))
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, cls)(**{**SIZES, **settings}))
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             if path.endswith("gate.weight"):
