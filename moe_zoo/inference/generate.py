@@ -20,6 +20,7 @@ from moe_zoo.sharding import readable
 _SMALLEST = 32  # bucket
 _CHUNK = 16  # most tokens per dispatch
 _STOPS = 8  # ids that end a sequence are padded to a multiple of this
+_APART = 2**30  # bytes of weights that a CPU copies once per dispatch, so as not to copy them for every token
 
 
 def generate(
@@ -117,10 +118,19 @@ def _pick(logits_BSV, step, how):
     return draw(keys_B, logits_BSV[:, -1], how)
 
 
+def _merged(graphdef, state):
+    """The model, its layers apart where that pays."""
+    model = nnx.merge(graphdef, state)
+    alone = model.mesh is None or model.mesh.size == 1
+    if alone and jax.default_backend() == "cpu" and sum(x.nbytes for x in jax.tree.leaves(state)) <= _APART:
+        model.set_layers_apart()
+    return model
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _prefill(graphdef, L, state, tokens, valid, how):
     """(the first new id [B, 1], what decoding goes on with)."""
-    model = nnx.merge(graphdef, state)
+    model = _merged(graphdef, state)
     positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0).astype(jnp.int32)
     cache = model.init_cache(tokens.shape[0], L)
     logits, _, cache = model(tokens, positions=positions, valid=valid, cache=cache, last=True)
@@ -131,7 +141,7 @@ def _prefill(graphdef, L, state, tokens, valid, how):
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _decode(graphdef, state, carry, done, limit, how):
     """((ids [B, 16], how many of them are new), carry): up to `limit` more ids, fewer if all sequences end."""
-    model = nnx.merge(graphdef, state)
+    model = _merged(graphdef, state)
 
     def more(loop):
         i, _, done, _ = loop

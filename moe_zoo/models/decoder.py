@@ -58,7 +58,7 @@ class SegmentBlocks(nnx.Module):
     """The stacked blocks of one segment, one entry per position of its pattern."""
 
     def __init__(self, blocks: list[Block], layer_ids: list[tuple[int, ...]]):
-        self.blocks = nnx.List(stack(block, ids) for block, ids in zip(blocks, layer_ids))
+        self.blocks = nnx.List(blocks)
         self.layer_ids = tuple(layer_ids)
 
     @property
@@ -80,9 +80,8 @@ class Decoder(nnx.Module):
         for segment in config.segments():
             P, R = len(segment.pattern), segment.repeats
             ids = [tuple(first + r * P + p for r in range(R)) for p in range(P)]
-            segments.append(
-                SegmentBlocks([make_block(config.variant(kind), kind, config) for kind in segment.pattern], ids)
-            )
+            blocks = [make_block(config.variant(kind), kind, config) for kind in segment.pattern]
+            segments.append(SegmentBlocks([stack(block, layers) for block, layers in zip(blocks, ids)], ids))
             first += P * R
         self.segments = nnx.List(segments)
         self.shared = nnx.Dict(shared_modules(config))
@@ -140,6 +139,18 @@ class Decoder(nnx.Module):
         wide = jnp.promote_types(logits.dtype, jnp.float32)
         new_cache = None if cache is None else {"at": at + S, "ngram": ngram_cache, "segments": state.caches}
         return logits.astype(wide), ModelAux(state.losses, state.layers), new_cache
+
+    def set_layers_apart(self) -> None:
+        """Cuts the stacked layers into segments of one repeat each. The arrays are copies, and every path changes.
+
+        For a program that runs the layers over and over: a stack is cut, and copied, each time that it is run.
+        """
+        apart = []
+        for segment in self.segments:
+            for r in range(segment.repeats):
+                blocks = [jax.tree.map(lambda x, r=r: x[r : r + 1], block) for block in segment.blocks]
+                apart.append(SegmentBlocks(blocks, [(ids[r],) for ids in segment.layer_ids]))
+        self.segments = nnx.List(apart)
 
     def init_cache(self, batch: int, max_seq: int) -> dict:
         """An empty decoding cache for `max_seq` tokens: every mixer's and router's own pytree, stacked over repeats."""
