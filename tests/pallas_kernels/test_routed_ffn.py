@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import _tpu_rows, combine_rows, expert_ffn, gather_rows, quantize, routed_ffn
-from pallas_kernels.expert_ffn import pallas_tpu_tiles
+from pallas_kernels.expert_ffn import pallas_tpu_tiles, xla_few
 
 T, K, D, F, E = 16, 2, 16, 32, 4
 
@@ -195,3 +195,22 @@ def test_few_rows_are_those_of_the_reference_and_touch_only_the_experts_they_use
     np.testing.assert_allclose(run(dirty), run(clean, implementation="reference"), rtol=1e-5, atol=1e-5)
     narrow = [None if w is None else quantize(jnp.asarray(w)) for w in clean]
     np.testing.assert_allclose(run(narrow), run(narrow, implementation="reference"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_few_more_rows_than_experts_go_through_all_of_them(gated):
+    """What None takes on a CPU without a derivative; an empty row is NaN, one expert unused, one choice dropped."""
+    rng = np.random.default_rng(0)
+    T, E = 5, 4
+    expert_R = np.sort(rng.choice([0, 1, 3], 2 * T - 1))
+    choice_R = np.array([*rng.permutation(2 * T)[:-1], 2 * T], np.int32)
+    slot = np.full(2 * T, 2 * T, np.int32)
+    slot[choice_R[:-1]] = np.arange(2 * T - 1)
+    weights = [rng.normal(size=shape).astype(np.float32) for shape in ((E, D, F), (E, D, F), (E, F, D))]
+    weights = [w if gated or i else None for i, w in enumerate(weights)]
+    x_TD, gates_TK = rng.normal(size=(T, D)).astype(np.float32), rng.random((T, 2)).astype(np.float32)
+    rest = (np.bincount(expert_R, minlength=E).astype(np.int32), choice_R, slot.reshape(T, 2), gates_TK)
+    assert xla_few.suits(len(choice_R), E) and len(choice_R) > E
+    for w in (weights, [None if a is None else quantize(jnp.asarray(a)) for a in weights]):
+        got, expected = routed_ffn(x_TD, *w, *rest), routed_ffn(x_TD, *w, *rest, implementation="reference")
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
