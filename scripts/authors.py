@@ -14,6 +14,7 @@ and makes the exit code 1. T = B * S tokens, D model, E experts, K experts per t
 
 import argparse
 import importlib
+import itertools
 import math
 import pathlib
 import sys
@@ -334,6 +335,42 @@ def smoe_dropout(checkout: Checkout) -> dict[str, float]:
     return out
 
 
+def unit_vectors():
+    """A class of experts for lists that are iterated: the e-th one made answers with the e-th unit vector."""
+
+    class Unit(torch.nn.Module):
+        def __init__(self, *sizes):
+            super().__init__()
+            self.e = next(Unit.made)
+
+        def forward(self, x):
+            return torch.eye(D)[self.e].expand(x.shape)
+
+    Unit.made = itertools.count()
+    return Unit
+
+
+def top_p(checkout: Checkout) -> dict[str, float]:
+    """Gates and the gradient into the router for several p."""
+    file, out = "modeling/modeling_moe.py", {"choices": 0, "gates": 0.0, "gradient": 0.0}
+
+    def ours(kernel, p):
+        dense_TE = router("top_p", {"kernel": kernel}, top_p=p)(X_TD, context()).decision.dense().gates
+        return (dense_TE * MIX_TE).sum(), dense_TE
+
+    for p in (0.1, 0.4, 0.7, 0.95):
+        theirs = checkout.run(file, "top_p_sampling_batched_all_sequence", "SwitchMLP", LlamaMLP=unit_vectors())
+        config = Config(expert_frequency=2, top_p_threshold=p, num_experts=E, hidden_size=D)
+        there = theirs.SwitchMLP(config, 0)
+        there.router.weight.data = tensor(KERNEL_DE.T)
+        theirs_TE = there(tensor(X_TD).reshape(B, S, D)).reshape(T, D)[:, :E]
+        (theirs_TE * tensor(MIX_TE)).sum().backward()
+        (_, ours_TE), gradient = jax.value_and_grad(ours, has_aux=True)(jnp.asarray(KERNEL_DE), p)
+        figures = {**gates(ours_TE, theirs_TE), "gradient": difference(gradient.T, there.router.weight.grad)}
+        out |= {n: max(out[n], v) for n, v in figures.items()}
+    return out
+
+
 def hashed(parlai: Checkout) -> dict[str, float]:
     """With their random table in our router: the output of the layer with their experts."""
     file = "projects/params_vs_compute/hash_ladder/hash_ladder.py"
@@ -357,6 +394,7 @@ COMPARISONS = {  # name -> function, what it needs
     "relu": (relu, "thu-ml/ReMoE"),
     "block_ffn": (block_ffn, "thunlp/BlockFFN"),
     "smoe_dropout": (smoe_dropout, "VITA-Group/Random-MoE-as-Dropout"),
+    "top_p": (top_p, "ZhenweiAn/Dynamic_MoE"),
     "hash": (hashed, "facebookresearch/ParlAI"),
 }
 

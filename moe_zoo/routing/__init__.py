@@ -15,5 +15,6 @@ ROUTERS = Registry(
         "sparsemixer": "moe_zoo.routing.sparsemixer:SparseMixer",
         "switch": "moe_zoo.routing.switch:Switch",
         "top_k": "moe_zoo.routing.top_k:TopK",
+        "top_p": "moe_zoo.routing.top_p:TopP",
     },
 )

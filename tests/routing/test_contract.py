@@ -43,6 +43,7 @@ CASES = {
         {"name": "top_k", "score_function": "sigmoid", "correction_bias": True, "bias_update_rate": 0.01}
     ),
     "top_k_capacity": Case({"name": "top_k"}, dispatch="capacity"),
+    "top_p": Case({"name": "top_p"}, losses=("load_balance", "entropy_loss")),
     "sparsemixer": Case({"name": "sparsemixer"}),
     "switch": Case({"name": "switch", "jitter": 0.0}),
     "expert_choice_sequence": Case({"name": "expert_choice"}, dispatch="slots", losses=()),

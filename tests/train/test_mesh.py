@@ -42,6 +42,10 @@ ROUTERS = {
     "soft": ({"name": "soft", "slots_per_expert": 2}, "slots", (), "next_token"),
     "smoe_dropout": ({"name": "smoe_dropout"}, "dropless", (), "next_token"),
     "hash": ({"name": "hash"}, "dropless", (), "next_token"),
+    "top_p": (
+        {"name": "top_p", "init_std": 0.5, "controller_rate": 0.1}, "dropless",
+        ("load_balance", "entropy_loss"), "next_token",
+    ),
     "sparsemixer": ({"name": "sparsemixer"}, "dropless", (), "next_token"),
 }  # fmt: skip
 COMPETING = ("expert_choice", "relu_budget")
