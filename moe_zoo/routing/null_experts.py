@@ -84,6 +84,9 @@ class NullExperts(Router):
         E, M = self.num_experts, self.config.num_null_experts
         return self.config.picks_per_token * E / (E + M)
 
+    def flops_per_token(self, hidden_size: int) -> float:
+        return 2 * hidden_size * (self.num_experts + self.config.num_null_experts)
+
 
 def true_softmax(logits_TK: Float[Array, "T K"], true_TK) -> Float[Array, "T K"]:
     """Softmax over the true picks: P over their sum, safe where all of it underflows; zeros where none is true."""
