@@ -20,7 +20,7 @@ from moe_zoo.core.decision import TokenChoice
 from moe_zoo.core.param import Normal, param
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import join, positive
-from moe_zoo.routing.router import Dims, Router, gather_gates, linear_logits
+from moe_zoo.routing.router import CostBound, Dims, Router, gather_gates, linear_logits
 from moe_zoo.routing.top_k import select
 
 
@@ -54,6 +54,7 @@ class NullExperts(Router):
 
     Config = NullExpertsConfig
     provides = ("logits", "null_probs")
+    cost = CostBound(2.5, 2.5, "E + M logits and three picks by default, where top-k has E and two")
 
     def __init__(self, config: NullExpertsConfig, dims: Dims):
         self.config, self.num_experts = config, dims.num_experts
@@ -70,7 +71,8 @@ class NullExperts(Router):
             logits_TN = jnp.concatenate([logits_TN, linear_logits(x_TD, self.null_kernel[...])], -1)
         probs_TN = jax.nn.softmax(logits_TN)
         bias_N = jnp.pad(ctx.inputs["router_bias"], (0, M)) if "router_bias" in ctx.inputs else None
-        picks_TK = select(probs_TN, self.config.picks_per_token, bias_N)
+        # by logits: a softmax may tell equal logits apart, or make unequal ones equal
+        picks_TK = select(logits_TN, self.config.picks_per_token, bias_N)
         true_TK = picks_TK < E
         gates_TK = true_softmax(gather_gates(logits_TN, picks_TK), true_TK)
         choice = TokenChoice(jnp.where(true_TK, picks_TK, E), gates_TK, E)

@@ -23,7 +23,7 @@ from moe_zoo.core.decision import TokenChoice
 from moe_zoo.core.param import Buffer, Constant, Normal, param
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import join, positive
-from moe_zoo.routing.router import Dims, Router, gather_gates, linear_logits
+from moe_zoo.routing.router import CostBound, Dims, Router, gather_gates, linear_logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +70,7 @@ class TopP(Router):
     """Each token takes its best experts until their probabilities exceed p: few where the router is sure."""
 
     Config = TopPConfig
+    cost = CostBound(7, 20, "floor(p E) + 1 experts for every token, sorted and moved, while the router is flat")
 
     def __init__(self, config: TopPConfig, dims: Dims):
         self.config, self.num_experts = config, dims.num_experts

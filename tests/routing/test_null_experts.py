@@ -112,7 +112,7 @@ def test_task_gradient_reaches_true_experts_only_through_gates_and_nulls_through
 
 
 def test_bias_from_outside_steers_true_experts_and_the_selection_only():
-    routing = routed(router(), X, context(T, inputs={"router_bias": jnp.full(E, 5.0)}))
+    routing = routed(router(), X, context(T, inputs={"router_bias": jnp.full(E, 50.0)}))
     assert (routing.decision.experts < E).all()
     np.testing.assert_array_equal(routing.probs, found()[1].probs)
 
