@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from naive import tiny_model
+from naive import normal, tiny_model
 
 from moe_zoo.core import param as P
 from moe_zoo.core.registry import ConfigError
@@ -72,7 +72,7 @@ def test_a_negative_or_impossible_number_is_refused(top2):
 @pytest.fixture(scope="module")
 def dense():
     made = loaded(layers="3*dense", mlp={"activation": "gelu", "bias": True})
-    biased = {n: a + 0.3 if ".ffn.b_" in n else a for n, a in P.arrays(made.model).items()}
+    biased = {n: normal(1, *a.shape, scale=0.1) if ".ffn.b_" in n else a for n, a in P.arrays(made.model).items()}
     made.model = P.replace(made.model, biased)
     return made
 
@@ -94,7 +94,7 @@ def test_an_upcycled_model_begins_as_the_dense_one(dense, layers, routed):
 def test_raw_gates_scale_what_the_dense_model_adds(dense):
     """What upcycling promises holds where gates sum to 1, and only there."""
     new = upcycle(dense, 5, router={"name": "top_k", "norm_topk_prob": False})
-    assert np.abs(new(IDS).logits - dense(IDS).logits).max() > 1e-2
+    assert np.abs(new(IDS).logits - dense(IDS).logits).max() > 1e-3
 
 
 def test_what_cannot_be_upcycled_is_refused(top2, dense):
