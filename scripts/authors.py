@@ -13,12 +13,15 @@ and makes the exit code 1. T = B * S tokens, D model, E experts, K experts per t
 """
 
 import argparse
+import functools
 import importlib
+import itertools
 import math
 import pathlib
 import sys
 from abc import ABC, abstractmethod
 from types import SimpleNamespace as Space
+from typing import Optional
 
 import flax.linen
 import jax
@@ -33,6 +36,7 @@ from moe_zoo.dispatch.capacity import Capacity, CapacityConfig
 from moe_zoo.losses.chunk_sparsity import ChunkSparsity, ChunkSparsityConfig
 from moe_zoo.losses.load_balance import load_balance
 from moe_zoo.losses.locality import Locality, LocalityConfig
+from moe_zoo.losses.null_load_balance import null_load_balance
 from moe_zoo.losses.z_loss import z_loss
 from moe_zoo.routing import ROUTERS
 from moe_zoo.routing.recurrent import GRU
@@ -334,6 +338,77 @@ def smoe_dropout(checkout: Checkout) -> dict[str, float]:
     return out
 
 
+def unit_vectors():
+    """A class of experts for lists that are iterated: the e-th one made answers with the e-th unit vector."""
+
+    class Unit(torch.nn.Module):
+        def __init__(self, *sizes):
+            super().__init__()
+            self.e = next(Unit.made)
+
+        def forward(self, x):
+            return torch.eye(D)[self.e].expand(x.shape)
+
+    Unit.made = itertools.count()
+    return Unit
+
+
+def top_p(checkout: Checkout) -> dict[str, float]:
+    """Gates and the gradient into the router for several p."""
+    file, out = "modeling/modeling_moe.py", {"choices": 0, "gates": 0.0, "gradient": 0.0}
+
+    def ours(kernel, p):
+        dense_TE = router("top_p", {"kernel": kernel}, top_p=p)(X_TD, context()).decision.dense().gates
+        return (dense_TE * MIX_TE).sum(), dense_TE
+
+    for p in (0.1, 0.4, 0.7, 0.95):
+        theirs = checkout.run(file, "top_p_sampling_batched_all_sequence", "SwitchMLP", LlamaMLP=unit_vectors())
+        config = Config(expert_frequency=2, top_p_threshold=p, num_experts=E, hidden_size=D)
+        there = theirs.SwitchMLP(config, 0)
+        there.router.weight.data = tensor(KERNEL_DE.T)
+        theirs_TE = there(tensor(X_TD).reshape(B, S, D)).reshape(T, D)[:, :E]
+        (theirs_TE * tensor(MIX_TE)).sum().backward()
+        (_, ours_TE), gradient = jax.value_and_grad(ours, has_aux=True)(jnp.asarray(KERNEL_DE), p)
+        figures = {**gates(ours_TE, theirs_TE), "gradient": difference(gradient.T, there.router.weight.grad)}
+        out |= {n: max(out[n], v) for n, v in figures.items()}
+    return out
+
+
+def null_experts(checkout: Checkout) -> dict[str, float]:
+    """Gates and the gradient into both halves of the router, and the loss where there are no nulls to average."""
+    file, n = "exp_2/LLaMA_Factory/src/llamafactory/model/adaptive_moe_utils.py", 8  # their code knows 8 true experts
+    names = ("CustomMixtralSparseMoeBlock", "load_balancing_loss_func_with_null_experts")
+    stubs = dict(nn=lenient(ModuleList=UnitVectors), MixtralBlockSparseTop2MLP=lambda config: None)
+    theirs, out = checkout.run(file, *names, **stubs, Optional=Optional), {}
+    kernel, null = KERNEL_DE[:, :n], KERNEL_DE[:, n:] * 1.5
+
+    def ours(values, **settings):
+        cls = ROUTERS.get("null_experts")
+        made = param.materialize(cls(cls.Config(**settings), Dims(num_experts=n, hidden_size=D)), 0)
+        routing = param.replace(made, values)(jnp.asarray(X_TD), context())
+        dense_TE = routing.decision.dense().gates
+        return (dense_TE * MIX_TE[:, :n]).sum(), (dense_TE, routing)
+
+    for m, k in ((8, 3), (8, 6), (4, 4)):
+        values = {"kernel": jnp.asarray(kernel), "null_kernel": jnp.asarray(null[:, :m])}
+        sizes = dict(hidden_size=D, num_local_experts=n, num_experts_per_tok=k, router_jitter_noise=0.0)
+        there = theirs.CustomMixtralSparseMoeBlock(Config(**sizes), m)
+        there.gate.weight.data, there.gate2.weight.data = tensor(kernel.T), tensor(null[:, :m].T)
+        y_BSD, logits_TN = there(tensor(X_TD).reshape(B, S, D))
+        theirs_TE = y_BSD.reshape(T, D)[:, :n]
+        (theirs_TE * tensor(MIX_TE[:, :n])).sum().backward()
+        run = jax.value_and_grad(functools.partial(ours, num_null_experts=m, picks_per_token=k), has_aux=True)
+        (_, (ours_TE, routing)), gradient = run(values)
+        label = f"{m} nulls k={k} "
+        out |= gates(ours_TE, theirs_TE, label)
+        out[f"{label}logits"] = difference(routing.logits, logits_TN)
+        out[f"{label}gradient"] = difference(gradient["kernel"].T, there.gate.weight.grad)
+    _, (_, routing) = ours({"kernel": jnp.asarray(kernel)}, num_null_experts=0, picks_per_token=2)
+    loss = theirs.load_balancing_loss_func_with_null_experts((tensor(routing.logits),), n, 2)
+    balance = null_load_balance(routing.probs, routing.decision.counts(), 2 * T)
+    return out | {"balance without nulls": difference(2 * balance, loss)}
+
+
 def hashed(parlai: Checkout) -> dict[str, float]:
     """With their random table in our router: the output of the layer with their experts."""
     file = "projects/params_vs_compute/hash_ladder/hash_ladder.py"
@@ -357,6 +432,8 @@ COMPARISONS = {  # name -> function, what it needs
     "relu": (relu, "thu-ml/ReMoE"),
     "block_ffn": (block_ffn, "thunlp/BlockFFN"),
     "smoe_dropout": (smoe_dropout, "VITA-Group/Random-MoE-as-Dropout"),
+    "null_experts": (null_experts, "CengZihao/AdaMoE"),
+    "top_p": (top_p, "ZhenweiAn/Dynamic_MoE"),
     "hash": (hashed, "facebookresearch/ParlAI"),
 }
 

@@ -180,7 +180,9 @@ def _dynamic(router, seq_len: int) -> str:
     if router.decision.__name__ == "Soft":
         return "all, mixed"
     most, mean = router.active(), router.rows_per_token(seq_len)  # at the end of training, over all of it
-    return f"{most:g}" if mean == most else f"{2 * mean - most:g} to {most:g}"
+    if mean != most:
+        return f"{2 * mean - most:g} to {most:g}"
+    return f"{most:g}" if most == router.max_active() else f"varies, {most:g} on average"
 
 
 def _extra(parameters: int) -> str:

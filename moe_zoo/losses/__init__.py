@@ -6,8 +6,10 @@ LOSSES = Registry(
     "loss",
     {
         "chunk_sparsity": "moe_zoo.losses.chunk_sparsity:ChunkSparsity",
+        "entropy_loss": "moe_zoo.losses.entropy_loss:EntropyLoss",
         "load_balance": "moe_zoo.losses.load_balance:LoadBalance",
         "locality": "moe_zoo.losses.locality:Locality",
+        "null_load_balance": "moe_zoo.losses.null_load_balance:NullLoadBalance",
         "z_loss": "moe_zoo.losses.z_loss:ZLoss",
     },
 )

@@ -8,6 +8,7 @@ ROUTERS = Registry(
         "block_ffn": "moe_zoo.routing.block_ffn:BlockFFN",
         "expert_choice": "moe_zoo.routing.expert_choice:ExpertChoice",
         "hash": "moe_zoo.routing.hashed:Hashed",
+        "null_experts": "moe_zoo.routing.null_experts:NullExperts",
         "recurrent": "moe_zoo.routing.recurrent:Recurrent",
         "relu": "moe_zoo.routing.relu:ReLU",
         "smoe_dropout": "moe_zoo.routing.smoe_dropout:SMoEDropout",
@@ -15,5 +16,6 @@ ROUTERS = Registry(
         "sparsemixer": "moe_zoo.routing.sparsemixer:SparseMixer",
         "switch": "moe_zoo.routing.switch:Switch",
         "top_k": "moe_zoo.routing.top_k:TopK",
+        "top_p": "moe_zoo.routing.top_p:TopP",
     },
 )

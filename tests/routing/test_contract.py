@@ -43,6 +43,7 @@ CASES = {
         {"name": "top_k", "score_function": "sigmoid", "correction_bias": True, "bias_update_rate": 0.01}
     ),
     "top_k_capacity": Case({"name": "top_k"}, dispatch="capacity"),
+    "top_p": Case({"name": "top_p"}, losses=("load_balance", "entropy_loss")),
     "sparsemixer": Case({"name": "sparsemixer"}),
     "switch": Case({"name": "switch", "jitter": 0.0}),
     "expert_choice_sequence": Case({"name": "expert_choice"}, dispatch="slots", losses=()),
@@ -50,6 +51,9 @@ CASES = {
     "relu": Case({"name": "relu"}, losses=(), objective="adaptive_sparsity"),
     "relu_everywhere": Case({"name": "relu"}, dispatch="everywhere", losses=(), objective="adaptive_sparsity"),
     "block_ffn": Case({"name": "block_ffn"}, losses=("locality", "chunk_sparsity")),
+    "null_experts": Case(
+        {"name": "null_experts", "num_null_experts": 1, "picks_per_token": 2}, losses=("null_load_balance", "z_loss")
+    ),
     "recurrent": Case({"name": "recurrent", "recurrent_size": 8}),
     "soft": Case({"name": "soft", "slots_per_expert": 2}, dispatch="slots", losses=()),
     "smoe_dropout": Case({"name": "smoe_dropout", "k_min": 1, "k_max": 3, "total_steps": 10}, losses=()),

@@ -38,10 +38,18 @@ ROUTERS = {
         {"name": "block_ffn", "init_std": 0.5}, "dropless",
         {"locality": {"alpha": 10.0}, "chunk_sparsity": {}}, "next_token",
     ),
+    "null_experts": (
+        {"name": "null_experts", "num_null_experts": 6, "init_std": 0.5}, "dropless", ("null_load_balance", "z_loss"),
+        "next_token",
+    ),
     "recurrent": ({"name": "recurrent", "recurrent_size": 8}, "dropless", ("load_balance",), "next_token"),
     "soft": ({"name": "soft", "slots_per_expert": 2}, "slots", (), "next_token"),
     "smoe_dropout": ({"name": "smoe_dropout"}, "dropless", (), "next_token"),
     "hash": ({"name": "hash"}, "dropless", (), "next_token"),
+    "top_p": (
+        {"name": "top_p", "init_std": 0.5, "controller_rate": 0.1}, "dropless",
+        ("load_balance", "entropy_loss"), "next_token",
+    ),
     "sparsemixer": ({"name": "sparsemixer"}, "dropless", (), "next_token"),
 }  # fmt: skip
 COMPETING = ("expert_choice", "relu_budget")

@@ -1,0 +1,6 @@
+"""A trained model in, another model out. Each returns a new `Loaded`; the given one stays as it is."""
+
+from moe_zoo.transform.null_experts import add_null_experts
+from moe_zoo.transform.upcycle import upcycle
+
+__all__ = ["add_null_experts", "upcycle"]
