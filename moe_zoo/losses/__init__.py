@@ -6,6 +6,8 @@ LOSSES = Registry(
     "loss",
     {
         "chunk_sparsity": "moe_zoo.losses.chunk_sparsity:ChunkSparsity",
+        "expected_load": "moe_zoo.losses.variation:ExpectedLoad",
+        "importance": "moe_zoo.losses.variation:Importance",
         "load_balance": "moe_zoo.losses.load_balance:LoadBalance",
         "locality": "moe_zoo.losses.locality:Locality",
         "z_loss": "moe_zoo.losses.z_loss:ZLoss",
