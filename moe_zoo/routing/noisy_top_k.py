@@ -85,6 +85,10 @@ class NoisyTopK(Router):
     def max_active(self) -> int:
         return self.config.num_experts_per_tok
 
+    def flops_per_token(self, hidden_size: int) -> float:
+        """Two matrices, as in training."""
+        return 4 * hidden_size * self.num_experts
+
 
 def chance(
     clean_TE: Float[Array, "T E"], best_TJ: Float[Array, "T J"], hit_TE, scale_TE: Float[Array, "T E"]
