@@ -4,6 +4,7 @@ import __future__
 
 import abc
 import ast
+import contextlib
 import math
 import os
 import pathlib
@@ -90,6 +91,29 @@ class Idle(Space):
 
     def __getattr__(self, name):
         return lambda *args, **kwargs: None
+
+
+class Static(np.ndarray):
+    """An array that knows its shape by TensorFlow 1's method."""
+
+    def get_shape(self):
+        return Space(as_list=lambda: list(self.shape))
+
+
+def tensorflow(**changes) -> Space:
+    """As much of TensorFlow 1 as routing code asks for, in jnp: its names, its order of arguments."""
+    function = dict(
+        zeros_initializer=lambda: None, variable_scope=lambda *a, **k: contextlib.nullcontext(), float32=jnp.float32,
+        nn=Space(softplus=jax.nn.softplus, softmax=jax.nn.softmax), matmul=jnp.matmul, square=jnp.square,
+        to_float=lambda x: jnp.asarray(x, jnp.float32), to_int32=lambda x: jnp.asarray(x, jnp.int32), where=jnp.where,
+        shape=lambda x: x.shape, size=jnp.size, unstack=lambda x, num: list(x), reshape=jnp.reshape, stack=jnp.stack,
+        range=jnp.arange, div=jnp.floor_divide, expand_dims=jnp.expand_dims, gather=lambda x, at: x[at],
+        greater=jnp.greater, erf=jax.scipy.special.erf, argmax=jnp.argmax, reduce_max=jnp.max, reduce_sum=jnp.sum,
+        squared_difference=lambda a, b: (a - b) ** 2, one_hot=lambda at, n, on: on * jax.nn.one_hot(at, n),
+        slice=lambda x, begin, size: x[:, begin[1] : begin[1] + size[1]],
+        unsorted_segment_sum=lambda x, at, n: jax.ops.segment_sum(x, at, num_segments=n),
+    )  # fmt: skip
+    return Space(**{**function, **changes})
 
 
 class UnitVectors(list):

@@ -20,7 +20,7 @@ from moe_zoo.core.decision import TokenChoice
 from moe_zoo.core.param import Constant, Normal, param
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import join, positive
-from moe_zoo.routing.router import Dims, Router, gather_gates, linear_logits
+from moe_zoo.routing.router import CostBound, Dims, Router, gather_gates, linear_logits
 from moe_zoo.routing.top_k import select
 
 
@@ -54,6 +54,7 @@ class NoisyTopK(Router):
     Config = NoisyTopKConfig
     provides = ("logits", "probs", "expected_load")
     requires = ("key",)
+    cost = CostBound(14, 5, "a normal random number and its distribution function for every token and expert")
 
     def __init__(self, config: NoisyTopKConfig, dims: Dims):
         self.config, self.num_experts = config, dims.num_experts
