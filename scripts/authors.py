@@ -13,6 +13,7 @@ and makes the exit code 1. T = B * S tokens, D model, E experts, K experts per t
 """
 
 import argparse
+import dataclasses
 import importlib
 import math
 import pathlib
@@ -27,13 +28,16 @@ import numpy as np
 from checkout import (
     Checkout,
     Config,
+    Dimension,
     Idle,
     Missing,
+    Named,
     Static,
     UnitVectors,
     difference,
     gates,
     lenient,
+    mesh_tensorflow,
     numpy,
     tensor,
     tensorflow,
@@ -45,7 +49,7 @@ from moe_zoo.core.aux import Stat
 from moe_zoo.core.context import RoutingContext
 from moe_zoo.dispatch.capacity import Capacity, CapacityConfig
 from moe_zoo.losses.chunk_sparsity import ChunkSparsity, ChunkSparsityConfig
-from moe_zoo.losses.load_balance import load_balance
+from moe_zoo.losses.load_balance import LoadBalance, LoadBalanceConfig, load_balance
 from moe_zoo.losses.locality import Locality, LocalityConfig
 from moe_zoo.losses.variation import ExpectedLoad, Importance, VariationConfig
 from moe_zoo.losses.z_loss import z_loss
@@ -170,6 +174,44 @@ def noisy_top_k(tensor2tensor: Checkout) -> dict[str, float]:
     for label, a, b in zip(("load", "importance loss", "load loss"), mine[1:], yours[1:], strict=True):
         out[label] = difference(a, b)
     return out | {f"gradient of {name}": difference(my_grads[ours], your_grads[ours]) for name, ours in names.items()}
+
+
+def gshard(mesh: Checkout) -> dict[str, float]:
+    """GShard's and ST-MoE's second expert: gates of what finds a place, loss, gradient of both, with the same draws."""
+    out, key, C = {}, jax.random.key(3), 2 * S // E
+    row, token, width, experts = (Dimension(*d) for d in (("row", B), ("token", S), ("width", D), ("expert", E)))
+    current = {"kernel": jnp.asarray(KERNEL_DE)}
+    mtf = mesh_tensorflow(
+        layers=Space(dense=lambda x, dim, **k: Named(x.value @ current["kernel"], (*x.dims[:-1], dim))),
+        random_uniform=lambda _, shape: Named(jax.random.uniform(key, (T,)).reshape(B, S), shape.dims),
+    )
+    there = mesh.run("mesh_tensorflow/transformer/moe.py", "_top_2_gating", mtf=mtf, tf=Space(bool=jnp.bool_))
+    for threshold, label in ((0.5, "GShard "), (0.2, "ST-MoE ")):
+        settings = dict(use_second_place_loss=False, second_policy_train="random", second_threshold_train=threshold)
+        settings = Space(**{f"moe_{name}": value for name, value in settings.items()})
+
+        def theirs(kernel, settings=settings):
+            current["kernel"] = kernel
+            x, places = Named(jnp.asarray(X_TD).reshape(B, S, D), (row, token, width)), Dimension("place", C)
+            _, combine, loss = there._top_2_gating(x, None, experts, places, settings, True, None)
+            gates_TE = combine.value.sum(-1).reshape(T, E)
+            return (gates_TE * MIX_TE).sum() + loss.value, (gates_TE, loss.value)
+
+        def ours(kernel, threshold=threshold):
+            ctx = context(train=True, key=key)
+            routing = router("gshard", {"kernel": kernel}, second_threshold=threshold)(jnp.asarray(X_TD), ctx)
+            plan = Capacity(CapacityConfig(1.0, group="sequence")).plan(routing.decision, ctx)
+            gates_TK = jnp.where(plan.slot < plan.num_rows, routing.decision.gates, 0)
+            gates_TE = dataclasses.replace(routing.decision, gates=gates_TK).dense().gates
+            loss = LoadBalance(LoadBalanceConfig(over="sequence", choices="first"))(routing, ctx)
+            return (gates_TE * MIX_TE).sum() + loss, (gates_TE, loss)
+
+        (_, mine), my_gradient = jax.value_and_grad(ours, has_aux=True)(jnp.asarray(KERNEL_DE))
+        (_, yours), your_gradient = jax.value_and_grad(theirs, has_aux=True)(jnp.asarray(KERNEL_DE))
+        out |= gates(mine[0], yours[0], label)
+        out |= {f"{label}loss": difference(mine[1], yours[1])}
+        out |= {f"{label}gradient": difference(my_gradient, your_gradient)}
+    return out
 
 
 def deepseek(checkout: Checkout) -> dict[str, float]:
@@ -401,6 +443,7 @@ COMPARISONS = {  # name -> function, what it needs
     "expert_choice": (expert_choice, "google/flaxformer"),
     "switch": (switch, "google/flaxformer"),
     "noisy_top_k": (noisy_top_k, "tensorflow/tensor2tensor"),
+    "gshard": (gshard, "tensorflow/mesh"),
     "deepseek": (deepseek, "deepseek-ai/DeepSeek-V3"),
     "huggingface": (huggingface, "transformers"),
     "recurrent": (recurrent, "qiuzh20/RMoE"),
@@ -415,7 +458,7 @@ def report(name: str, directory: pathlib.Path) -> bool:
     """Runs and prints one comparison: whether all of it is within tolerance, or it could not be run."""
     compare, source = COMPARISONS[name]
     try:
-        if torch is None and compare not in (soft, expert_choice, switch, noisy_top_k):
+        if torch is None and compare not in (soft, expert_choice, switch, noisy_top_k, gshard):
             raise Missing("needs torch")
         given = Checkout(directory, source) if "/" in source else importlib.import_module(source)
         source += f"@{given.commit[:12]}" if "/" in source else f" {given.__version__}"
