@@ -13,6 +13,7 @@ and makes the exit code 1. T = B * S tokens, D model, E experts, K experts per t
 """
 
 import argparse
+import dataclasses
 import functools
 import importlib
 import itertools
@@ -27,16 +28,34 @@ import flax.linen
 import jax
 import jax.numpy as jnp
 import numpy as np
-from checkout import Checkout, Config, Idle, Missing, UnitVectors, difference, gates, lenient, numpy, tensor, torch
+from checkout import (
+    Checkout,
+    Config,
+    Dimension,
+    Idle,
+    Missing,
+    Named,
+    Static,
+    UnitVectors,
+    difference,
+    gates,
+    lenient,
+    mesh_tensorflow,
+    numpy,
+    tensor,
+    tensorflow,
+    torch,
+)
 
 from moe_zoo.core import param
 from moe_zoo.core.aux import Stat
 from moe_zoo.core.context import RoutingContext
 from moe_zoo.dispatch.capacity import Capacity, CapacityConfig
 from moe_zoo.losses.chunk_sparsity import ChunkSparsity, ChunkSparsityConfig
-from moe_zoo.losses.load_balance import load_balance
+from moe_zoo.losses.load_balance import LoadBalance, LoadBalanceConfig, load_balance
 from moe_zoo.losses.locality import Locality, LocalityConfig
 from moe_zoo.losses.null_load_balance import null_load_balance
+from moe_zoo.losses.variation import ExpectedLoad, Importance, VariationConfig
 from moe_zoo.losses.z_loss import z_loss
 from moe_zoo.routing import ROUTERS
 from moe_zoo.routing.recurrent import GRU
@@ -124,6 +143,78 @@ def switch(flaxformer: Checkout) -> dict[str, float]:
         out |= gates(kept_TE, mask.combine_array.sum(-1).reshape(T, E), f"top-{k} ")
         out[f"top-{k} balance"] = difference(k * np.mean(balance_B), mask.auxiliary_loss)
         out[f"top-{k} z"] = difference(z_loss(routing.logits), mask.router_z_loss)
+    return out
+
+
+def noisy_top_k(tensor2tensor: Checkout) -> dict[str, float]:
+    """Gates, smooth load, both losses and the gradient of all into both matrices, with the same noise."""
+    values = {"kernel": jnp.asarray(KERNEL_DE), "noise_kernel": jnp.asarray(normal(4, D, E, scale=0.3))}
+    key, names = jax.random.key(3), {"w_gate": "kernel", "w_noise": "noise_kernel"}
+    current = dict(values)
+    tf = tensorflow(
+        get_variable=lambda name, *a: current[names[name]], random_normal=lambda shape: jax.random.normal(key, shape)
+    )
+    functions = ("_rowwise_unsorted_segment_sum", "_normal_distribution_cdf", "_prob_in_top_k", "cv_squared")
+    stubs = dict(tf=tf, common_layers=Space(should_generate_summaries=lambda: False))
+    file = "tensor2tensor/utils/expert_utils.py"
+    there = tensor2tensor.run(file, *functions, "_my_top_k", "noisy_top_k_gating", **stubs)
+
+    def theirs(values):
+        current.update(values)
+        gates_TE, load_E = there.noisy_top_k_gating(X_TD.view(Static), E, True, K)
+        balance = jnp.stack([there.cv_squared(gates_TE.sum(0)), there.cv_squared(load_E)])
+        return (gates_TE * MIX_TE).sum() + balance.sum(), (gates_TE, load_E, *balance)
+
+    def ours(values):
+        ctx = context(train=True, key=key)
+        routing = router("noisy_top_k", values, num_experts_per_tok=K)(jnp.asarray(X_TD), ctx)
+        gates_TE = routing.decision.dense().gates
+        balance = [loss(VariationConfig())(routing, ctx) for loss in (Importance, ExpectedLoad)]
+        return (gates_TE * MIX_TE).sum() + sum(balance), (gates_TE, routing.aux.terms["expected_load"], *balance)
+
+    (_, mine), my_grads = jax.value_and_grad(ours, has_aux=True)(values)
+    (_, yours), your_grads = jax.value_and_grad(theirs, has_aux=True)(values)
+    out = gates(mine[0], yours[0])
+    for label, a, b in zip(("load", "importance loss", "load loss"), mine[1:], yours[1:], strict=True):
+        out[label] = difference(a, b)
+    return out | {f"gradient of {name}": difference(my_grads[ours], your_grads[ours]) for name, ours in names.items()}
+
+
+def gshard(mesh: Checkout) -> dict[str, float]:
+    """GShard's and ST-MoE's second expert: gates of what finds a place, loss, gradient of both, with the same draws."""
+    out, key, C = {}, jax.random.key(3), 2 * S // E
+    row, token, width, experts = (Dimension(*d) for d in (("row", B), ("token", S), ("width", D), ("expert", E)))
+    current = {"kernel": jnp.asarray(KERNEL_DE)}
+    mtf = mesh_tensorflow(
+        layers=Space(dense=lambda x, dim, **k: Named(x.value @ current["kernel"], (*x.dims[:-1], dim))),
+        random_uniform=lambda _, shape: Named(jax.random.uniform(key, (T,)).reshape(B, S), shape.dims),
+    )
+    there = mesh.run("mesh_tensorflow/transformer/moe.py", "_top_2_gating", mtf=mtf, tf=Space(bool=jnp.bool_))
+    for threshold, label in ((0.5, "GShard "), (0.2, "ST-MoE ")):
+        settings = dict(use_second_place_loss=False, second_policy_train="random", second_threshold_train=threshold)
+        settings = Space(**{f"moe_{name}": value for name, value in settings.items()})
+
+        def theirs(kernel, settings=settings):
+            current["kernel"] = kernel
+            x, places = Named(jnp.asarray(X_TD).reshape(B, S, D), (row, token, width)), Dimension("place", C)
+            _, combine, loss = there._top_2_gating(x, None, experts, places, settings, True, None)
+            gates_TE = combine.value.sum(-1).reshape(T, E)
+            return (gates_TE * MIX_TE).sum() + loss.value, (gates_TE, loss.value)
+
+        def ours(kernel, threshold=threshold):
+            ctx = context(train=True, key=key)
+            routing = router("gshard", {"kernel": kernel}, second_threshold=threshold)(jnp.asarray(X_TD), ctx)
+            plan = Capacity(CapacityConfig(1.0, group="sequence")).plan(routing.decision, ctx)
+            gates_TK = jnp.where(plan.slot < plan.num_rows, routing.decision.gates, 0)
+            gates_TE = dataclasses.replace(routing.decision, gates=gates_TK).dense().gates
+            loss = LoadBalance(LoadBalanceConfig(over="sequence", choices="first"))(routing, ctx)
+            return (gates_TE * MIX_TE).sum() + loss, (gates_TE, loss)
+
+        (_, mine), my_gradient = jax.value_and_grad(ours, has_aux=True)(jnp.asarray(KERNEL_DE))
+        (_, yours), your_gradient = jax.value_and_grad(theirs, has_aux=True)(jnp.asarray(KERNEL_DE))
+        out |= gates(mine[0], yours[0], label)
+        out |= {f"{label}loss": difference(mine[1], yours[1])}
+        out |= {f"{label}gradient": difference(my_gradient, your_gradient)}
     return out
 
 
@@ -426,6 +517,8 @@ COMPARISONS = {  # name -> function, what it needs
     "soft": (soft, "google-research/vmoe"),
     "expert_choice": (expert_choice, "google/flaxformer"),
     "switch": (switch, "google/flaxformer"),
+    "noisy_top_k": (noisy_top_k, "tensorflow/tensor2tensor"),
+    "gshard": (gshard, "tensorflow/mesh"),
     "deepseek": (deepseek, "deepseek-ai/DeepSeek-V3"),
     "huggingface": (huggingface, "transformers"),
     "recurrent": (recurrent, "qiuzh20/RMoE"),
@@ -442,7 +535,7 @@ def report(name: str, directory: pathlib.Path) -> bool:
     """Runs and prints one comparison: whether all of it is within tolerance, or it could not be run."""
     compare, source = COMPARISONS[name]
     try:
-        if torch is None and compare not in (soft, expert_choice, switch):
+        if torch is None and compare not in (soft, expert_choice, switch, noisy_top_k, gshard):
             raise Missing("needs torch")
         given = Checkout(directory, source) if "/" in source else importlib.import_module(source)
         source += f"@{given.commit[:12]}" if "/" in source else f" {given.__version__}"

@@ -4,6 +4,7 @@ import __future__
 
 import abc
 import ast
+import contextlib
 import math
 import os
 import pathlib
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import types
 from types import SimpleNamespace as Space
+from typing import NamedTuple
 
 import flax
 import jax
@@ -90,6 +92,86 @@ class Idle(Space):
 
     def __getattr__(self, name):
         return lambda *args, **kwargs: None
+
+
+class Static(np.ndarray):
+    """An array that knows its shape by TensorFlow 1's method."""
+
+    def get_shape(self):
+        return Space(as_list=lambda: list(self.shape))
+
+
+def tensorflow(**changes) -> Space:
+    """As much of TensorFlow 1 as routing code asks for, in jnp: its names, its order of arguments."""
+    function = dict(
+        zeros_initializer=lambda: None, variable_scope=lambda *a, **k: contextlib.nullcontext(), float32=jnp.float32,
+        nn=Space(softplus=jax.nn.softplus, softmax=jax.nn.softmax), matmul=jnp.matmul, square=jnp.square,
+        to_float=lambda x: jnp.asarray(x, jnp.float32), to_int32=lambda x: jnp.asarray(x, jnp.int32), where=jnp.where,
+        shape=lambda x: x.shape, size=jnp.size, unstack=lambda x, num: list(x), reshape=jnp.reshape, stack=jnp.stack,
+        range=jnp.arange, div=jnp.floor_divide, expand_dims=jnp.expand_dims, gather=lambda x, at: x[at],
+        greater=jnp.greater, erf=jax.scipy.special.erf, argmax=jnp.argmax, reduce_max=jnp.max, reduce_sum=jnp.sum,
+        squared_difference=lambda a, b: (a - b) ** 2, one_hot=lambda at, n, on: on * jax.nn.one_hot(at, n),
+        slice=lambda x, begin, size: x[:, begin[1] : begin[1] + size[1]],
+        unsorted_segment_sum=lambda x, at, n: jax.ops.segment_sum(x, at, num_segments=n),
+    )  # fmt: skip
+    return Space(**{**function, **changes})
+
+
+class Dimension(NamedTuple):
+    """A named axis of Mesh TensorFlow."""
+
+    name: str
+    size: int
+
+
+class Named:
+    """An array whose axes have names, and arithmetic that matches axes by them."""
+
+    def __init__(self, value, dims):
+        self.value, self.dims, self.mesh = value, tuple(dims), None
+        self.shape, self.dtype = Space(dims=self.dims), value.dtype
+
+    def spread(self, dims):
+        """The values with axes in the order of `dims`, 1 where there is none."""
+        mine = [d for d in dims if d in self.dims]
+        value = jnp.transpose(self.value, [self.dims.index(d) for d in mine])
+        return value.reshape([d.size if d in self.dims else 1 for d in dims])
+
+    def with_(self, function, other):
+        if not isinstance(other, Named):
+            return Named(function(self.value, other), self.dims)
+        dims = self.dims + tuple(d for d in other.dims if d not in self.dims)
+        return Named(function(self.spread(dims), other.spread(dims)), dims)
+
+    def reduced(self, function, dim=None):
+        dims = self.dims if dim is None else (dim,)
+        value = function(self.value, axis=tuple(self.dims.index(d) for d in dims))
+        return Named(value, [d for d in self.dims if d not in dims])
+
+    __add__ = __radd__ = lambda self, other: self.with_(jnp.add, other)
+    __mul__ = __rmul__ = lambda self, other: self.with_(jnp.multiply, other)
+    __truediv__ = lambda self, other: self.with_(jnp.divide, other)
+    __rsub__ = lambda self, other: self.with_(lambda a, b: b - a, other)
+
+
+def mesh_tensorflow(**changes) -> Space:
+    """As much of Mesh TensorFlow as top-2 gating asks for."""
+    cast = lambda x, dtype=jnp.float32: Named(x.value.astype(dtype), x.dims)
+
+    def cumsum(x, dim, exclusive):
+        total = jnp.cumsum(x.value, axis=x.dims.index(dim))
+        return Named(total - x.value if exclusive else total, x.dims)
+
+    function = dict(
+        softmax=lambda x, dim: Named(jax.nn.softmax(x.value, x.dims.index(dim)), x.dims), to_float=cast, cast=cast,
+        top_1=lambda x, dim: (x.reduced(jnp.max, dim), x.reduced(lambda v, axis: v.argmax(*axis), dim)),
+        one_hot=lambda x, dim, dtype=jnp.float32: Named(jax.nn.one_hot(x.value, dim.size, dtype=dtype), (*x.dims, dim)),
+        equal=lambda a, b: a.with_(jnp.equal, b), less=lambda a, b: a.with_(jnp.less, b), cumsum=cumsum,
+        reduce_mean=lambda x, reduced_dim=None: x.reduced(jnp.mean, reduced_dim),
+        reduce_sum=lambda x, reduced_dim=None: x.reduced(jnp.sum, reduced_dim),
+        greater=lambda a, b: a.with_(jnp.greater, b), to_int32=lambda x: cast(x, jnp.int32),
+    )  # fmt: skip
+    return Space(**{**function, **changes})
 
 
 class UnitVectors(list):

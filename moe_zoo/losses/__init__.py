@@ -7,6 +7,8 @@ LOSSES = Registry(
     {
         "chunk_sparsity": "moe_zoo.losses.chunk_sparsity:ChunkSparsity",
         "entropy_loss": "moe_zoo.losses.entropy_loss:EntropyLoss",
+        "expected_load": "moe_zoo.losses.variation:ExpectedLoad",
+        "importance": "moe_zoo.losses.variation:Importance",
         "load_balance": "moe_zoo.losses.load_balance:LoadBalance",
         "locality": "moe_zoo.losses.locality:Locality",
         "null_load_balance": "moe_zoo.losses.null_load_balance:NullLoadBalance",

@@ -7,8 +7,10 @@ ROUTERS = Registry(
     {
         "block_ffn": "moe_zoo.routing.block_ffn:BlockFFN",
         "expert_choice": "moe_zoo.routing.expert_choice:ExpertChoice",
+        "gshard": "moe_zoo.routing.gshard:GShard",
         "hash": "moe_zoo.routing.hashed:Hashed",
         "null_experts": "moe_zoo.routing.null_experts:NullExperts",
+        "noisy_top_k": "moe_zoo.routing.noisy_top_k:NoisyTopK",
         "recurrent": "moe_zoo.routing.recurrent:Recurrent",
         "relu": "moe_zoo.routing.relu:ReLU",
         "smoe_dropout": "moe_zoo.routing.smoe_dropout:SMoEDropout",

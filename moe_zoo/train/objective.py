@@ -38,7 +38,8 @@ class Objective:
         """The loss of one micro-batch and its statistics `{"scalars": {name: Stat}, "layers": {path: {name: Stat}}}`.
 
         `batch["loss_weights"]` sum to 1 over the whole step, and `fraction` is this micro-batch's share of it: the sum
-        of the micro-batches' losses is the loss of the step however it is cut.
+        of the micro-batches' losses is the loss of the step however it is cut. `batch["inputs"]`, if it is there: what
+        losses ask to know of the step's other micro-batches (`train.accumulation`), for the model.
         """
         raise NotImplementedError(f"objective {type(self).__name__} does not define loss")
 
@@ -78,6 +79,7 @@ def forward(model, batch: dict[str, Array], **kwargs):
         segment_ids=batch["segment_ids"],
         valid=batch["segment_ids"] > 0,
         domain=batch["domain"],
+        inputs=batch.get("inputs"),
         **kwargs,
     )
     return logits, aux

@@ -15,7 +15,7 @@ from moe_zoo.core.aux import reduce_stacked
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.models import Decoder
 from moe_zoo.sharding import batch_sharding, sharding_of
-from moe_zoo.train import distributed, guard
+from moe_zoo.train import accumulation, distributed, guard
 from moe_zoo.train.config import Config
 from moe_zoo.train.objective import Objective
 from moe_zoo.train.optimizer import learning_rate, make_optimizer, opt_shardings, rate_scales
@@ -179,13 +179,19 @@ class Trainer:
         if M == 1:
             return grad(state["trainable"], batch, key)
 
-        def one(total, xs):
-            micro, index = xs
-            gradients, stats = grad(state["trainable"], micro, jax.random.fold_in(key, index))
-            return jax.tree.map(jnp.add, total, gradients), stats
-
         # row r of the batch goes to micro-batch r % M, so that each one is spread over the devices as the batch is
         cut = jax.tree.map(lambda x: x.reshape(x.shape[0] // M, M, *x.shape[1:]).swapaxes(0, 1), batch)
+        xs = cut, jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(M))
+        load = accumulation.Load(self.abstract)
+        step_load = load.of_step(lambda micro, key: loss(state["trainable"], micro, key)[1]["layers"], xs)
+
+        def one(carry, xs):
+            total, before = carry
+            micro, micro_key = xs
+            micro = micro | load.inputs(step_load, before)
+            gradients, stats = grad(state["trainable"], micro, micro_key)
+            return (jax.tree.map(jnp.add, total, gradients), load.added(before, stats["layers"])), stats
+
         zeros = jax.tree.map(jnp.zeros_like, state["trainable"])
-        gradients, stats = jax.lax.scan(one, zeros, (cut, jnp.arange(M)))
+        (gradients, _), stats = jax.lax.scan(one, (zeros, load.zeros()), xs)
         return gradients, reduce_stacked(stats)

@@ -159,6 +159,23 @@ def test_places_go_to_all_first_choices_before_any_second_one():
     np.testing.assert_array_equal(plan.slot, experts * C + np.array([[0, 1], [1, 2], [0, 2], [0, 3]]))
 
 
+@pytest.mark.parametrize("group", ["batch", "sequence"])
+@pytest.mark.parametrize("name", ["every expert used", "all to one"])
+def test_batch_priority_serves_tokens_by_their_largest_gate(group, name):
+    """As if the tokens of each group came in that order; equal ones in their own."""
+    experts, groups = CHOICES[name], B if group == "sequence" else 1
+    gates = np.round(2 * GATES) / 2  # some are equal
+    C = int(np.ceil(0.25 * K * (T // groups) / E))
+    order = np.concatenate([g[np.argsort(-gates[g].max(1), kind="stable")] for g in np.arange(T).reshape(groups, -1)])
+    kept = np.zeros((T, K), bool)
+    kept[order] = naive.within_capacity(experts[order], E, C, groups)
+    x, config = normal(15, T, D), CapacityConfig(0.25, group=group, priority="gate")
+    y, _ = moved(Capacity, config, True, bank(), x, decision(experts, gates))
+    close(y, naive.moe(x, experts, gates, WEIGHTS, kept_TK=kept))
+    assert 0 < kept.sum() < (experts < E).sum()
+    assert (kept != naive.within_capacity(experts, E, C, groups)).any()
+
+
 def test_padding_takes_no_capacity():
     x, config = normal(8, T, D), CapacityConfig(0.5)
     masked = decision(RAGGED).masked(jnp.asarray(VALID))

@@ -57,6 +57,8 @@ CASES = {
     "recurrent": Case({"name": "recurrent", "recurrent_size": 8}),
     "soft": Case({"name": "soft", "slots_per_expert": 2}, dispatch="slots", losses=()),
     "smoe_dropout": Case({"name": "smoe_dropout", "k_min": 1, "k_max": 3, "total_steps": 10}, losses=()),
+    "gshard": Case({"name": "gshard"}, dispatch="capacity"),
+    "noisy_top_k": Case({"name": "noisy_top_k"}, losses=("importance", "expected_load")),
     "hash": Case({"name": "hash"}, losses=()),
 }
 CAUSAL = [name for name, case in CASES.items() if ROUTERS.get(case.router["name"]).causal]

@@ -45,6 +45,10 @@ ROUTERS = {
     "recurrent": ({"name": "recurrent", "recurrent_size": 8}, "dropless", ("load_balance",), "next_token"),
     "soft": ({"name": "soft", "slots_per_expert": 2}, "slots", (), "next_token"),
     "smoe_dropout": ({"name": "smoe_dropout"}, "dropless", (), "next_token"),
+    "gshard": ({"name": "gshard"}, "capacity", {"load_balance": {"choices": "first"}}, "next_token"),
+    "noisy_top_k": (
+        {"name": "noisy_top_k", "init_std": 0.02}, "dropless", ("importance", "expected_load"), "next_token",
+    ),
     "hash": ({"name": "hash"}, "dropless", (), "next_token"),
     "top_p": (
         {"name": "top_p", "init_std": 0.5, "controller_rate": 0.1}, "dropless",
