@@ -37,6 +37,7 @@ from moe_zoo.losses.z_loss import z_loss
 from moe_zoo.routing import ROUTERS
 from moe_zoo.routing.recurrent import GRU
 from moe_zoo.routing.router import Dims
+from moe_zoo.routing.sinkhorn import log_plan
 from moe_zoo.train.adaptive_sparsity import AdaptiveSparsity, AdaptiveSparsityConfig
 from moe_zoo.train.scheduled_loss import ScheduledLoss, ScheduledLossConfig
 
@@ -334,6 +335,25 @@ def smoe_dropout(checkout: Checkout) -> dict[str, float]:
     return out
 
 
+def sinkhorn(megatron: Checkout) -> dict[str, float]:
+    """Gates for one and K experts, in training (both plans iterated to their end) and at inference; the plan itself."""
+    folder, out = "megatron/core/transformer/moe", {}
+    plan = megatron.run(f"{folder}/moe_utils.py", "sinkhorn").sinkhorn
+    stubs = dict(ABC=ABC, abstractmethod=abstractmethod, MegatronModule=lenient().Module)
+    stubs["sinkhorn"] = lambda logits: plan(logits, tol=1e-7)
+    theirs = megatron.run(f"{folder}/router.py", "Router", "TopKRouter", **stubs).TopKRouter
+    logits_TE, everyone = X_TD @ KERNEL_DE, jnp.ones(T, bool)
+    ours_TE = jnp.exp(log_plan(logits_TE, everyone, 100))
+    out["plan (times T)"] = T * difference(ours_TE, plan(tensor(logits_TE), 1e-7))
+    for k, train in ((1, True), (K, True), (1, False), (K, False)):
+        there = Space(topk=k, training=train, config=Space(moe_aux_loss_coeff=0))
+        scores_TE, _ = theirs.sinkhorn_load_balancing(there, tensor(logits_TE))
+        made = router("sinkhorn", {"kernel": KERNEL_DE}, num_experts_per_tok=k, iterations=100)
+        decision = made(X_TD, context(train=train)).decision
+        out |= gates(decision.dense().gates, scores_TE, f"top-{k} {'trained' if train else 'inference'} ")
+    return out
+
+
 def hashed(parlai: Checkout) -> dict[str, float]:
     """With their random table in our router: the output of the layer with their experts."""
     file = "projects/params_vs_compute/hash_ladder/hash_ladder.py"
@@ -357,6 +377,7 @@ COMPARISONS = {  # name -> function, what it needs
     "relu": (relu, "thu-ml/ReMoE"),
     "block_ffn": (block_ffn, "thunlp/BlockFFN"),
     "smoe_dropout": (smoe_dropout, "VITA-Group/Random-MoE-as-Dropout"),
+    "sinkhorn": (sinkhorn, "thu-ml/ReMoE"),
     "hash": (hashed, "facebookresearch/ParlAI"),
 }
 

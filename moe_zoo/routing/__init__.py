@@ -10,6 +10,7 @@ ROUTERS = Registry(
         "hash": "moe_zoo.routing.hashed:Hashed",
         "recurrent": "moe_zoo.routing.recurrent:Recurrent",
         "relu": "moe_zoo.routing.relu:ReLU",
+        "sinkhorn": "moe_zoo.routing.sinkhorn:Sinkhorn",
         "smoe_dropout": "moe_zoo.routing.smoe_dropout:SMoEDropout",
         "soft": "moe_zoo.routing.soft:Soft",
         "sparsemixer": "moe_zoo.routing.sparsemixer:SparseMixer",

@@ -52,6 +52,7 @@ CASES = {
     "block_ffn": Case({"name": "block_ffn"}, losses=("locality", "chunk_sparsity")),
     "recurrent": Case({"name": "recurrent", "recurrent_size": 8}),
     "soft": Case({"name": "soft", "slots_per_expert": 2}, dispatch="slots", losses=()),
+    "sinkhorn": Case({"name": "sinkhorn", "num_experts_per_tok": 2}),
     "smoe_dropout": Case({"name": "smoe_dropout", "k_min": 1, "k_max": 3, "total_steps": 10}, losses=()),
     "hash": Case({"name": "hash"}, losses=()),
 }

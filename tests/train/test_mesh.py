@@ -41,6 +41,7 @@ ROUTERS = {
     "recurrent": ({"name": "recurrent", "recurrent_size": 8}, "dropless", ("load_balance",), "next_token"),
     "soft": ({"name": "soft", "slots_per_expert": 2}, "slots", (), "next_token"),
     "smoe_dropout": ({"name": "smoe_dropout"}, "dropless", (), "next_token"),
+    "sinkhorn": ({"name": "sinkhorn"}, "dropless", ("z_loss",), "next_token"),
     "hash": ({"name": "hash"}, "dropless", (), "next_token"),
     "sparsemixer": ({"name": "sparsemixer"}, "dropless", (), "next_token"),
 }  # fmt: skip
