@@ -17,7 +17,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 CHANGES = {
     "model": {
-        "router": {"name": "sinkhorn", "num_experts_per_tok": 2, "iterations": 10},
+        "router": {"name": "sinkhorn", "num_experts_per_tok": 2, "iterations": 8},
         "losses": {"z_loss": {"coef": 0.001}},
     },
 }

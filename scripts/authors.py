@@ -24,6 +24,7 @@ import flax.linen
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from checkout import Checkout, Config, Idle, Missing, UnitVectors, difference, gates, lenient, numpy, tensor, torch
 
 from moe_zoo.core import param
@@ -38,6 +39,7 @@ from moe_zoo.routing import ROUTERS
 from moe_zoo.routing.recurrent import GRU
 from moe_zoo.routing.router import Dims
 from moe_zoo.routing.sinkhorn import log_plan
+from moe_zoo.routing.sparse_ot import transport_plan
 from moe_zoo.train.adaptive_sparsity import AdaptiveSparsity, AdaptiveSparsityConfig
 from moe_zoo.train.scheduled_loss import ScheduledLoss, ScheduledLossConfig
 
@@ -354,6 +356,24 @@ def sinkhorn(megatron: Checkout) -> dict[str, float]:
     return out
 
 
+def sparse_ot(vmoe: Checkout) -> dict[str, float]:
+    """The plan of each sequence after 20 steps, and the gates by it. Needs jaxopt, their solver."""
+    jaxopt, projection = (importlib.import_module(name) for name in ("jaxopt", "jaxopt._src.projection"))
+    file, names = "ksparse_projection_routing.py", ("_max_l2_top_k", "_get_sparsity_constrained_ot_algorithm")
+    theirs = vmoe.run(f"vmoe/projects/sparsity_constrained_ot/{file}", *names, jaxopt=jaxopt, projection=projection)
+    solver = lambda fun: jaxopt.OptaxSolver(fun, opt=optax.adam(1e-2), maxiter=20)
+    k = 2 * S // E
+    solve = theirs._get_sparsity_constrained_ot_algorithm(S, E, k, solver, row_sparse=False)
+    kernel = 3 * KERNEL_DE  # far from uniform: some experts want fewer than k tokens
+    probs_BSE = jax.nn.softmax(X_TD.reshape(B, S, D) @ kernel)
+    plan_BSE = jax.vmap(solve)(probs_BSE)
+    ours = lambda sim_SE: transport_plan(sim_SE.T, jnp.ones(S, bool), k, 20, 1e-2, 1.0).T
+    decision = router("sparse_ot", {"kernel": kernel})(X_TD, context()).decision
+    dense_BSE = jnp.einsum("bec,becs->bse", decision.gates, jax.nn.one_hot(decision.tokens, S))
+    figures = gates(dense_BSE, jnp.where(plan_BSE > 0, probs_BSE, 0))
+    return {"plan": difference(jax.vmap(ours)(probs_BSE), plan_BSE), **figures}
+
+
 def hashed(parlai: Checkout) -> dict[str, float]:
     """With their random table in our router: the output of the layer with their experts."""
     file = "projects/params_vs_compute/hash_ladder/hash_ladder.py"
@@ -378,6 +398,7 @@ COMPARISONS = {  # name -> function, what it needs
     "block_ffn": (block_ffn, "thunlp/BlockFFN"),
     "smoe_dropout": (smoe_dropout, "VITA-Group/Random-MoE-as-Dropout"),
     "sinkhorn": (sinkhorn, "thu-ml/ReMoE"),
+    "sparse_ot": (sparse_ot, "google-research/vmoe"),
     "hash": (hashed, "facebookresearch/ParlAI"),
 }
 
@@ -386,7 +407,7 @@ def report(name: str, directory: pathlib.Path) -> bool:
     """Runs and prints one comparison: whether all of it is within tolerance, or it could not be run."""
     compare, source = COMPARISONS[name]
     try:
-        if torch is None and compare not in (soft, expert_choice, switch):
+        if torch is None and compare not in (soft, expert_choice, switch, sparse_ot):
             raise Missing("needs torch")
         given = Checkout(directory, source) if "/" in source else importlib.import_module(source)
         source += f"@{given.commit[:12]}" if "/" in source else f" {given.__version__}"

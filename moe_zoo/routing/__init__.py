@@ -13,6 +13,7 @@ ROUTERS = Registry(
         "sinkhorn": "moe_zoo.routing.sinkhorn:Sinkhorn",
         "smoe_dropout": "moe_zoo.routing.smoe_dropout:SMoEDropout",
         "soft": "moe_zoo.routing.soft:Soft",
+        "sparse_ot": "moe_zoo.routing.sparse_ot:SparseOT",
         "sparsemixer": "moe_zoo.routing.sparsemixer:SparseMixer",
         "switch": "moe_zoo.routing.switch:Switch",
         "top_k": "moe_zoo.routing.top_k:TopK",

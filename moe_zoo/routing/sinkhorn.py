@@ -36,7 +36,7 @@ class SinkhornConfig:
     """`iterations` of the plan. `group`: over which tokens load is even, the batch (the paper) or each sequence."""
 
     num_experts_per_tok: int = 1
-    iterations: int = 10
+    iterations: int = 8
     group: Literal["batch", "sequence"] = "batch"
     init_std: float = 0.02
 
