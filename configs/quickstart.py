@@ -3,16 +3,18 @@
 Command:  python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart
 Cost:     at most 5 minutes of training on 2 CPU cores
 Reaches:  1.66 test bits per byte overall (gzip -9: 1.82) on Python 3.11.7; docs/zoo/top_k.md has the table
-Presets:  "" (the above), "tiny" (20 steps of a very small model: seconds, for tests)
+Presets:  "" (the above), "tiny" (20 steps of a very small model: seconds, for tests), and the scales of the comparison
+          (docs/comparison.md): "cpu" (minutes on 2 cores), "gpu" (minutes on one H100), "pod" (a configuration only)
 """
 
 from ml_collections import ConfigDict
 
+from moe_zoo.core.schema import overlay
 from moe_zoo.train.config import preset
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    return ConfigDict(preset(arg, {"": FULL, "tiny": TINY}))
+    return ConfigDict(preset(arg, {"": FULL, "tiny": TINY, "cpu": CPU, "gpu": GPU, "pod": POD}))
 
 
 FULL = {
@@ -53,3 +55,56 @@ TINY = {
     "checkpoint": {"every": 10},
     "log": {"every": 5, "eval_every": 10, "eval_rows": 32, "sample_tokens": 32},
 }
+
+# The scales: the same settings, without what would hide the routers behind it (n-gram embeddings), ended by steps.
+CPU = overlay(
+    FULL,
+    {
+        "model": {"ngram": {}},
+        "data": {"eval_stride": 64},
+        "optim": {"lr_scales": []},
+        "train": {"minutes": None, "steps": 500},
+        "checkpoint": {"every": 100},
+        "log": {"every": 1, "eval_every": 25, "eval_rows": 128, "tensorboard": False},
+    },
+)
+
+GPU = overlay(
+    CPU,
+    {
+        "model": {
+            "hidden_size": 512,
+            "layers": "8*moe",
+            "num_experts": 32,
+            "moe_intermediate_size": 256,
+            "attention": {"num_attention_heads": 8},
+            "router": {"num_experts_per_tok": 4},
+            "dtype": "bfloat16",
+        },
+        "data": {"seq_len": 512, "batch_size": 64, "eval_stride": 256, "eval_batch_size": 64},
+        "train": {"steps": 3000},
+        "checkpoint": {"every": 1000},
+        "log": {"every": 5, "eval_every": 150, "eval_rows": 256},
+    },
+)
+
+POD = overlay(
+    GPU,
+    {
+        "model": {
+            "hidden_size": 2048,
+            "layers": "24*moe",
+            "num_experts": 64,
+            "moe_intermediate_size": 1024,
+            "attention": {"num_attention_heads": 16},
+            "router": {"num_experts_per_tok": 8},
+            "remat": "block",
+        },
+        "data": {"seq_len": 2048, "batch_size": 512, "eval_stride": 1024, "eval_batch_size": 256},
+        "optim": {"warmup_steps": 500},
+        "train": {"steps": 20_000},
+        "mesh": {"fsdp": 16, "expert": 8},
+        "checkpoint": {"every": 1000},
+        "log": {"every": 20, "eval_every": 1000, "eval_rows": 1024},
+    },
+)

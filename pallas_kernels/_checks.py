@@ -4,10 +4,14 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from pallas_kernels.quantized import DTYPES, Quantized
+
 
 def describe(**arrays: Any) -> str:
-    """`x f32[8,4], w f32[2,4,6]`: for error messages."""
-    return ", ".join(f"{name} {a.dtype}{list(a.shape)}" for name, a in arrays.items() if a is not None)
+    """`x f32[8,4], w int8[2,4,6] * f32[2,1,6]`: for error messages."""
+    text = lambda a: f"{a.dtype}{list(a.shape)}"
+    whole = lambda a: f"{text(a.values)} * {text(a.scale)}" if isinstance(a, Quantized) else text(a)
+    return ", ".join(f"{name} {whole(a)}" for name, a in arrays.items() if a is not None)
 
 
 def check_rank(op: str, name: str, array: Any, dims: str) -> None:
@@ -24,11 +28,30 @@ def check_equal(op: str, what: str, given: int, expected: int, shapes: str) -> N
 
 
 def check_same_float_dtype(op: str, shapes: str, **arrays: Any) -> None:
-    dtypes = {name: a.dtype for name, a in arrays.items() if a is not None}
+    """Of all but quantized weights, which are checked by themselves."""
+    dtypes = {}
+    for name, a in arrays.items():
+        if isinstance(a, Quantized):
+            _check_quantized(op, name, a, shapes)
+        elif a is not None:
+            dtypes[name] = a.dtype
     if any(not jnp.issubdtype(d, jnp.floating) for d in dtypes.values()) or len(set(dtypes.values())) != 1:
         raise TypeError(
             f"{op}: {', '.join(dtypes)} must share one floating dtype (cast where you call it, so that it shows). "
             f"Given: {shapes}"
+        )
+
+
+def _check_quantized(op: str, name: str, weights: Quantized, shapes: str) -> None:
+    if weights.dtype.name not in DTYPES or weights.scale.dtype != jnp.float32:
+        raise TypeError(
+            f"{op}: quantized {name} must have values of {', '.join(DTYPES)} and a float32 scale. Given: {shapes}"
+        )
+    G, A, B = weights.shape
+    if weights.scale.shape not in ((G, 1, B), (G, A, 1), (G, 1, 1)):
+        raise ValueError(
+            f"{op}: the scale of quantized {name} must have shape {[G, 1, B]} or {[G, A, 1]}, one number per output "
+            f"channel, or {[G, 1, 1]}. Given: {shapes}"
         )
 
 

@@ -69,14 +69,22 @@ def _log_choice_once(op: str, available: tuple[str, ...], *kernels: tuple[str, s
     logger.info("%s: implementation=None: %r when lowered for cpu, %s'xla' for %s", op, cpu, tpu, other)
 
 
-def run(implementation: str | None, table: Mapping[str, Callable[..., Any]], *args: Any) -> Any:
+def run(
+    implementation: str | None, table: Mapping[str, Callable[..., Any]], *args: Any, takes_batches: bool = False
+) -> Any:
     """Calls the named entry of `table`, or, for None, the one for the platform this is being lowered for.
 
     A Pallas kernel is called with interpret=True where this is lowered for a CPU. None takes "pallas_tpu" on a TPU if
     the table has it.
+    Under vmap the batch runs one by one, unless all entries take batches: most kernels and `ragged_dot` don't.
     All entries must return the same shapes and dtypes. Differentiation has to happen outside (a custom_vjp around
     this call): the derivative of a platform switch would carry the residuals of every branch.
     """
+    call = functools.partial(_run, implementation, table)
+    return call(*args) if takes_batches else jax.custom_batching.sequential_vmap(call)(*args)
+
+
+def _run(implementation: str | None, table: Mapping[str, Callable[..., Any]], *args: Any) -> Any:
     if implementation == "pallas_tpu":
         kernel = table[implementation]
         if _tpu_target.current() is not _tpu_target.UNKNOWN:

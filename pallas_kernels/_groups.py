@@ -5,7 +5,7 @@ Dims: R (or M) rows, G groups held by the weights, L >= G groups in the sizes ve
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 def group_bounds(
@@ -30,3 +30,10 @@ def membership(starts_G: Int[Array, " G"], ends_G: Int[Array, " G"], num_rows: i
     """True where row r belongs to group g. Dense: for references only."""
     row_1R = jnp.arange(num_rows, dtype=jnp.int32)[None, :]
     return (row_1R >= starts_G[:, None]) & (row_1R < ends_G[:, None])
+
+
+def take_groups(scale_GX: Float[Array, "G X"], ends_G: Int[Array, " G"], num_rows: int) -> Float[Array, "R X"]:
+    """Each row's line of `scale`, its group's; the last group's for rows beyond all."""
+    row_R = jnp.arange(num_rows, dtype=ends_G.dtype)
+    group_R = jnp.sum(row_R[:, None] >= ends_G, axis=1)
+    return jnp.take(scale_GX, group_R, axis=0, mode="clip")

@@ -14,6 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from pallas_kernels import _checks
+from pallas_kernels.quantized import Quantized, Weights
+
 
 @dataclasses.dataclass(frozen=True)
 class TileSizes:
@@ -35,6 +38,38 @@ def tile_sizes(num_rows: int, num_groups: int) -> TileSizes:
     power_of_two = 1 << max((num_rows // num_groups // 8).bit_length() - 1, 0)
     step = min(max(16, power_of_two), 64)
     return TileSizes(rows=8 * step, step=step)
+
+
+def for_each_group(
+    starts_G: Int[Array, " G"], ends_G: Int[Array, " G"], body: Callable[..., Any], carry: Any, *, skip_empty: bool
+) -> Any:
+    """Runs `carry = body(carry, g)` over the groups, or over those that have rows."""
+
+    def group(g: Array, carry: Any) -> Any:
+        if not skip_empty:
+            return body(carry, g)
+        # As for short tiles: a loop of no trip, and a body that seems to depend on it.
+        trips = (ends_G[g] > starts_G[g]).astype(jnp.int32)
+        return jax.lax.fori_loop(jnp.int32(0), trips, lambda i, c: body(c, g + i), carry)
+
+    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(starts_G.shape[0]), group, carry)
+
+
+def pick_group(weights_GAB: Weights, g: Int[Array, ""], dtype: Any) -> Weights:
+    """The matrix of group g. A quantized one comes with values of `dtype`, its scale apart: for `dot`."""
+    matrix = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, g, keepdims=False), weights_GAB)
+    return dataclasses.replace(matrix, values=matrix.values.astype(dtype)) if isinstance(matrix, Quantized) else matrix
+
+
+def dot(a: Array, b: Weights, contract: tuple[int, int]) -> Array:
+    """Sums over a dim of a and one of b, in float32 at least."""
+    if isinstance(b, Quantized):
+        scale_1X = b.scale.reshape(1, -1)
+        if b.scale.shape[contract[1]] > 1:
+            return dot((a * scale_1X).astype(a.dtype), b.values, contract)
+        return dot(a, b.values, contract) * scale_1X
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=_checks.accumulator(a.dtype))
 
 
 def for_each_tile(

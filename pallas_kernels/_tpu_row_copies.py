@@ -58,6 +58,7 @@ class Static:
     G: int
     num_rows: int
     num_weights: int
+    scale_of: tuple[str | None, ...]
     num_sides: int
     num_outs: int
     transpose: bool
@@ -67,6 +68,11 @@ class Static:
     pack_outs: bool
     tiles: Tiles
     end: End
+
+    def spread(self, scales: tuple[Any, ...]) -> tuple[Any, ...]:
+        """One for each of the weights, None where it has no scale."""
+        given = iter(scales)
+        return tuple(next(given) if of else None for of in self.scale_of)
 
     def out_cols(self, cols: int, dtype: Any) -> int:
         """Numbers per row in `cols` columns of an output."""
@@ -81,11 +87,13 @@ class Refs:
     token: Ref | None
     rows: tuple[Ref, ...]
     weights: tuple[Ref, ...]
+    scales: tuple[Ref | None, ...]
     sides: tuple[Ref, ...]
     outs: tuple[Ref, ...]
     table: schedule.RowTable
     x: Ref
     unpacked: Ref
+    w_scales: tuple[Ref | None, ...]
     w: Ref
     side: Ref
     y: Ref
@@ -137,7 +145,11 @@ def _out_at(s: Static, r: Refs, out: Ref, rows, n) -> Ref:
 def weights(s: Static, r: Refs, g, n, slot) -> list[Any]:
     cols = _columns(s, n)
     src = lambda w: w.at[g, cols, :] if s.transpose else w.at[g, :, cols]
-    return [pltpu.make_async_copy(src(w), r.w.at[slot, p], r.w_sem.at[slot]) for p, w in enumerate(r.weights)]
+    pairs = [(src(w), r.w.at[slot, p]) for p, w in enumerate(r.weights)]
+    for of, scale, w_scale in zip(s.scale_of, r.scales, r.w_scales):
+        if of:
+            pairs.append((scale.at[g, :, cols if of == "outer" else slice(None)], w_scale.at[slot]))
+    return [pltpu.make_async_copy(src, dst, r.w_sem.at[slot]) for src, dst in pairs]
 
 
 def tile_rows(s: Static, r: Refs, at: schedule.Cursor):

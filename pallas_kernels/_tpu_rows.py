@@ -44,11 +44,14 @@ Stage = tuple[Scalar, Scalar]
 def multiply(
     rows: tuple[Array, ...],
     weights: tuple[Array, ...],
+    scales: tuple[Array | None, ...],
     sides: tuple[Array, ...],
     sizes_L: Array,
     offset_1: Array,
     token_R: Array | None = None,
     *,
+    dtype: Any,
+    scale_of: tuple[str | None, ...],
     end: End,
     num_outs: int,
     transpose: bool,
@@ -58,22 +61,24 @@ def multiply(
     name: str,
     interpret: Any,
 ) -> tuple[Array, ...]:
-    """`num_outs` arrays (R, N) in the rows' dtype; zeros in rows of no group.
+    """`num_outs` arrays (R, N) of `dtype`, the rows'; zeros in rows of no group.
 
     rows: one (R, K) for all weights, or one each. weights: (G, K, N), with `transpose` (G, N, K). sides: (R, N).
+    Weights that are narrower than the rows are widened in VMEM. scales: for each of the weights None, or float32
+    (G, 1, K) where scale_of is "inner", of the rows, or (G, 1, N) where it is "outer", of the products.
     R must be a multiple of 8. `offset_1` is int32[1]. With token_R (R,), rows is one array of packed rows, and row r is
     its row token[r]; all of token must be valid, of dead rows too. With pack_outs, outputs are those of `pack_rows`
     with block=tiles.body_cols; `cols` must divide N then.
     """
-    G, dtype, gather = weights[0].shape[0], weights[0].dtype, token_R is not None
+    G, gather = weights[0].shape[0], token_R is not None
     R = token_R.shape[0] if gather else rows[0].shape[0]
     N, K = weights[0].shape[1:] if transpose else weights[0].shape[:0:-1]
     s = Static(
-        R, K, N, G, len(rows), len(weights), len(sides), num_outs, transpose, schedule.fragment_rows(dtype),
+        R, K, N, G, len(rows), len(weights), scale_of, len(sides), num_outs, transpose, schedule.fragment_rows(dtype),
         num_cores, gather, pack_outs, tiles, end,
     )  # fmt: skip
     hbm = pl.BlockSpec(memory_space=pl.ANY)
-    operands = (*rows, *weights, *sides)
+    operands = (*rows, *weights, *(a for a in scales if a is not None), *sides)
     words = s.out_cols(N, dtype)
     out_dtype = dtype if words == N else jnp.int32
     out_shape = (R, 1, words) if pack_outs else (R, N)
@@ -86,7 +91,7 @@ def multiply(
             grid=(num_cores,),
             in_specs=[hbm] * len(operands),
             out_specs=[hbm] * num_outs,
-            scratch_shapes=_scratch(s, rows[0], dtype, out_dtype),
+            scratch_shapes=_scratch(s, rows[0], weights[0].dtype, dtype, out_dtype),
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",), vmem_limit_bytes=tiles.vmem_limit_bytes, disable_bounds_checks=True
@@ -116,7 +121,7 @@ def pack_rows(x_TK: Array, block: int | None = None) -> Array:
     return jax.lax.bitcast_convert_type(jnp.concatenate(words, axis=1), jnp.int32)[:, None, :]
 
 
-def _scratch(s: Static, rows: Array, dtype: Any, out_dtype: Any) -> list[Any]:
+def _scratch(s: Static, rows: Array, w_dtype: Any, dtype: Any, out_dtype: Any) -> list[Any]:
     t = s.tiles
     cols = s.out_cols(t.cols, dtype)
     x_shape = (t.rows // 8, 8) if s.gather else (s.num_rows, t.rows)
@@ -125,7 +130,8 @@ def _scratch(s: Static, rows: Array, dtype: Any, out_dtype: Any) -> list[Any]:
         *schedule.table_scratch(s.G),
         pltpu.VMEM((t.row_buffers, *x_shape, rows.shape[-1]), rows.dtype),
         pltpu.VMEM((t.rows, s.K) if s.gather else (8, 128), dtype),
-        pltpu.VMEM((t.weight_buffers, s.num_weights, *w_shape), dtype),
+        *(pltpu.VMEM((t.weight_buffers, 1, s.K if of == "inner" else t.cols), jnp.float32) for of in s.scale_of if of),
+        pltpu.VMEM((t.weight_buffers, s.num_weights, *w_shape), w_dtype),
         pltpu.VMEM((t.row_buffers, max(s.num_sides, 1), t.rows if s.num_sides else 8, t.cols), dtype),
         pltpu.VMEM((t.out_buffers, s.num_outs, t.rows, cols), out_dtype),
         pltpu.VMEM((s.num_outs, s.fragment, cols), jnp.int32 if out_dtype == jnp.int32 else jnp.float32),
@@ -138,11 +144,19 @@ def _scratch(s: Static, rows: Array, dtype: Any, out_dtype: Any) -> list[Any]:
 
 def _refs(s: Static, sizes: Ref, refs: tuple[Ref, ...]) -> Refs:
     token, refs = (refs[0], refs[1:]) if s.gather else (None, refs)
-    split = []
-    for count in (s.num_rows, s.num_weights, s.num_sides, s.num_outs):
-        split.append(refs[:count])
-        refs = refs[count:]
-    return Refs(sizes, token, *split, schedule.RowTable(*refs[:3]), *refs[3:])
+    num_scales = sum(of is not None for of in s.scale_of)
+
+    def take(count: int) -> tuple[Ref, ...]:
+        nonlocal refs
+        taken, refs = refs[:count], refs[count:]
+        return taken
+
+    operands = map(take, (s.num_rows, s.num_weights, num_scales, s.num_sides, s.num_outs))
+    rows, weights, scales, sides, outs = operands
+    table, (x, unpacked), w_scales = schedule.RowTable(*take(3)), take(2), take(num_scales)
+    return Refs(
+        sizes, token, rows, weights, s.spread(scales), sides, outs, table, x, unpacked, s.spread(w_scales), *refs
+    )
 
 
 def _kernel(s: Static, sizes: Ref, offset_ref: Ref, *refs: Ref) -> None:
@@ -299,7 +313,7 @@ def _multiply(s: Static, r: Refs, x_slot, w_slot, y_slot, rows, lead: copies.Lea
                 copies.gather_some(s, r, lead, (run * blocks + c) * t.gather_rows)
             first = pl.multiple_of(c * t.body_cols, t.body_cols)
             cols = slice(None) if blocks == 1 else pl.ds(first, t.body_cols)
-            width = s.out_cols(t.body_cols, r.w.dtype)
+            width = s.out_cols(t.body_cols, r.unpacked.dtype)
             y_cols = slice(None) if blocks == 1 else pl.ds(pl.multiple_of(c * width, width), width)
             _body(s, r, x_slot, w_slot, y_slot, pl.ds(row, length), cols, y_cols)
             return 0
@@ -327,7 +341,10 @@ def _body(s: Static, r: Refs, x_slot, w_slot, y_slot, rows, cols, y_cols) -> Non
     for p in range(s.num_weights):
         x = r.unpacked[rows, :] if s.gather else r.x[x_slot, p if s.num_rows > 1 else 0, rows, :]
         w = r.w[w_slot, p, cols, :] if s.transpose else r.w[w_slot, p, :, cols]
-        products.append(_dot(x, w, s.transpose))
+        if s.scale_of[p] == "inner":
+            x = (x * r.w_scales[p][w_slot]).astype(x.dtype)
+        product = _dot(x, w.astype(x.dtype), s.transpose)
+        products.append(product * r.w_scales[p][w_slot, :, cols] if s.scale_of[p] == "outer" else product)
     sides = [r.side[x_slot, i, rows, cols].astype(jnp.float32) for i in range(s.num_sides)]
     for o, value in enumerate(s.end(products, sides)):
         r.y[y_slot, o, rows, y_cols] = _pack(value) if r.y.dtype == jnp.int32 else value.astype(r.y.dtype)

@@ -9,62 +9,21 @@ list it in `BENCHMARKS`.
 """
 
 import argparse
-import dataclasses
 import functools
-import time
 from collections.abc import Callable
 from typing import Any
 
+import bench_generate
+import bench_loading
 import bench_train
 import jax
 import jax.numpy as jnp
 import numpy as np
 from bench_kernels import add_kernels
+from bench_routers import add_routers
+from measuring import compare, print_table
 
 from pallas_kernels import expert_ffn, expert_positions, expert_rows, grouped_matmul
-
-# --- measuring -------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Timing:
-    """Seconds per call."""
-
-    cpu_s: float
-    wall_s: float
-
-
-def _once(call: Callable[[], Any], repeats: int) -> Timing:
-    cpu, wall = time.process_time(), time.perf_counter()
-    for _ in range(repeats):
-        jax.block_until_ready(call())
-    return Timing((time.process_time() - cpu) / repeats, (time.perf_counter() - wall) / repeats)
-
-
-def compare(contenders: dict[str, Callable[[], Any]], rounds: int, repeats: int) -> dict[str, Timing]:
-    """Lower quartiles over `rounds` interleaved rounds, each the mean of `repeats` calls. Compiles first."""
-    for call in contenders.values():
-        jax.block_until_ready(call())
-    samples: dict[str, list[Timing]] = {name: [] for name in contenders}
-    names = list(contenders)
-    for r in range(rounds):
-        for name in names[r % len(names) :] + names[: r % len(names)]:
-            samples[name].append(_once(contenders[name], repeats))
-    quartile = lambda values: float(np.quantile(values, 0.25))
-    return {n: Timing(quartile([t.cpu_s for t in ts]), quartile([t.wall_s for t in ts])) for n, ts in samples.items()}
-
-
-def print_table(title: str, timings: dict[str, Timing], baseline: str, gflop: float = 0) -> None:
-    """One line per contender; `gflop` is the useful work of one call, if it has any."""
-    base = timings[baseline]
-    print(f"{title}: lower quartiles, ratios to {baseline!r}")
-    print(f"  {'':24}{'CPU ms':>9}{'ratio':>7}{'wall ms':>9}{'ratio':>7}{'GF per CPU s' if gflop else '':>14}")
-    for name, t in timings.items():
-        print(
-            f"  {name:24}{t.cpu_s * 1e3:9.1f}{t.cpu_s / base.cpu_s:7.2f}{t.wall_s * 1e3:9.1f}"
-            f"{t.wall_s / base.wall_s:7.2f}" + (f"{gflop / t.cpu_s:14.1f}" if gflop else "")
-        )
-
 
 # --- expert_ffn ------------------------------------------------------------------------------------------------------
 
@@ -188,7 +147,10 @@ def _add_common(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespa
     parser.set_defaults(run=run)
 
 
-BENCHMARKS = (add_expert_ffn, add_expert_rows, add_kernels, bench_train.add_train, bench_train.add_startup)
+BENCHMARKS = (
+    add_expert_ffn, add_expert_rows, add_kernels, add_routers, bench_generate.add_generate, bench_loading.add_loading,
+    bench_train.add_train, bench_train.add_startup,
+)  # fmt: skip
 
 
 def main() -> None:

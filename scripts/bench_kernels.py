@@ -66,7 +66,7 @@ def figures(case: Case, generation: str, timeout_s: float) -> dict:
 def _key(case: Case, generation: str) -> str:
     versions = [f"{p} {importlib.metadata.version(p)}" for p in ("jax", "jaxlib", "libtpu")]
     sources = [_HERE / "kernel_cases.py", *sorted((_HERE / "tpu_sim").glob("*.py"))]
-    if case.implementation == OURS:
+    if case.implementation != PEER:
         sources += sorted(Path(pallas_kernels.__file__).parent.rglob("*.py"))
     digest = hashlib.sha256(json.dumps([case.settings(), generation, versions]).encode())
     for source in sources:
@@ -119,8 +119,8 @@ def _simulated(variant: dict) -> dict[str, Any]:
 
 
 def add_speedups(rows: list[dict]) -> None:
-    """Peer's time over ours, where both are known."""
-    peers = {_case(row): row["sim_ms"] for row in rows if row["implementation"] == PEER and "sim_ms" in row}
+    """The other's time (the peer's, or ours with wide weights) over ours, where both are known."""
+    peers = {_case(row): row["sim_ms"] for row in rows if row["implementation"] != OURS and "sim_ms" in row}
     for row in rows:
         if row["implementation"] == OURS and "sim_ms" in row and _case(row) in peers:
             row["speedup"] = peers[_case(row)] / row["sim_ms"]

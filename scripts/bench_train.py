@@ -108,12 +108,11 @@ CONTENDERS: dict[str, Callable[[], Callable[[], None]]] = {
 }
 
 
-def worker(name: str) -> None:
+def worker(step: Callable[[], Any]) -> None:
     """Answers each number n on stdin with the CPU and wall seconds of n steps, one JSON line."""
-    step = CONTENDERS[name]()
     for _ in range(2):
         step()
-    print(json.dumps({"ready": name}), flush=True)
+    print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         samples = []
         for _ in range(int(line)):
@@ -125,13 +124,13 @@ def worker(name: str) -> None:
 
 
 class Contender:
-    """A worker process."""
+    """A worker process: `script --worker name arguments`."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, script: str = __file__, *arguments: Any):
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
         if name != "transformers":  # as scripts/train.py sets it for itself; transformers gains nothing by it
             environment = huge_pages.environment(environment) or environment
-        command = [sys.executable, __file__, "--worker", name]
+        command = [sys.executable, script, "--worker", name, *map(str, arguments)]
         self.name = name
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -260,4 +259,4 @@ def add_startup(subparsers: Any) -> None:
 
 
 if __name__ == "__main__":
-    worker(sys.argv[2])
+    worker(CONTENDERS[sys.argv[2]]())

@@ -5,6 +5,7 @@ the experts' hidden size.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,8 @@ import numpy as np
 
 import pallas_kernels as ops
 
-OURS, PEER = "pallas_tpu", "megablox"
+#: WIDE is ours again, with bfloat16 weights.
+OURS, PEER, WIDE = "pallas_tpu", "megablox", "bfloat16"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +40,7 @@ SHAPES = {
     "qwen3": Shape(65536, 2048, 768, 128, 8),
     "deepseek_v3": Shape(16384, 7168, 2048, 32, 8),  # the experts that one device of eight holds
     "decode": Shape(64, 2048, 1024, 64, 8),
+    "mixtral_decode": Shape(64, 4096, 14336, 8, 2),
 }
 
 #: exponent of the load: expert i is drawn in proportion to (i + 1) ** -skew
@@ -58,13 +61,13 @@ class Case:
 
 
 def cases(op_names: list[str], shapes: list[str], passes: list[str]) -> list[Case]:
-    """Ours and the peer's of every op, shape and pass that exists."""
+    """Ours and the other's of every op, shape and pass that exists."""
     return [
         Case(op, implementation, shape, pass_name)
         for op in op_names
         for shape in shapes
         for pass_name in passes
-        for implementation in (OURS, PEER)
+        for implementation in (OURS, PEER, WIDE)
         if (implementation, pass_name) in BUILDERS[op]
     ]
 
@@ -161,6 +164,38 @@ def _megablox_drhs(s: Shape) -> Callable:
     return lambda lhs, dout, sizes: tgmm(lhs.T, dout, sizes, preferred_element_type=lhs.dtype, tiling=tiling)
 
 
+# --- grouped_matmul with 8-bit weights --------------------------------------------------------------------------------
+
+
+def _narrow_case(dtype: Any, transpose_rhs: bool) -> Callable[[Shape], tuple]:
+    """lhs (M, K), or its gradient (M, N) on the way back, times values (E, K, N) with their scale (E, 1, N)."""
+
+    def build(s: Shape) -> tuple:
+        def run(lhs, values, scale, sizes):
+            rhs = ops.Quantized(values, scale)
+            return ops.grouped_matmul(lhs, rhs, sizes, transpose_rhs=transpose_rhs, implementation=OURS)
+
+        def variant(sizes: np.ndarray) -> dict:
+            least = 2 * s.M * (s.K + s.N) + int((sizes > 0).sum()) * s.N * (s.K + 4)
+            return {"concrete": {3: sizes}, "useful_flops": 2 * s.M * s.K * s.N, "min_bytes": least}
+
+        lhs = _array(s.M, s.N if transpose_rhs else s.K)
+        values, scale = _array(s.E, s.K, s.N, dtype=dtype), _array(s.E, 1, s.N, dtype=jnp.float32)
+        meta = {"variants": {routing: variant(group_sizes(s, routing)) for routing in ROUTINGS}}
+        return run, (lhs, values, scale, _array(s.E, dtype=jnp.int32)), meta
+
+    return build
+
+
+def _narrow_builders(dtype: Any) -> dict[tuple[str, str], Callable[[Shape], tuple]]:
+    return {
+        (OURS, "fwd"): _narrow_case(dtype, transpose_rhs=False),
+        (OURS, "dlhs"): _narrow_case(dtype, transpose_rhs=True),
+        (WIDE, "fwd"): _matmul_case(_our_forward, "fwd"),
+        (WIDE, "dlhs"): _matmul_case(_our_dlhs, "dlhs"),
+    }
+
+
 # --- expert_ffn ------------------------------------------------------------------------------------------------------
 
 
@@ -193,6 +228,69 @@ def _megablox_ffn(s: Shape) -> Callable:
         return _megablox_forward(narrow)(hidden, down, sizes)
 
     return ffn
+
+
+# --- routed_ffn ------------------------------------------------------------------------------------------------------
+
+
+def _routed_case(function: Callable[[Shape], Callable]) -> Callable[[Shape], tuple]:
+    """x (T, K) and the plan's rows in, (T, K) out. Compulsory: tokens in and out, the plan, weights at work."""
+
+    def build(s: Shape) -> tuple:
+        def variant(routing: str) -> dict:
+            sizes, (choice, slot) = group_sizes(s, routing), _plan(s, group_sizes(s, routing))
+            least = 2 * (2 * s.tokens * s.K + 3 * int((sizes > 0).sum()) * s.K * s.N) + 4 * 3 * s.M
+            concrete = {4: sizes, 5: choice, 6: slot}
+            return {"concrete": concrete, "useful_flops": 6 * s.M * s.K * s.N, "min_bytes": least}
+
+        ids, choices = lambda *dims: _array(*dims, dtype=jnp.int32), (s.tokens, s.experts_per_token)
+        up, down = _array(s.E, s.K, s.N), _array(s.E, s.N, s.K)
+        gates = _array(*choices, dtype=jnp.float32)
+        args = (_array(s.tokens, s.K), up, up, down, ids(s.E), ids(s.M), ids(*choices), gates)
+        return function(s), args, {"variants": {r: variant(r) for r in ROUTINGS}}
+
+    return build
+
+
+def _narrow_routed(s: Shape) -> tuple:
+    """The same with int8 weights, each (values, scale)."""
+    _, (x, *weights, sizes, choice, slot, gates), meta = _routed_case(_our_routed)(s)
+
+    def run(x, *operands):
+        *narrow, sizes, choice, slot, gates = operands
+        weights = (ops.Quantized(*narrow[i : i + 2]) for i in (0, 2, 4))
+        return ops.routed_ffn(x, *weights, sizes, choice, slot, gates, implementation=OURS)
+
+    narrow = [_array(*w.shape, dtype=jnp.int8) for w in weights]
+    scales = [_array(s.E, 1, w.shape[2], dtype=jnp.float32) for w in weights]
+    for variant in meta["variants"].values():
+        sizes_E = variant["concrete"][4]
+        variant["concrete"] = {i + 3: value for i, value in variant["concrete"].items()}
+        variant["min_bytes"] -= int((sizes_E > 0).sum()) * (3 * s.K * s.N - 4 * (2 * s.N + s.K))
+    pairs = [array for pair in zip(narrow, scales) for array in pair]
+    return run, (x, *pairs, sizes, choice, slot, gates), meta
+
+
+def _plan(s: Shape, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(choice, slot) with these rows per expert: which token a row belongs to is drawn."""
+    choice = np.random.default_rng(1).permutation(s.M).astype(np.int32)
+    for end, size in zip(np.cumsum(sizes), sizes):
+        choice[end - size : end].sort()  # rows of an expert are in the order of tokens
+    return choice, np.argsort(choice).astype(np.int32).reshape(s.tokens, s.experts_per_token)
+
+
+def _our_routed(s: Shape) -> Callable:
+    return functools.partial(ops.routed_ffn, implementation=OURS)
+
+
+def _megablox_routed(s: Shape) -> Callable:
+    """Three matmuls; gather, activation and combine are XLA's, and not counted."""
+
+    def routed(x, gate, up, down, sizes, choice, slot, gates):
+        y = _megablox_ffn(s)(x[choice // s.experts_per_token], gate, up, down, sizes)
+        return jnp.einsum("tkd,tk->td", y[slot], gates.astype(y.dtype))
+
+    return routed
 
 
 # --- route_top_k, expert_rows -----------------------------------------------------------------------------------------
@@ -236,7 +334,11 @@ BUILDERS: dict[str, dict[tuple[str, str], Callable[[Shape], tuple]]] = {
         (PEER, "dlhs"): _matmul_case(_megablox_dlhs, "dlhs"),
         (PEER, "drhs"): _matmul_case(_megablox_drhs, "drhs"),
     },
+    "grouped_matmul_int8": _narrow_builders(jnp.int8),
+    "grouped_matmul_fp8": _narrow_builders(jnp.float8_e4m3fn),
     "expert_ffn": {(OURS, "fwd"): _ffn_case(_our_ffn), (PEER, "fwd"): _ffn_case(_megablox_ffn)},
+    "routed_ffn": {(OURS, "fwd"): _routed_case(_our_routed), (PEER, "fwd"): _routed_case(_megablox_routed)},
+    "routed_ffn_int8": {(OURS, "fwd"): _narrow_routed, (WIDE, "fwd"): _routed_case(_our_routed)},
     "route_top_k": {(OURS, "fwd"): _our_routing},
     "expert_rows": {(OURS, "fwd"): _our_rows},
 }

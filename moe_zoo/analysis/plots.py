@@ -20,14 +20,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
-from numpy.typing import ArrayLike
 
-from moe_zoo.analysis.specialization import specialization
+from moe_zoo.analysis.specialization import Specialization
 
 _DPI = 150
 _INK, _MUTED, _FAINT = "#22262b", "#6b7280", "#d9dce1"
 _BLUE, _ORANGE = "#0072b2", "#d55e00"  # after Okabe and Ito
-_BELOW_AND_ABOVE = LinearSegmentedColormap.from_list(
+BELOW_AND_ABOVE = LinearSegmentedColormap.from_list(
     "below_and_above", ["#08306b", "#2673b5", "#93c1e2", "#f6f5f1", "#f3b183", "#d55e00", "#6e2600"]
 ).with_extremes(bad="#c9ccd1")
 _MAX_COLUMNS = 150  # of a heatmap over steps: a column then averages out the noise of single batches
@@ -141,14 +140,14 @@ def _direct_labels(axes: Axes, labels: Sequence[tuple[float, str, str, str]]) ->
     low, high = np.log(axes.get_ylim())
     labels = sorted(labels)
     heights = [(math.log(level) - low) / (high - low) for level, *_ in labels]
-    for true_height, height, (_, text, colour, weight) in zip(heights, _spread(heights, gap=0.06), labels, strict=True):
+    for true_height, height, (_, text, colour, weight) in zip(heights, spread(heights, gap=0.06), labels, strict=True):
         axes.plot(
             [1.005, 1.035], [true_height, height], transform=axes.transAxes, color=colour, linewidth=0.8, clip_on=False
         )
         axes.text(1.045, height, text, transform=axes.transAxes, color=colour, weight=weight, va="center", fontsize=10)
 
 
-def _spread(heights: Sequence[float], gap: float) -> list[float]:
+def spread(heights: Sequence[float], gap: float) -> list[float]:
     """Moves ascending heights apart by at least `gap`, keeping each crowded group centred where it was."""
     groups: list[tuple[float, int]] = []  # centre, size
     for height in heights:
@@ -239,7 +238,7 @@ def _load_panel(axes: Axes, layer: int, edges: np.ndarray, load_ES: np.ndarray, 
     num_experts = len(load_ES)
     values = np.ma.masked_invalid(np.log2(np.maximum(load_ES, 1e-6)))
     image = axes.pcolormesh(
-        edges, np.arange(num_experts + 1) - 0.5, values, cmap=_BELOW_AND_ABOVE, vmin=-limit, vmax=limit, rasterized=True
+        edges, np.arange(num_experts + 1) - 0.5, values, cmap=BELOW_AND_ABOVE, vmin=-limit, vmax=limit, rasterized=True
     )
     # The last tenth rather than the last line, which is one batch.
     last = load_ES[:, -max(1, load_ES.shape[1] // 10) :].mean(axis=1)
@@ -274,52 +273,55 @@ def _ids(num_experts: int, at_most: int) -> list[int]:
 
 
 def plot_domain_experts(
-    matrix_LDE: ArrayLike,
-    domains: Sequence[str],
+    specialization: Specialization | Mapping[str, Any],
     path: str | os.PathLike[str],
     sort_experts: bool | None = None,
+    title: str = "Which domain uses which expert",
 ) -> pathlib.Path:
     """Which domain uses which expert: per MoE layer, a row per domain and a column per expert.
 
-    A cell is the expert's share within the domain over an even share 1/E, on a log scale; 1 is white.
+    A cell is the expert's share within the domain over an even share 1/E, on a log scale; 1 is white. Beside a layer's
+    name stands how much the expert tells about the domain: mutual information in bits, and of the most possible.
 
     Args:
-        matrix_LDE: tokens (or shares) of each domain that each expert got, `[layers, domains, experts]`. Counts are
-            better: the mutual information beside each layer's name then weighs domains by their tokens.
-        domains: D names.
+        specialization: as `train.evaluate` measures it, or its `to_dict`.
         path: where to write the PNG.
         sort_experts: put experts side by side that prefer the same domain (ids stay on the axis); by default where
             there are 17 to 64 of them: fewer are easy to find by id, and ids of more could not be read.
+        title: of the whole picture.
     """
-    matrix_LDE = np.asarray(matrix_LDE, np.float64)
-    num_layers, num_domains, num_experts = matrix_LDE.shape
-    if len(domains) != num_domains:
-        raise ValueError(f"{len(domains)} domain names for a matrix of shape {matrix_LDE.shape}: dim 1 is the domains")
+    found = specialization
+    if not isinstance(found, Specialization):
+        found = Specialization.from_dict(found)
+    if not found.load:
+        return _save_note(path, "No layer sends tokens to experts")
+    num_layers, num_domains = len(found.load), len(found.domains)
+    num_experts = max(matrix_DE.shape[1] for matrix_DE in found.load)
     if sort_experts is None:
         sort_experts = _SORT_ABOVE < num_experts <= _SORT_UP_TO
     with np.errstate(invalid="ignore"):
-        ratio_LDE = matrix_LDE / matrix_LDE.sum(axis=-1, keepdims=True) * num_experts
-    bits_L = specialization(matrix_LDE)
+        ratios = [load_DE / load_DE.sum(axis=-1, keepdims=True) * load_DE.shape[1] for load_DE in found.load]
     columns, cell, figure_size = _domain_layout(num_layers, num_domains, num_experts)
     rows = -(-num_layers // columns)
     figure, panels = _figure(*figure_size, rows, columns)
-    limit = _colour_limit([np.log2(np.maximum(ratio_LDE, 1e-6))])
-    for layer, axes in enumerate(panels[:num_layers]):
-        order = _by_domain(ratio_LDE[layer]) if sort_experts else np.arange(num_experts)
-        image = _domain_panel(axes, ratio_LDE[layer][:, order], limit, cell)
-        _title(axes, f"layer {layer}", f"{bits_L[layer]:.2f} bits", small=True)
+    limit = _colour_limit([np.log2(np.maximum(ratio_DE, 1e-6)) for ratio_DE in ratios])
+    for place, (axes, ratio_DE) in enumerate(zip(panels, ratios, strict=False)):
+        order = _by_domain(ratio_DE) if sort_experts else np.arange(ratio_DE.shape[1])
+        image = _domain_panel(axes, ratio_DE[:, order], limit, cell)
+        note = f"{found.bits[place]:.2f} bits, {found.normalised[place]:.0%}" if np.isfinite(found.bits[place]) else "-"
+        _title(axes, f"layer {found.layers[place]}", note, small=True)
         _expert_axis(axes, order, cell[0], sort_experts)
         axes.yaxis.set_major_locator(FixedLocator(range(num_domains)))
-        axes.set_yticklabels([_shortened(name) for name in domains] if layer % columns == 0 else [])
-        if layer + columns >= num_layers:
+        axes.set_yticklabels([_shortened(name) for name in found.domains] if place % columns == 0 else [])
+        if place + columns >= num_layers:
             axes.set_xlabel("expert" + (", sorted by the domain it prefers" if sort_experts else ""))
     for axes in panels[num_layers:]:
         axes.set_axis_off()
     _colour_bar(figure, panels, image, limit, "share ÷ even share", figure_height=figure_size[1])
     _heading(
         figure,
-        "Which domain uses which expert",
-        "bits: how much the expert tells about the domain (mutual information)",
+        title,
+        "bits: how much the expert tells about the domain (mutual information), and of the most possible",
     )
     return _save(figure, path)
 
@@ -357,7 +359,7 @@ def _domain_panel(axes: Axes, ratio_DE: np.ndarray, limit: float, cell: tuple[fl
         np.arange(num_experts + 1) - 0.5,
         np.arange(num_domains + 1) - 0.5,
         values,
-        cmap=_BELOW_AND_ABOVE,
+        cmap=BELOW_AND_ABOVE,
         vmin=-limit,
         vmax=limit,
         edgecolors="white",

@@ -99,7 +99,7 @@ class MoE(nnx.Module):
     def flops_per_token(self, rows_per_token: float | None = None) -> float:
         """Forward FLOPs of one token: router, expert rows (by default as many as the router says), shared expert."""
         rows = self.router.active() if rows_per_token is None else rows_per_token
-        flops = 2 * self.hidden_size * self.num_experts + rows * self.experts.flops_per_row()
+        flops = self.router.flops_per_token(self.hidden_size) + rows * self.experts.flops_per_row()
         return flops + (self.shared.flops_per_token() if hasattr(self, "shared") else 0)
 
 

@@ -24,6 +24,9 @@ _log = logging.getLogger(__name__)
 # Corpora that need no file.
 NAMED = {"embedded": load_embedded, "arithmetic": load_arithmetic}
 
+#: what describes a folder and is no text of it
+MANIFEST = "manifest.json"
+
 # Formats that people have and that have to be converted first.
 _KNOWN_OTHERS = tuple(".arrayrecord .tfrecord .csv .tsv .json .zip .gz .zst .bz2 .xz .tar .pdf .docx".split())
 # Fewer bytes than this in all are a mistake, not a corpus.
@@ -41,7 +44,8 @@ def load_corpus(source: str | Path, tokenizer: Tokenizer) -> Corpus:
 
     Domains: of a record, its `domain`; else the first sub-folder the file is in; else, directly in the folder (or named
     itself), the file's stem without a shard's "-00001-of-00005", except that more than 16 text files directly in the
-    folder are documents of one domain with its name. Hidden files and folders are left alone. A saved data set that is
+    folder are documents of one domain with its name. Hidden files and folders, and the folder's `manifest.json`, are
+    left alone. A saved data set that is
     named itself is one domain. Supervised records: see `moe_zoo.data.formats.records`.
 
     Raises:
@@ -118,7 +122,8 @@ def _walk(root: Path) -> Iterator[Path]:
         visible = sorted(name for name in folders if not name.startswith("."))
         saved = [name for name in visible if is_saved(Path(folder, name)) and not Path(folder, name).is_symlink()]
         folders[:] = [name for name in visible if name not in saved]
-        names = sorted(name for name in files if not name.startswith("."))
+        described = {MANIFEST} if Path(folder) == root else set()
+        names = sorted(name for name in set(files) - described if not name.startswith("."))
         yield from (Path(folder, name) for name in [*names, *saved])
 
 

@@ -161,6 +161,14 @@ class JsonTokenizer:
         with _library_errors(f"the tokenizer {self.name!r} cannot encode a text"):
             return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
+    def encode_rendered(self, text: str) -> Int[np.ndarray, " S"]:
+        """As `encode`, for the text of a chat template: special tokens written in it are special tokens."""
+        self._tokenizer.encode_special_tokens = False
+        try:
+            return self.encode(text)
+        finally:
+            self._tokenizer.encode_special_tokens = True
+
     def decode(self, ids: Int[np.ndarray, " S"]) -> str:
         """Returns the text of `ids`; special tokens are dropped."""
         specials = (self.pad_id, self.bos_id, self.eos_id)

@@ -5,8 +5,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 import pallas_kernels as ops
-from moe_zoo.core.param import Constant, fan_in, param
+from moe_zoo.core.param import Constant, Frozen, fan_in, param
 from moe_zoo.layers.mlp import FeedForwardConfig, ffn
+
+_MATRICES = ("w_gate", "w_up", "w_down")
 
 
 class FeedForward(nnx.Module):
@@ -31,10 +33,38 @@ class FeedForward(nnx.Module):
             self.b_up = param((E, F), ("expert", "expert_mlp"), Constant(0.0))
             self.b_down = param((E, D), ("expert", "embed"), Constant(0.0))
 
+    def quantize(self) -> None:
+        """Declares the matrices as int8 with a scale per output channel (`w_up_scale` and so on), all frozen.
+
+        For a bank without values yet, stacked or not: whoever loads gives them.
+        """
+        for name in [name for name in _MATRICES if hasattr(self, name)]:
+            var = getattr(self, name)
+            shape, axes, more = var.get_value().shape, var.logical_axes, var.get_metadata()
+            layers = more.get("layer_names")
+            for suffix, size, axis, dtype in (("", shape[-2], axes[-2], jnp.int8), ("_scale", 1, None, jnp.float32)):
+                new = (*shape[:-2], size, shape[-1]), (*axes[:-2], axis, axes[-1])
+                declared = param(*new, Constant(1.0), dtype=dtype, kind=Frozen)
+                if layers:
+                    declared = declared.replace(layer_names=tuple(f"{layer}{suffix}" for layer in layers))
+                setattr(self, f"{name}{suffix}", declared)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the matrices are int8."""
+        return hasattr(self, "w_up_scale")
+
     def weights(self, dtype) -> tuple:
-        """(gate or None, up, down) in the compute dtype."""
-        gate = self.w_gate[...].astype(dtype) if self.config.gated else None
-        return gate, self.w_up[...].astype(dtype), self.w_down[...].astype(dtype)
+        """(gate or None, up, down): arrays in the compute dtype, or `Quantized`."""
+        return tuple(self._matrix(name, dtype) if hasattr(self, name) else None for name in _MATRICES)
+
+    def _matrix(self, name: str, dtype):
+        values = getattr(self, name)[...]
+        return ops.Quantized(values, getattr(self, f"{name}_scale")[...]) if self.quantized else values.astype(dtype)
+
+    def _wide(self, dtype) -> tuple:
+        """`weights` as arrays, for what has no grouped matmul."""
+        return tuple(w.dequantized(dtype) if isinstance(w, ops.Quantized) else w for w in self.weights(dtype))
 
     def routed(self, x_TD: Float[Array, "T D"], plan) -> Float[Array, "T D"]:
         """Sums each token's experts by a ragged RowPlan; tokens without a row come out zero."""
@@ -54,22 +84,23 @@ class FeedForward(nnx.Module):
     def batched(self, x_ECD: Float[Array, "E C D"]) -> Float[Array, "E C D"]:
         """The same number of rows for every expert."""
         if not self.config.plain:
-            return self._general(x_ECD, lambda x, w: x @ w, lambda b_EX: b_EX[:, None])
-        return ffn(x_ECD, *self.weights(x_ECD.dtype), self.config.activation)
+            return self._general(x_ECD, self._wide(x_ECD.dtype), lambda x, w: x @ w, lambda b_EX: b_EX[:, None])
+        return ffn(x_ECD, *self._wide(x_ECD.dtype), self.config.activation)
 
     def _general_rows(self, x_RD, group_sizes_E):
         end_E = jnp.cumsum(group_sizes_E)
         expert_R = jnp.searchsorted(end_E, jnp.arange(x_RD.shape[0]), side="right")
         y_RD = self._general(
             x_RD,
+            self.weights(x_RD.dtype),
             lambda x, w: ops.grouped_matmul(x, w, group_sizes_E),
             lambda b_EX: jnp.take(b_EX, expert_R, axis=0, mode="clip"),
         )
         return jnp.where(jnp.arange(x_RD.shape[0])[:, None] < end_E[-1], y_RD, 0)
 
-    def _general(self, x, multiply, spread):
+    def _general(self, x, weights, multiply, spread):
         """The formula with biases and limits; `spread` lays one vector per expert along the rows of x."""
-        gate, up, down = self.weights(x.dtype)
+        gate, up, down = weights
 
         def affine(x, w, name):
             y = multiply(x, w)

@@ -1,20 +1,25 @@
 """Autoregressive generation with the models' own caches, batched over ragged prompts.
 
-B prompts, S padded prompt length, N new tokens, V vocabulary.
+One prefill, then decoding in chunks of tokens per dispatch. Shapes are bucketed: prompts and caches are rounded up to
+powers of two and their halves in between, so that another prompt compiles only if its bucket is new.
+
+B prompts, S padded prompt length, L cache length, V vocabulary.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
 
+from moe_zoo.inference.sampling import Sampling, draw
 from moe_zoo.sharding import readable
 
-_BUCKET = 64  # prompt lengths and token counts are rounded up to this: one compilation per bucket
+_SMALLEST = 32  # bucket
+_CHUNK = 16  # most tokens per dispatch
+_STOPS = 8  # ids that end a sequence are padded to a multiple of this
 
 
 def generate(
@@ -25,90 +30,121 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
+    min_p: float = 0.0,
     seed: int = 0,
     stop_ids: Sequence[int] = (),
     pad_id: int = 0,
+    on_tokens: Callable[[int, np.ndarray], bool | None] | None = None,
+    chunk: int = _CHUNK,
 ) -> list[np.ndarray]:
     """Continues every prompt (int arrays, at least one id each) by up to `max_new_tokens` ids.
 
-    `temperature` 0 takes the most likely token. Sampling keeps the `top_k` most likely tokens and the smallest set
-    whose probability reaches `top_p`. A sequence ends at the first of `stop_ids`, which is not returned. Every sequence
-    has its own stream of randomness, so its text does not depend on what else is in the batch.
+    `temperature`, `top_k`, `top_p`, `min_p`: see `Sampling`. A sequence ends at the first of `stop_ids`, which is not
+    returned; the call ends when all have. Every sequence has its own stream of randomness, so its text does not depend
+    on what else is in the batch.
+
+    `on_tokens(row, ids)` receives each sequence's new ids while the rest is still to come, at most `chunk` (1 to 16)
+    at a time; returning True ends that sequence.
 
     Raises ValueError for an empty prompt or settings out of range.
     """
+    sampling = Sampling(temperature, top_k, top_p, min_p)
     if len(prompts) == 0:
         return []
+    _check(model, prompts, max_new_tokens, chunk)
+    B, S = len(prompts), bucket(max(len(p) for p in prompts))
+    tokens, valid = np.full((B, S), pad_id, np.int32), np.zeros((B, S), bool)
+    for row, prompt in enumerate(prompts):
+        tokens[row, S - len(prompt) :], valid[row, S - len(prompt) :] = prompt, True
+    graphdef, state = nnx.split(model)
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(B))
+    stops = [*stop_ids, *[-1] * (-len(stop_ids) % _STOPS or _STOPS * (not stop_ids))]
+    # all from the host, where every process of a run has the same
+    how = jax.device_get(sampling.arrays(model.config.vocab_size))
+    how |= {"keys": np.asarray(jax.random.key_data(keys)), "stops": np.asarray(stops, np.int32)}
+    rows = _Rows(B, set(stop_ids), on_tokens)
+    first, carry = _prefill(graphdef, bucket(S + max_new_tokens), state, tokens, valid, how)
+    rows.take(jax.device_get(first))
+    left = max_new_tokens - 1
+    while left and not rows.done.all():
+        (ids, count), carry = _decode(graphdef, state, carry, rows.done, np.int32(min(left, chunk)), how)
+        ids, count = jax.device_get((ids, count))
+        rows.take(ids[:, :count])
+        left -= min(left, chunk)
+    return [np.concatenate(parts).astype(np.int32) for parts in rows.parts]
+
+
+def bucket(n: int) -> int:
+    """The next of 32, 48, 64, 96, 128, 192, ...: at most a third is wasted."""
+    power = _SMALLEST
+    while power < n:
+        power *= 2
+    return power * 3 // 4 if power > _SMALLEST and n <= power * 3 // 4 else power
+
+
+class _Rows:
+    """On the host: what every sequence has so far, and which have ended."""
+
+    def __init__(self, B: int, stops: set[int], on_tokens):
+        self.parts = [[np.zeros(0, np.int32)] for _ in range(B)]
+        self.done = np.zeros(B, bool)
+        self._stops, self._on_tokens = stops, on_tokens
+
+    def take(self, ids_BC: np.ndarray) -> None:
+        for row in np.flatnonzero(~self.done):
+            new = ids_BC[row]
+            ends = [i for i, token in enumerate(new) if int(token) in self._stops]
+            if ends:
+                new, self.done[row] = new[: ends[0]], True
+            if len(new):
+                self.parts[row].append(new)
+                if self._on_tokens is not None and self._on_tokens(int(row), new):
+                    self.done[row] = True
+
+
+def _check(model, prompts, max_new_tokens: int, chunk: int) -> None:
     if not model.causal:
         name = model.config.router.name
         raise ValueError(f"router {name!r} is not causal: tokens depend on later ones, so text cannot be generated")
     if any(len(p) == 0 for p in prompts):
         raise ValueError("an empty prompt: expected at least one id (the beginning-of-text id will do)")
-    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or (top_k is not None and top_k < 1):
-        raise ValueError(
-            f"expected max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1, top_k >= 1; got {max_new_tokens}, "
-            f"{temperature}, {top_p}, {top_k}"
-        )
-    S = _round_up(max(len(p) for p in prompts))
-    tokens = np.full((len(prompts), S), pad_id, np.int32)
-    valid = np.zeros((len(prompts), S), bool)
-    for row, prompt in enumerate(prompts):
-        tokens[row, S - len(prompt) :], valid[row, S - len(prompt) :] = prompt, True
-    graphdef, state = nnx.split(model)
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(len(prompts)))
-    # all from the host, where every process of a run has the same
-    out = _run(
-        graphdef, _round_up(max_new_tokens), top_k, state, tokens, valid, np.asarray(jax.random.key_data(keys)),
-        np.asarray(list(stop_ids) or [-1], np.int32), max_new_tokens, np.float32(temperature), np.float32(top_p),
-    )  # fmt: skip
-    ids, lengths = jax.device_get(out)
-    return [ids[row, : lengths[row]] for row in range(len(prompts))]
+    if max_new_tokens < 1 or not 1 <= chunk <= _CHUNK:
+        raise ValueError(f"expected max_new_tokens >= 1, 1 <= chunk <= {_CHUNK}; got {max_new_tokens}, {chunk}")
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _run(graphdef, N, top_k, state, tokens, valid, keys, stops, limit, temperature, top_p):
+def _pick(logits_BSV, step, how):
+    keys_B = jax.vmap(jax.random.fold_in, (0, None))(jax.random.wrap_key_data(how["keys"]), step)
+    return draw(keys_B, logits_BSV[:, -1], how)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _prefill(graphdef, L, state, tokens, valid, how):
+    """(the first new id [B, 1], what decoding goes on with)."""
     model = nnx.merge(graphdef, state)
-    keys = jax.random.wrap_key_data(keys)
-    B, S = tokens.shape
     positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0).astype(jnp.int32)
-    logits, _, cache = model(tokens, positions=positions, valid=valid, cache=model.init_cache(B, S + N))
+    cache = model.init_cache(tokens.shape[0], L)
+    logits, _, cache = model(tokens, positions=positions, valid=valid, cache=cache, last=True)
+    first = _pick(logits, 0, how)
+    return readable(model.mesh, first[:, None]), (jnp.int32(1), first, positions[:, -1] + 1, cache)
 
-    def pick(logits_BV, step):
-        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-        return jax.vmap(sample, (0, 0, None, None, None))(step_keys, logits_BV, temperature, top_p, top_k)
 
-    def more(carry):
-        step, _, _, _, done, _ = carry
-        return (step < limit) & ~done.all()
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _decode(graphdef, state, carry, done, limit, how):
+    """((ids [B, 16], how many of them are new), carry): up to `limit` more ids, fewer if all sequences end."""
+    model = nnx.merge(graphdef, state)
 
-    def advance(carry):
-        step, ids, lengths, last, done, (cache, position) = carry
-        done = done | (last[:, None] == stops).any(-1)
-        ids = jax.lax.dynamic_update_index_in_dim(ids, jnp.where(done, 0, last), step, axis=1)
-        lengths = lengths + ~done
+    def more(loop):
+        i, _, done, _ = loop
+        return (i < limit) & ~done.all()
+
+    def advance(loop):
+        i, ids, done, (step, last, position, cache) = loop
         logits, _, cache = model(last[:, None], positions=position[:, None], cache=cache)
-        return step + 1, ids, lengths, pick(logits[:, -1], step + 1), done, (cache, position + 1)
+        last = _pick(logits, step, how)
+        ids = jax.lax.dynamic_update_index_in_dim(ids, last, i, axis=1)
+        done = done | (last[:, None] == how["stops"]).any(-1)
+        return i + 1, ids, done, (step + 1, last, position + 1, cache)
 
-    start = (
-        jnp.int32(0), jnp.zeros((B, N), jnp.int32), jnp.zeros(B, jnp.int32), pick(logits[:, -1], 0),
-        jnp.zeros(B, bool), (cache, positions[:, -1] + 1),
-    )  # fmt: skip
-    _, ids, lengths, *_ = jax.lax.while_loop(more, advance, start)
-    return readable(model.mesh, (ids, lengths))
-
-
-def sample(key, logits_V: Float[Array, "V"], temperature, top_p, top_k: int | None) -> Array:
-    """One token id. Filters act on the tempered distribution; ties at a threshold are kept."""
-    greedy = jnp.argmax(logits_V)
-    scaled = logits_V / jnp.maximum(temperature, 1e-6)
-    if top_k is not None and top_k < logits_V.shape[-1]:
-        scaled = jnp.where(scaled < jax.lax.top_k(scaled, top_k)[0][-1], -jnp.inf, scaled)
-    ordered = jnp.sort(scaled, descending=True)
-    before = jnp.cumsum(jax.nn.softmax(ordered)) - jax.nn.softmax(ordered)
-    lowest = jnp.min(jnp.where(before < top_p, ordered, jnp.inf))
-    scaled = jnp.where(scaled < lowest, -jnp.inf, scaled)
-    return jnp.where(temperature == 0, greedy, jax.random.categorical(key, scaled)).astype(jnp.int32)
-
-
-def _round_up(n: int) -> int:
-    return -(-n // _BUCKET) * _BUCKET
+    ids = jnp.zeros((done.shape[0], _CHUNK), jnp.int32)
+    i, ids, _, carry = jax.lax.while_loop(more, advance, (jnp.int32(0), ids, done, carry))
+    return readable(model.mesh, (ids, i)), carry

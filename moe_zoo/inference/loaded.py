@@ -5,7 +5,7 @@ import functools
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,10 @@ from moe_zoo.core import param as P
 from moe_zoo.core.schema import build, overlay, to_dict
 from moe_zoo.data.errors import DataError
 from moe_zoo.data.tokenizer import Tokenizer, load_tokenizer
+from moe_zoo.inference.chat import Messages, render
 from moe_zoo.inference.generate import generate
+from moe_zoo.inference.published import generation_settings
+from moe_zoo.inference.text import Writer
 from moe_zoo.losses import LOSSES
 from moe_zoo.models import Decoder, ModelAux, ModelConfig
 from moe_zoo.models.decoder import per_layer_terms
@@ -27,6 +30,7 @@ from moe_zoo.routing import ROUTERS
 from moe_zoo.sharding import make_mesh, sharding_of
 
 _log = logging.getLogger(__name__)
+_STREAM = 4  # tokens between two calls of `on_text`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +65,18 @@ class Loaded:
     tokenizer_spec: str = "bytes"
     published: hf.Published | None = None
 
-    def __call__(self, input_ids, attention_mask=None, *, return_routing: bool = False) -> Output:
+    def __call__(
+        self, input_ids, attention_mask=None, decoder_input_ids=None, *, return_routing: bool = False
+    ) -> Output:
         """Logits for int ids [B, S]. `attention_mask` [B, S]: 0 marks padding, left or right; positions follow it.
 
         `return_routing`: what every routed layer did with every token, see `RoutedAux`.
+        `decoder_input_ids` belongs to encoder-decoders, and is an error for a model that is a decoder alone.
         """
+        if decoder_input_ids is not None:
+            raise ValueError(
+                f"decoder_input_ids: {type(self.model).__name__} has no encoder; give the whole text as input_ids"
+            )
         ids = np.atleast_2d(np.asarray(input_ids))
         if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
             raise ValueError(f"input_ids: expected integers [batch, seq], got {ids.dtype} {list(ids.shape)}")
@@ -84,18 +95,81 @@ class Loaded:
         logits, aux = _forward(graphdef, return_routing, state, jnp.asarray(ids, jnp.int32), valid)
         return Output(logits, RoutedAux(aux.losses, aux.layers) if return_routing else aux)
 
-    def generate(self, prompts: str | Sequence[str], max_new_tokens: int = 200, **sampling) -> list[str]:
-        """The continuation of each prompt as text; see `inference.generate` for the sampling settings."""
+    def generate(self, prompts: str | Sequence[str], max_new_tokens: int = 200, **how) -> list[str]:
+        """The continuation of each prompt as text. `how`, besides the sampling settings of `inference.generate`:
+
+        `stop`: strings that end a text and are not part of it. `on_text(row, piece)`: called with whole characters as
+        they come. `published_sampling`: take the settings of generation_config.json that are not given here.
+        """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        tok = self.tokenizer
-        if tok is None:
-            raise CheckpointError("this model has no tokenizer; use inference.generate(loaded.model, ids, ...)")
+        tok = self._needs_tokenizer()
         # special tokens that a published tokenizer lacks have ids beyond the model's vocabulary
+        bos = [i for i in (tok.bos_id,) if i < self.config.vocab_size]
+        return self._generate(
+            [np.concatenate([bos, tok.encode(p)]).astype(np.int32) for p in prompts], max_new_tokens, **how
+        )
+
+    def chat(
+        self,
+        messages: Messages,
+        max_new_tokens: int = 512,
+        *,
+        template: Mapping[str, Any] | None = None,
+        on_text: Callable[[str], None] | None = None,
+        **how,
+    ) -> str:
+        """The assistant's answer to `[{"role": "user", "content": "..."}, ...]`, by the chat template of the tokenizer.
+
+        `template`: variables of the template's own, `{"enable_thinking": False}`. `on_text(piece)`: called with the
+        answer as it comes. `how`: as in `generate`.
+        """
+        tell = None if on_text is None else lambda row, piece: on_text(piece)
+        ids = self.chat_ids(messages, **(template or {}))
+        return self._generate([ids], max_new_tokens, on_text=tell, **how)[0]
+
+    def chat_ids(self, messages: Messages, **template) -> np.ndarray:
+        """The ids that the chat template makes of a conversation."""
+        tok, folder = self._needs_tokenizer(), self.folder
+        if folder is None or not hasattr(tok, "encode_rendered"):
+            raise CheckpointError("this model's tokenizer is bytes, which has no chat template; use generate")
+        return tok.encode_rendered(render(folder, messages, **template)).astype(np.int32)
+
+    def _generate(
+        self,
+        ids,
+        max_new_tokens: int,
+        *,
+        stop: str | Sequence[str] = (),
+        on_text=None,
+        published_sampling=False,
+        **sampling,
+    ) -> list[str]:
+        stop = [stop] if isinstance(stop, str) else list(stop)
+        if not all(isinstance(s, str) and s for s in stop):
+            raise ValueError(f"stop: expected strings of at least one character, got {stop!r}")
+        tok, published = self._needs_tokenizer(), generation_settings(self.folder)
         known = lambda *ids: [i for i in ids if i < self.config.vocab_size]
-        ids = [np.concatenate([known(tok.bos_id), tok.encode(p)]).astype(np.int32) for p in prompts]
-        pad = known(tok.pad_id, 0)[0]
-        new = generate(self.model, ids, max_new_tokens, stop_ids=known(tok.eos_id), pad_id=pad, **sampling)
-        return [tok.decode(n) for n in new]
+        if published_sampling:
+            sampling = published["sampling"] | sampling
+        sampling["stop_ids"] = known(*{tok.eos_id, *published["stop_ids"], *sampling.get("stop_ids", ())})
+        writer = Writer(tok, len(ids), stop, on_text)
+        if on_text is not None:
+            sampling.setdefault("chunk", _STREAM)
+        generate(self.model, ids, max_new_tokens, pad_id=known(tok.pad_id, 0)[0], on_tokens=writer.tokens, **sampling)
+        return writer.finish()
+
+    def _needs_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise CheckpointError("this model has no tokenizer; use inference.generate(loaded.model, ids, ...)")
+        return self.tokenizer
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the tokenizer's files are, if it is a published one."""
+        if self.published:
+            return self.published.folder
+        spec = Path(self.tokenizer_spec or "bytes")
+        return spec if spec.is_dir() else spec.parent if spec.is_file() else None
 
     def replace_router(self, router: str | Mapping[str, Any], *, seed: int = 0, **changes) -> "Loaded":
         """Gives every routed layer another router, in place: a name, or `{"name": ..., **settings}`.
@@ -110,6 +184,8 @@ class Loaded:
         settings["losses"] = {n: c for n, c in settings["losses"].items() if _fits(LOSSES.get(n), cls)}
         config = build(ModelConfig, settings, "model")
         model, old = Decoder(config, self.model.mesh), P.arrays(self.model)
+        if self.model.quantized:
+            model.quantize_experts()
         mesh = next(iter(old.values())).sharding.mesh
         put = lambda var, path, value: jax.device_put(value, sharding_of(mesh, var.logical_axes, value.shape, path))
         kept = {n: a for n, a in P.arrays(model).items() if n in old and old[n].shape == a.shape}
@@ -135,10 +211,12 @@ def _forward(graphdef, record, state, ids, valid):
     return logits, aux
 
 
-def load(path: str | Path, *, mesh=None, dtype=None, step: int | None = None) -> Loaded:
+def load(path: str | Path, *, mesh=None, dtype=None, weights: str | None = None, step: int | None = None) -> Loaded:
     """Opens a run of ours, a published directory (config.json, safetensors), or online the name of one on the hub.
 
-    `mesh` None: one device. `dtype` None: parameters as they are stored. `step`: of a run; None is the newest.
+    `mesh` None: one device. `dtype` None: parameters as they are stored. `weights` "int8": the matrices of a published
+    model's routed experts in int8 with a scale per output channel, narrowed while they are read; such a model can be
+    used, not trained or saved. `step`: of a run; None is the newest.
 
     Raises CheckpointError when there is nothing to open or what is there cannot be used.
     """
@@ -147,10 +225,14 @@ def load(path: str | Path, *, mesh=None, dtype=None, step: int | None = None) ->
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         folder = hf.download(str(path))
     if not hf.is_published(folder):
+        if weights is not None:
+            raise CheckpointError(
+                f"weights={weights!r} is for published directories; `convert.py export {path}` makes one"
+            )
         return _load_run(folder, mesh, dtype, step)
     if step is not None:
         raise CheckpointError(f"{folder} is no run of ours and has no steps, got step={step}")
-    model, config, published = hf.load(folder, mesh, dtype)
+    model, config, published = hf.load(folder, mesh, dtype, weights)
     tokenizer = _tokenizer(folder)
     return Loaded(model, config, tokenizer, str(folder) if tokenizer else "", published)
 

@@ -13,13 +13,9 @@ def save_hf(loaded: Loaded, path: str | Path) -> str:
     the family that has its settings. Returns the name of its class. Raises CheckpointError when there is none, naming
     what does not fit.
     """
-    extras, tokens = None, {}
-    if loaded.published:
-        extras = loaded.published.folder
-    elif loaded.tokenizer is not None:
-        spec = Path(loaded.tokenizer_spec)
-        extras = spec if spec.is_dir() else spec.parent if spec.is_file() else None
+    tokens = {}
+    if not loaded.published and loaded.tokenizer is not None:
         ids = {f"{kind}_token_id": getattr(loaded.tokenizer, f"{kind}_id") for kind in ("bos", "eos", "pad")}
         tokens = {name: value for name, value in ids.items() if value < loaded.config.vocab_size}
-    family = hf.save(Path(path), loaded.model, loaded.config, loaded.published, extras=extras, settings=tokens)
+    family = hf.save(Path(path), loaded.model, loaded.config, loaded.published, extras=loaded.folder, settings=tokens)
     return family.architectures[0]

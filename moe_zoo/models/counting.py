@@ -26,9 +26,17 @@ def count_parameters(model: Decoder, trainable=None) -> dict[str, int]:
     return {"total": sum(size.values()), "active": sum(active.values()), "trainable": sum(size[n] for n in trainable)}
 
 
+def router_parameters(model: Decoder) -> int:
+    """Parameters that are the routers', of all layers together: frozen ones, and what the routers share, included."""
+    own = lambda name: ".ffn.router." in f".{name}" or name.startswith("shared.")
+    return sum(v.get_value().size for n, v in P.flat(model).items() if own(n) and not isinstance(v, P.Buffer))
+
+
 def train_flops_per_token(model: Decoder, seq_len: int, rows_per_token: dict[str, float] | None = None) -> float:
     """Active FLOPs to train on one token of rows of `seq_len`: forward and twice that for the backward pass.
 
     A token sees (seq_len + 1) / 2 keys on average; recomputation (remat) and the optimizer are not counted.
+    `rows_per_token`: as measured, by the path of the stacked block; for other blocks what their routers say.
     """
-    return 3 * model.flops_per_token((seq_len + 1) / 2, rows_per_token)
+    rows = {path: block.ffn.router.rows_per_token(seq_len) for path, block, _ in model.routed()}
+    return 3 * model.flops_per_token((seq_len + 1) / 2, {**rows, **(rows_per_token or {})})

@@ -105,12 +105,14 @@ class Decoder(nnx.Module):
         step: Int[Array, ""] | None = None,
         key: Array | None = None,
         record: bool = False,
+        last: bool = False,
     ) -> tuple[Float[Array, "B S V"], ModelAux, dict | None]:
         """Logits (float32), Aux, and the new cache.
 
         `segment_ids` separate packed documents; `valid` False marks padding, which changes nothing elsewhere. With a
         `cache` (`init_cache`) the S tokens continue the cached ones. `inputs` holds arrays with a leading axis of all L
         layers, for routers (`router_bias`, `given`). `record` puts every token's routing into the Aux' terms.
+        `last`: only the logits of the last token, [B, 1, V].
         """
         B, S = tokens.shape
         at = None if cache is None else cache["at"]
@@ -131,7 +133,7 @@ class Decoder(nnx.Module):
         state = _Run(x, ctx, view, cache, at, inputs or {})
         for index, segment in enumerate(self.segments):
             state.run_segment(index, segment, self.config.remat if train else "none")
-        x = self.norm(state.x)
+        x = self.norm(state.x[:, -1:] if last else state.x)
         logits = self.embed.attend(x) if self.config.tie_word_embeddings else self.head(x)
         if self.config.logits_scaling != 1.0:
             logits = logits / self.config.logits_scaling
@@ -157,6 +159,17 @@ class Decoder(nnx.Module):
             for p, block in enumerate(segment.blocks):
                 if block.routed:
                     yield f"segments.{s}.blocks.{p}", block, segment.layer_ids[p]
+
+    def quantize_experts(self) -> bool:
+        """Declares the matrices of all routed experts as int8, before there are values. Whether there are any."""
+        for _, block, _ in self.routed():
+            block.ffn.experts.quantize()
+        return self.quantized
+
+    @property
+    def quantized(self) -> bool:
+        """Whether routed experts hold int8."""
+        return any(block.ffn.experts.quantized for _, block, _ in self.routed())
 
     @property
     def causal(self) -> bool:

@@ -22,7 +22,7 @@ from moe_zoo.core.param import Constant, Normal, param
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import join, positive
 from moe_zoo.routing.relu import active_fraction
-from moe_zoo.routing.router import Dims, Router, at_least_f32, linear_logits
+from moe_zoo.routing.router import CostBound, Dims, Router, at_least_f32, linear_logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,7 @@ class BlockFFN(Router):
 
     Config = BlockFFNConfig
     decision = Dense
+    cost = CostBound(1.5, 5.5, "all E gates of a token may be live: T E of them compete for the budget's rows")
 
     def __init__(self, config: BlockFFNConfig, dims: Dims):
         self.config, self.num_experts = config, dims.num_experts

@@ -20,7 +20,7 @@ from moe_zoo.core.context import Routing, RoutingContext
 from moe_zoo.core.decision import ExpertChoice as ExpertChoiceDecision
 from moe_zoo.core.param import Normal, param
 from moe_zoo.core.schema import positive
-from moe_zoo.routing.router import Dims, Router, linear_logits
+from moe_zoo.routing.router import CostBound, Dims, Router, linear_logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,7 @@ class ExpertChoice(Router):
     Config = ExpertChoiceConfig
     decision = ExpertChoiceDecision
     causal = False
+    cost = CostBound(2.5, 2.5, "an expert's C best of a sequence are sorted, not a token's two")
 
     def __init__(self, config: ExpertChoiceConfig, dims: Dims):
         self.config, self.num_experts = config, dims.num_experts

@@ -66,6 +66,9 @@ class Hashed(Router):
     def max_active(self) -> int:
         return 1
 
+    def flops_per_token(self, hidden_size: int) -> float:
+        return 0
+
 
 def balanced_table(counts_V: Int[np.ndarray, "V"], num_experts: int) -> Int[np.ndarray, "V"]:
     """Tokens by descending count, each to the least loaded expert: no expert is further above another in corpus load

@@ -22,7 +22,7 @@ from moe_zoo.core.decision import TokenChoice
 from moe_zoo.core.param import Constant, Normal, Uniform, param
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import join, positive
-from moe_zoo.routing.router import Dims, Router, at_least_f32, gather_gates, linear_logits
+from moe_zoo.routing.router import CostBound, Dims, Router, at_least_f32, gather_gates, linear_logits
 from moe_zoo.routing.top_k import select
 
 
@@ -71,6 +71,7 @@ class Recurrent(Router):
     """RMoE: logits read from a GRU state that is carried from layer to layer."""
 
     Config = RecurrentConfig
+    cost = CostBound(14, 4, "a GRU of p = 128 for every token: thirty times the multiplications of x W")
 
     def __init__(self, config: RecurrentConfig, dims: Dims):
         self.config, self.num_experts = config, dims.num_experts
@@ -105,3 +106,8 @@ class Recurrent(Router):
 
     def max_active(self) -> int:
         return self.config.num_experts_per_tok
+
+    def flops_per_token(self, hidden_size: int) -> float:
+        """Projection, the six matrices of the GRU, logits."""
+        p = self.config.recurrent_size
+        return 2 * p * (hidden_size + 6 * p + self.num_experts)

@@ -20,7 +20,7 @@ from moe_zoo.core.decision import Dense
 from moe_zoo.core.param import Normal, param
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import join, positive
-from moe_zoo.routing.router import Dims, Router, linear_logits
+from moe_zoo.routing.router import CostBound, Dims, Router, linear_logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,7 @@ class ReLU(Router):
     Config = ReLUConfig
     decision = Dense
     provides = ("logits",)
+    cost = CostBound(1.5, 5.5, "all E gates of a token may be live: T E of them compete for the budget's rows")
 
     def __init__(self, config: ReLUConfig, dims: Dims):
         self.config, self.num_experts = config, dims.num_experts

@@ -25,7 +25,7 @@ from moe_zoo.core.decision import TokenChoice
 from moe_zoo.core.param import Normal, param
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import join, positive
-from moe_zoo.routing.router import Dims, Router, gather_gates, linear_logits
+from moe_zoo.routing.router import CostBound, Dims, Router, gather_gates, linear_logits
 from moe_zoo.routing.top_k import select
 
 _OUT = -1e30  # log of nothing: finite, so that a group of padding alone has no inf - inf
@@ -56,6 +56,7 @@ class Sinkhorn(Router):
     """Even load by an optimal-transport plan while training (not causal there), top-k of the scores at inference."""
 
     Config = SinkhornConfig
+    cost = CostBound(3.0, 1.5, "in training, eight times two passes of exponentials over all T E logits")
 
     def __init__(self, config: SinkhornConfig, dims: Dims):
         self.config, self.num_experts = config, dims.num_experts

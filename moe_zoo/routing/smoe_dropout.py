@@ -19,7 +19,7 @@ from moe_zoo.core.decision import TokenChoice
 from moe_zoo.core.param import Constant, Frozen, Normal, param
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import join, positive
-from moe_zoo.routing.router import Dims, Router, at_least_f32, gather_gates, linear_logits
+from moe_zoo.routing.router import CostBound, Dims, Router, at_least_f32, gather_gates, linear_logits
 from moe_zoo.routing.top_k import select
 
 
@@ -59,6 +59,7 @@ class SMoEDropout(Router):
 
     Config = SMoEDropoutConfig
     requires = ("step",)
+    cost = CostBound(12, 40, "up to all E experts for every token, sorted and moved")
 
     def __init__(self, config: SMoEDropoutConfig, dims: Dims):
         self.config, self.num_experts = config, dims.num_experts
@@ -83,6 +84,10 @@ class SMoEDropout(Router):
         gates_TK = jax.nn.softmax(jnp.where(on_K, chosen_TK, -jnp.inf), axis=-1)
         experts_TK = jnp.where(on_K, experts_TK, self.num_experts)
         return Routing(TokenChoice(experts_TK, gates_TK, self.num_experts), logits_TE, jax.nn.softmax(logits_TE))
+
+    def rows_per_token(self, seq_len: int) -> float:
+        """The mean over training."""
+        return sum(self.config.bounds(self.num_experts)) / 2
 
     def max_active(self) -> int:
         return max(self.config.bounds(self.num_experts)[1], self.config.eval_experts_per_tok or 0)

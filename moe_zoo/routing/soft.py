@@ -18,7 +18,7 @@ from moe_zoo.core.context import Routing, RoutingContext
 from moe_zoo.core.decision import Soft as SoftDecision
 from moe_zoo.core.param import Constant, fan_in, param
 from moe_zoo.core.schema import positive
-from moe_zoo.routing.router import Dims, Router, at_least_f32
+from moe_zoo.routing.router import CostBound, Dims, Router, at_least_f32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Soft(Router):
     decision = SoftDecision
     provides = ("probs",)
     causal = False
+    cost = CostBound(24, 14, "every token weighs on all slots of every expert, 16 E of them")
 
     def __init__(self, config: SoftConfig, dims: Dims):
         self.config, self.num_experts = config, dims.num_experts
@@ -61,6 +62,14 @@ class Soft(Router):
             dispatch = jnp.where(ctx.valid.reshape(B, S, 1, 1), dispatch, 0)
             combine = jnp.where(ctx.valid.reshape(B, S, 1, 1), combine, 0)
         return Routing(SoftDecision(dispatch, combine), None, combine.sum(-1).reshape(B * S, -1))
+
+    def rows_per_token(self, seq_len: int) -> float:
+        """Every sequence fills all slots, however long it is."""
+        return self.num_experts * self.config.slots_per_expert / seq_len
+
+    def flops_per_token(self, hidden_size: int) -> float:
+        """Logits of all slots, mixing into them and out of them."""
+        return 6 * hidden_size * self.num_experts * self.config.slots_per_expert
 
 
 def unit(x: Array, axis: int, eps: float) -> Array:

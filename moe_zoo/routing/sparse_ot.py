@@ -1,4 +1,4 @@
-"""Sparsity-constrained optimal transport (Liu, Puigcerver, Blondel, arXiv 2209.15466; the router of google-research/vmoe).
+"""Sparsity-constrained optimal transport (Liu, Puigcerver, Blondel, arXiv 2209.15466), as in google-research/vmoe.
 
     S = softmax over experts of x W.  The plan Q >= 0 of a group of T tokens and E experts, b = T / E:
         min  -<Q, S> + gamma/2 |Q|^2,   every token sums to 1,  every expert to b and over at most k tokens
@@ -28,7 +28,7 @@ from moe_zoo.core.decision import ExpertChoice
 from moe_zoo.core.param import Normal, param
 from moe_zoo.core.schema import positive
 from moe_zoo.routing.expert_choice import coverage
-from moe_zoo.routing.router import Dims, Router, linear_logits
+from moe_zoo.routing.router import CostBound, Dims, Router, linear_logits
 
 _NEVER = -1e30  # the score of padding: finite, so that a group of padding alone has no inf - inf
 
@@ -59,6 +59,7 @@ class SparseOT(Router):
     Config = SparseOTConfig
     decision = ExpertChoice
     causal = False
+    cost = CostBound(250, 60, "at each of 20 steps every expert's k best of a sequence are sorted")
 
     def __init__(self, config: SparseOTConfig, dims: Dims):
         self.config, self.num_experts = config, dims.num_experts

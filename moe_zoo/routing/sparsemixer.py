@@ -19,7 +19,7 @@ from moe_zoo.core.decision import TokenChoice
 from moe_zoo.core.param import Normal, param
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import join, positive
-from moe_zoo.routing.router import Dims, Router, linear_logits
+from moe_zoo.routing.router import CostBound, Dims, Router, linear_logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +48,7 @@ class SparseMixer(Router):
 
     Config = SparseMixerConfig
     requires = ("key",)
+    cost = CostBound(9, 3.5, "a random number for every token and expert, at each of K picks")
 
     def __init__(self, config: SparseMixerConfig, dims: Dims):
         self.config, self.num_experts = config, dims.num_experts

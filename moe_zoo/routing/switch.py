@@ -15,7 +15,7 @@ from moe_zoo.core.decision import TokenChoice
 from moe_zoo.core.param import Normal, param
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import join, positive
-from moe_zoo.routing.router import Dims, Router, at_least_f32, gather_gates, linear_logits
+from moe_zoo.routing.router import CostBound, Dims, Router, at_least_f32, gather_gates, linear_logits
 from moe_zoo.routing.top_k import select
 
 
@@ -37,6 +37,7 @@ class Switch(Router):
 
     Config = SwitchConfig
     requires = ("key",)
+    cost = CostBound(10, 3, "jitter: a random number for every entry of x")
 
     def __init__(self, config: SwitchConfig, dims: Dims):
         self.config, self.num_experts = config, dims.num_experts

@@ -51,10 +51,15 @@ def sharding_of(
         parts = math.prod(mesh.shape[a] for a in mesh_axes)
         if size % parts:
             raise ConfigError(
-                f"{name}: dim {axis!r} of size {size} does not divide over mesh axes {mesh_axes} of size {parts}"
+                f"{name}: dim {axis!r} of size {size} does not divide over mesh axes {mesh_axes} of size {parts}; "
+                f"sizes that do: {_divisors(size)}"
             )
         spec.append(mesh_axes if len(mesh_axes) > 1 else mesh_axes[0] if mesh_axes else None)
     return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def _divisors(size: int, most: int = 64) -> str:
+    return ", ".join(str(n) for n in range(1, min(size, most) + 1) if size % n == 0)
 
 
 def readable(mesh: Mesh | None, tree):

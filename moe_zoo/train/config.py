@@ -9,8 +9,10 @@ import ast
 import dataclasses
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from moe_zoo.core.registry import ConfigError, nearest
 from moe_zoo.core.schema import Choice, Text, build, choice, join, overlay, positive, set_path, to_dict
@@ -245,17 +247,32 @@ def config_from_dict(tree: Mapping) -> Config:
 def read_config_file(spec: str) -> dict:
     """Runs `get_config(preset)` of a config file and returns plain nested dicts."""
     name, _, preset = spec.partition(":")
-    path = find_config(name)
+    config = _run_config_file(find_config(name), lambda module: module.get_config(preset))
+    return config.to_dict() if hasattr(config, "to_dict") else dict(config)
+
+
+def config_file_value(path: Path, name: str) -> Any:
+    """What a config file calls `name` at its top level; None if it has no such thing."""
+    return _run_config_file(path, lambda module: getattr(module, name, None))
+
+
+def _run_config_file(path: Path, take: Callable[[types.ModuleType], Any]) -> Any:
+    """Executes the file and returns `take(module)`; whatever goes wrong in it is a ConfigError."""
     module_spec = importlib.util.spec_from_file_location(f"moe_zoo_config_{path.stem}", path)
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-        config = module.get_config(preset)
+        return take(module)
     except ConfigError:
         raise
     except Exception as error:
         raise ConfigError(f"config file {path}: {type(error).__name__}: {error}") from error
-    return config.to_dict() if hasattr(config, "to_dict") else dict(config)
+
+
+def known_configs() -> dict[str, Path]:
+    """{bare name: file} of the configs that come with the project."""
+    folders = [Path(__file__).parents[2] / "configs", Path(__file__).parents[1] / "configs"]
+    return {p.stem: p for folder in folders if folder.is_dir() for p in sorted(folder.glob("*.py"))}
 
 
 def find_config(name: str) -> Path:
@@ -263,8 +280,7 @@ def find_config(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    folders = [Path(__file__).parents[2] / "configs", Path(__file__).parents[1] / "configs"]
-    known = {p.stem: p for folder in folders if folder.is_dir() for p in sorted(folder.glob("*.py"))}
+    known = known_configs()
     if path.stem in known and path.suffix in ("", ".py"):
         return known[path.stem]
     raise ConfigError(f"no config file {name!r}{nearest(path.stem, known)}; known: {', '.join(known)}")
@@ -279,9 +295,10 @@ def preset(name: str, presets: Mapping[str, object]):
     return presets[name]
 
 
-def extend(spec: str, changes: Mapping) -> dict:
-    """Another config file's settings with `changes` laid over them, for config files."""
-    return overlay(read_config_file(spec), changes)
+def extend(spec: str, changes: Mapping | Callable[[dict], Mapping]) -> dict:
+    """Another config file's settings with `changes` (or what `changes` makes of them) laid over, for config files."""
+    base = read_config_file(spec)
+    return overlay(base, changes(base) if callable(changes) else changes)
 
 
 def differences(old: Mapping, new: Mapping, prefix: str = "") -> list[str]:

@@ -47,7 +47,7 @@ def _write(config: Config, workdir: Path, run: dict[str, Any], result: dict[str,
         "flops_per_token": train_flops_per_token(trainer.abstract, config.data.seq_len),
         "versions": {"jax": jax.__version__, "device": jax.devices()[0].device_kind},
     }
-    report["pictures"] = draw_pictures(workdir, report, test.domains)
+    report["pictures"] = draw_pictures(workdir, report)
     (workdir / "report.json").write_text(json.dumps(report, indent=2))
     return report
 
@@ -61,7 +61,7 @@ def draw_sample(config: Config, loaded: Loaded) -> dict[str, str] | None:
     return {"prompt": prompt, "text": text}
 
 
-def draw_pictures(workdir: Path, report: dict[str, Any], domains: tuple[str, ...]) -> dict[str, str]:
+def draw_pictures(workdir: Path, report: dict[str, Any]) -> dict[str, str]:
     """{name: path} of the pictures that the run has data for."""
     folder = workdir / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,8 +70,6 @@ def draw_pictures(workdir: Path, report: dict[str, Any], domains: tuple[str, ...
     pictures = {"loss curve": plot_loss(history, folder / "loss.png", baselines=baselines)}
     if report["expert_load"]:
         pictures["expert load over training"] = plot_expert_load(history, folder / "expert_load.png")
-    if report["load_by_domain"]:
-        pictures["domains and experts"] = plot_domain_experts(
-            report["load_by_domain"], domains, folder / "domain_experts.png"
-        )
+    if report["specialization"]["load"]:
+        pictures["domains and experts"] = plot_domain_experts(report["specialization"], folder / "domain_experts.png")
     return {name: str(path) for name, path in pictures.items()}

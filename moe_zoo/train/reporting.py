@@ -31,6 +31,7 @@ def final_table(report: Mapping[str, Any], console: rich.console.Console | None 
             parameters: {"total": int, "active": int (per token), "trainable": int}.
             flops_per_token: active floating-point operations per token.
             expert_load: per MoE layer, the share of the routed tokens that each expert got (sums to 1).
+            specialization: `analysis.Specialization.to_dict`.
             sample: {"prompt": str, "text": str}. pictures: {name: path}.
         console: where to print; standard output by default.
     """
@@ -39,7 +40,13 @@ def final_table(report: Mapping[str, Any], console: rich.console.Console | None 
     sections = [
         _compression_table(report),
         _facts(report),
-        _load_table(report.get("expert_load"), unicode=_speaks_unicode(console), width=width),
+        _load_table(
+            report.get("expert_load"),
+            (report.get("specialization") or {}).get("layers"),
+            unicode=_speaks_unicode(console),
+            width=width,
+        ),
+        _specialization_table(report.get("specialization")),
         _sample_panel(report.get("sample"), console),
     ]
     for section in sections:
@@ -140,7 +147,9 @@ def _facts(report: Mapping[str, Any]) -> rich.table.Table | None:
     return grid
 
 
-def _load_table(expert_load: Sequence[Sequence[float]] | None, *, unicode: bool, width: int) -> rich.table.Table | None:
+def _load_table(
+    expert_load: Sequence[Sequence[float]] | None, layers: Sequence[int] | None, *, unicode: bool, width: int
+) -> rich.table.Table | None:
     """Per layer: the busiest and the idlest expert against an even share, and a bar per expert."""
     if expert_load is None or not len(expert_load):
         return None
@@ -152,7 +161,7 @@ def _load_table(expert_load: Sequence[Sequence[float]] | None, *, unicode: bool,
     for name in ("layer", "max/mean", "min/mean"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column(f"{what}; even share {bars[4]}, twice it {bars[8]}", overflow="fold")
-    for layer, shares in enumerate(expert_load):
+    for layer, shares in zip(layers or range(len(expert_load)), expert_load, strict=True):
         ratios = [share * len(shares) for share in shares]
         table.add_row(str(layer), f"{max(ratios):.2f}", f"{min(ratios):.2f}", Text(_load_bars(ratios, bars, per_bar)))
     return table
@@ -167,6 +176,36 @@ def _load_bars(ratios: Sequence[float], bars: str = _BARS, per_bar: int = 1) -> 
     ]
     return "".join(
         "?" if not math.isfinite(mean) else bars[0 if mean <= 0 else min(8, max(1, round(4 * mean)))] for mean in means
+    )
+
+
+def _specialization_table(found: Mapping[str, Any] | None) -> rich.table.Table | None:
+    """Per layer: what the expert says of the domain, and which domain prefers which expert most."""
+    if not found or not found["load"] or len(found["domains"]) < 2:
+        return None
+    rates = [[rate for rate in row if rate is not None] for row in found["experts_per_token"]]
+    varies = any(row and max(row) > 1.001 * min(row) for row in rates)
+    table = _new_table("Domains and experts: what the expert tells about the domain, of the most possible")
+    for name in ("layer", "bits", "of most", *(["experts per token"] if varies else [])):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("favourites: domain, expert, over an even share", overflow="fold")
+    for place, layer in enumerate(found["layers"]):
+        bits, most = found["bits"][place], found["normalised"][place]
+        said = ["-", "-"] if bits is None else [f"{bits:.3f}", f"{most:.1%}"]
+        if varies:
+            said.append(f"{min(rates[place]):.2f}-{max(rates[place]):.2f}" if rates[place] else "-")
+        table.add_row(str(layer), *said, Text(_preferences(found["domains"], found["load"][place])))
+    return table
+
+
+def _preferences(domains: Sequence[str], load_DE: Sequence[Sequence[float]], count: int = 3) -> str:
+    """The domains' favourite experts, strongest first."""
+    favourites = []
+    for name, row in zip(domains, load_DE, strict=True):
+        if total := sum(row):
+            favourites.append((max(row) / total * len(row), name, max(range(len(row)), key=row.__getitem__)))
+    return ", ".join(
+        f"{name} {expert} {ratio:.1f}x" for ratio, name, expert in sorted(favourites, reverse=True)[:count]
     )
 
 

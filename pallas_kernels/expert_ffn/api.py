@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import _checks, _choose, _varying
+from pallas_kernels import _checks, _choose, _varying, quantized
 from pallas_kernels.expert_ffn import pallas_tpu, reference, xla, xla_tiles
 from pallas_kernels.expert_ffn.activations import ACTIVATIONS
+from pallas_kernels.quantized import Quantized
 
 _OP = "expert_ffn"
 _FORWARD = {"xla": xla.forward, "xla_tiles": xla_tiles.forward, "pallas_tpu": pallas_tpu.forward}
@@ -23,9 +24,9 @@ _BACKWARD = {"xla": xla.backward, "xla_tiles": xla_tiles.backward, "pallas_tpu":
 
 def expert_ffn(
     x_RD: Float[Array, "R D"],
-    w_gate_EDF: Float[Array, "E D F"] | None,
-    w_up_EDF: Float[Array, "E D F"],
-    w_down_EFD: Float[Array, "E F D"],
+    w_gate_EDF: Float[Array, "E D F"] | Quantized | None,
+    w_up_EDF: Float[Array, "E D F"] | Quantized,
+    w_down_EFD: Float[Array, "E F D"] | Quantized,
     group_sizes_L: Int[Array, " L"],
     *,
     activation: str = "silu",
@@ -40,7 +41,7 @@ def expert_ffn(
 
     Args:
       x_RD: rows.
-      w_gate_EDF, w_up_EDF, w_down_EFD: weights, of x's dtype.
+      w_gate_EDF, w_up_EDF, w_down_EFD: weights, of x's dtype, or `Quantized` (gate and up alike): frozen then.
       group_sizes_L: integers, non-negative, with a sum of at most R; one per expert.
       activation: "silu", "gelu" (exact), "gelu_tanh", "quick_gelu", "relu" or "relu2" (squared ReLU).
       group_offset: int scalar, may be traced. The weights then hold only experts [group_offset, group_offset + E) of
@@ -50,7 +51,8 @@ def expert_ffn(
         on CPU, "pallas_tpu" on TPU if it takes the dtype, "xla" elsewhere.
 
     Raises:
-      ValueError, TypeError: shapes or dtypes that don't fit, an unknown activation or implementation.
+      ValueError, TypeError: shapes or dtypes that don't fit, an unknown activation or implementation, or the
+        gradient of quantized weights.
       NotImplementedError: a kernel that doesn't exist yet.
 
     Differentiable in x and the weights, in reverse mode only; x and the pre-activations are all that is saved.
@@ -67,7 +69,8 @@ def expert_ffn(
         _OP, implementation, shapes, {"pallas_tpu": pallas_tpu.why_not(x_RD, w_up_EDF, implementation)}
     )
     offset = None if offset is None else offset.astype(jnp.int32)
-    operands = _varying.same_varying(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_L, offset)
+    weights = quantized.frozen(_OP, (w_gate_EDF, w_up_EDF, w_down_EFD))
+    operands = _varying.same_varying(x_RD, *weights, group_sizes_L, offset)
     if implementation == "reference":
         return reference.forward(*operands, activation=activation)
     return _expert_ffn(activation, implementation, *operands)
@@ -83,6 +86,8 @@ def check(op: str, x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset, shap
     if w_gate_EDF is not None:
         _checks.check_shape(op, "w_gate", w_gate_EDF, (E, D, F), shapes)
     _checks.check_same_float_dtype(op, shapes, x=x_RD, w_gate=w_gate_EDF, w_up=w_up_EDF, w_down=w_down_EFD)
+    if w_gate_EDF is not None and w_gate_EDF.dtype != w_up_EDF.dtype:
+        raise TypeError(f"{op}: w_gate and w_up must have one dtype. Given: {shapes}")
     _checks.check_groups(op, sizes_L, E, offset, shapes)
 
 

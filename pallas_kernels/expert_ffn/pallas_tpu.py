@@ -17,12 +17,13 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from pallas_kernels import _tpu_rows, _tpu_target, _varying
+from pallas_kernels import _tpu_rows, _tpu_target, _varying, quantized
 from pallas_kernels.expert_ffn import activations, pallas_tpu_tiles
 from pallas_kernels.grouped_matmul import pallas_tpu as grouped
+from pallas_kernels.quantized import Quantized, Weights
 
 
-def why_not(x_XD: Array, w_up_EDF: Array, asked: str | None) -> str | None:
+def why_not(x_XD: Array, w_up_EDF: Weights, asked: str | None) -> str | None:
     """Why these kernels can't take rows or tokens `x` and such weights; None if they can."""
     return grouped.why_not(x_XD, w_up_EDF, transpose_rhs=False, out_dtype=x_XD.dtype, asked=asked)
 
@@ -37,9 +38,9 @@ class Groups(NamedTuple):
 
 def forward(
     x_RD: Array,
-    w_gate_EDF: Array | None,
-    w_up_EDF: Array,
-    w_down_EFD: Array,
+    w_gate_EDF: Weights | None,
+    w_up_EDF: Weights,
+    w_down_EFD: Weights,
     sizes_L: Array,
     offset: Array | None,
     *,
@@ -55,9 +56,9 @@ def forward(
 
 def backward(
     x_RD: Array,
-    w_gate_EDF: Array | None,
-    w_up_EDF: Array,
-    w_down_EFD: Array,
+    w_gate_EDF: Weights | None,
+    w_up_EDF: Weights,
+    w_down_EFD: Weights,
     sizes_L: Array,
     offset: Array | None,
     gate_RF: Array | None,
@@ -66,20 +67,21 @@ def backward(
     *,
     activation: str,
     interpret: bool = False,
-) -> tuple[Array, Array | None, Array, Array, None]:
-    """(dx, dw_gate or None, dw_up, dw_down, None)."""
+) -> tuple[Array, Array | None, Array | None, Array | None, None]:
+    """(dx, dw_gate, dw_up, dw_down, None), None for what is frozen or not there."""
     groups = Groups(sizes_L, offset, interpret)
     d = dhidden(dy_RD, None, w_down_EFD, gate_RF, up_RF, groups, activation=activation, save_dot=False)
-    dw_gate_EDF, dw_up_EDF = weight_gradients(x_RD, d, w_up_EDF.shape[0], groups)
-    dw_down_EFD = dw_down(d.hidden_RF, dy_RD, w_up_EDF.shape[0], groups)
+    dw_gate_EDF = weight_gradient(w_gate_EDF, x_RD, d.dgate_RF, groups)
+    dw_up_EDF = weight_gradient(w_up_EDF, x_RD, d.dup_RF, groups)
+    dw_down_EFD = weight_gradient(w_down_EFD, d.hidden_RF, dy_RD, groups)
     return dx(d, w_gate_EDF, w_up_EDF, groups), dw_gate_EDF, dw_up_EDF, dw_down_EFD, None
 
 
 def up(
     x_XD: Array,
     token_R: Array | None,
-    w_gate_EDF: Array | None,
-    w_up_EDF: Array,
+    w_gate_EDF: Weights | None,
+    w_up_EDF: Weights,
     groups: Groups,
     *,
     activation: str,
@@ -103,7 +105,7 @@ class PackedRows(NamedTuple):
     block: int
 
 
-def down(hidden_RF: Array, w_down_EFD: Array, groups: Groups) -> Array:
+def down(hidden_RF: Array, w_down_EFD: Weights, groups: Groups) -> Array:
     """y (R, D)."""
     sizes_L, offset, interpret = groups
     how = dict(transpose_rhs=False, out_dtype=hidden_RF.dtype, interpret=interpret)
@@ -122,7 +124,7 @@ class Gradients(NamedTuple):
 def dhidden(
     dy_XD: Array,
     token_R: Array | None,
-    w_down_EFD: Array,
+    w_down_EFD: Weights,
     gate_RF: Array | None,
     up_RF: Array,
     groups: Groups,
@@ -147,17 +149,19 @@ def dhidden(
     return Gradients(hidden_RF, None, last_RF, None)
 
 
-def down_packed(hidden_RF: Array, w_down_EFD: Array, groups: Groups) -> PackedRows:
+def down_packed(hidden_RF: Array, w_down_EFD: Weights, groups: Groups) -> PackedRows:
     """The same for the combine kernel."""
     return _call_packed("expert_ffn_down", (hidden_RF,), (w_down_EFD,), groups, transpose=False)
 
 
-def dx_packed(d: Gradients, w_gate_EDF: Array | None, w_up_EDF: Array, groups: Groups) -> PackedRows:
+def dx_packed(d: Gradients, w_gate_EDF: Weights | None, w_up_EDF: Weights, groups: Groups) -> PackedRows:
     """dx for the combine kernel."""
     return _call_packed("expert_ffn_dx", *_ways_back(d, w_gate_EDF, w_up_EDF), groups, transpose=True)
 
 
-def _ways_back(d: Gradients, w_gate_EDF: Array | None, w_up_EDF: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+def _ways_back(
+    d: Gradients, w_gate_EDF: Weights | None, w_up_EDF: Weights
+) -> tuple[tuple[Array, ...], tuple[Weights, ...]]:
     """Rows and the weights that they take back to dx."""
     if w_gate_EDF is None:
         return (d.dup_RF,), (w_up_EDF,)
@@ -171,28 +175,20 @@ def _call_packed(name: str, rows: Any, weights: Any, groups: Groups, *, transpos
     return PackedRows(words, tiles.body_cols)
 
 
-def dx(d: Gradients, w_gate_EDF: Array | None, w_up_EDF: Array, groups: Groups) -> Array:
+def dx(d: Gradients, w_gate_EDF: Weights | None, w_up_EDF: Weights, groups: Groups) -> Array:
     """dx (R, D): both ways back in one sum."""
     rows, weights = _ways_back(d, w_gate_EDF, w_up_EDF)
     return _call("expert_ffn_dx", rows, None, weights, (), groups, _total, 1, transpose=True)[0]
 
 
-def weight_gradients(x_RD: Array, d: Gradients, num_experts: int, groups: Groups) -> tuple[Array | None, Array]:
-    """(dw_gate or None, dw_up)."""
-    rights = (d.dup_RF,) if d.dgate_RF is None else (d.dgate_RF, d.dup_RF)
-    gradients = _weight_gradients(x_RD, rights, num_experts, groups)
-    return None if d.dgate_RF is None else gradients[0], gradients[-1]
-
-
-def _weight_gradients(left_RA: Array, rights: tuple[Array, ...], num_experts: int, groups: Groups) -> list[Array]:
-    sizes_L, offset, interpret = groups
-    run = functools.partial(grouped.weight_gradient, num_groups=num_experts, interpret=interpret)
-    return [run(left_RA, right_RB, sizes_L, offset) for right_RB in rights]
-
-
-def dw_down(hidden_RF: Array, dy_RD: Array, num_experts: int, groups: Groups) -> Array:
-    """dw_down (E, F, D)."""
-    return _weight_gradients(hidden_RF, (dy_RD,), num_experts, groups)[0]
+def weight_gradient(
+    weights_EAB: Weights | None, left_RA: Array, right_RB: Array | None, groups: Groups
+) -> Array | None:
+    """left.T @ right over each expert's rows: (E, A, B), or None if the weights are frozen or not there."""
+    if weights_EAB is None or isinstance(weights_EAB, Quantized):
+        return None
+    how = dict(num_groups=weights_EAB.shape[0], interpret=groups.interpret)
+    return grouped.weight_gradient(left_RA, right_RB, groups.sizes_L, groups.offset, **how)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +228,7 @@ def _call(
     name: str,
     rows: tuple[Array, ...],
     token_R: Array | None,
-    weights: tuple[Array, ...],
+    weights: tuple[Weights, ...],
     sides: tuple[Array, ...],
     groups: Groups,
     end: Callable[..., Any],
@@ -245,10 +241,13 @@ def _call(
     target = _tpu_target.current()
     shape = _shape(rows, token_R, weights, sides, num_outs, transpose, pack_outs)
     sizes_L, offset, interpret = groups
+    both = [quantized.scales(w, 2 if transpose else 1) for w in weights]
+    scales = tuple(inner if outer is None else outer for inner, outer in both)
+    of = tuple("inner" if inner is not None else "outer" if outer is not None else None for inner, outer in both)
     return _run(
-        rows, token_R, weights, sides, sizes_L, offset, end=end, num_outs=num_outs, transpose=transpose, name=name,
-        tiles=pallas_tpu_tiles.tiles(shape, target), num_cores=1 if interpret else target.num_cores,
-        interpret=interpret, pack_outs=pack_outs,
+        rows, token_R, tuple(map(quantized.values, weights)), scales, sides, sizes_L, offset, scale_of=of, end=end,
+        num_outs=num_outs, transpose=transpose, name=name, tiles=pallas_tpu_tiles.tiles(shape, target),
+        num_cores=1 if interpret else target.num_cores, interpret=interpret, pack_outs=pack_outs,
     )  # fmt: skip
 
 
@@ -256,15 +255,19 @@ def _shape(rows, token_R, weights, sides, num_outs: int, transpose: bool, pack_o
     R = (rows[0] if token_R is None else token_R).shape[0]
     K, N = weights[0].shape[:0:-1] if transpose else weights[0].shape[1:]
     counts = (len(rows), len(weights), len(sides), num_outs)
-    itemsize = weights[0].dtype.itemsize
-    return pallas_tpu_tiles.Shape(R + -R % 8, K, N, weights[0].shape[0], *counts, itemsize, pack_outs)
+    itemsizes = rows[0].dtype.itemsize, weights[0].dtype.itemsize
+    return pallas_tpu_tiles.Shape(R + -R % 8, K, N, weights[0].shape[0], *counts, *itemsizes, pack_outs)
 
 
 # Jitted for the cache: layers of one shape are traced once.
 @functools.partial(
-    jax.jit, static_argnames=("end", "num_outs", "transpose", "name", "tiles", "num_cores", "interpret", "pack_outs")
-)
-def _run(rows, token_R, weights, sides, sizes_L, offset, *, interpret, **how):
+    jax.jit,
+    static_argnames=(
+        "scale_of", "end", "num_outs", "transpose", "name", "tiles", "num_cores", "interpret", "pack_outs",
+    ),
+)  # fmt: skip
+def _run(rows, token_R, weights, scales, sides, sizes_L, offset, *, interpret, **how):
+    dtype, scales = rows[0].dtype, tuple(None if a is None else a[:, None] for a in scales)
     R = (rows[0] if token_R is None else token_R).shape[0]
     fill = -R % 8
     pad = lambda a: jnp.pad(a, ((0, fill),) + ((0, 0),) * (a.ndim - 1)) if fill else a
@@ -276,7 +279,7 @@ def _run(rows, token_R, weights, sides, sizes_L, offset, *, interpret, **how):
     if offset is None:
         offset = _varying.zeros_like_varying((), jnp.int32, sizes_L)
     outs = _tpu_rows.multiply(
-        rows, weights, tuple(map(pad, sides)), sizes_L.astype(jnp.int32), offset.reshape(1), token_R, **how,
-        interpret=pltpu.InterpretParams() if interpret else False,
+        rows, weights, scales, tuple(map(pad, sides)), sizes_L.astype(jnp.int32), offset.reshape(1), token_R, **how,
+        dtype=dtype, interpret=pltpu.InterpretParams() if interpret else False,
     )  # fmt: skip
     return tuple(a[:R] for a in outs)

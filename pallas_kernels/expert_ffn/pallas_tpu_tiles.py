@@ -12,7 +12,10 @@ OUT_BUFFERS = 2
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A call of the row kernel. R rows, K inner, N columns, G groups; how many arrays of each kind; bytes a number."""
+    """A call of the row kernel. R rows, K inner, N columns, G groups; how many arrays of each kind; bytes a number.
+
+    weight_itemsize: bytes of a number of the weights.
+    """
 
     R: int
     K: int
@@ -23,6 +26,7 @@ class Shape:
     num_sides: int
     num_outs: int
     itemsize: int
+    weight_itemsize: int
     pack_outs: bool = False
 
 
@@ -93,8 +97,9 @@ def _time(s: Shape, body: int, cols: int, target: Target) -> float:
     passes, unit = -(-s.N // cols), min(_unit(s, target), s.N)
     run = body * s.K * _body_cols(s, body, cols, target) * s.num_weights / target.macs_per_cycle
     compute = s.R * s.K * passes * max(cols, unit) * s.num_weights / target.macs_per_cycle * (1 + 300 / run)
-    numbers = passes * s.num_rows * s.R * s.K + s.G * s.K * s.N * s.num_weights
-    return max(compute, s.itemsize * (numbers + s.R * s.N * (s.num_sides + s.num_outs)) / target.bytes_per_cycle)
+    numbers = passes * s.num_rows * s.R * s.K + s.R * s.N * (s.num_sides + s.num_outs)
+    weights = s.G * s.K * s.N * s.num_weights
+    return max(compute, (s.itemsize * numbers + s.weight_itemsize * weights) / target.bytes_per_cycle)
 
 
 def _unit(s: Shape, target: Target) -> int:
@@ -106,8 +111,9 @@ def _bytes(s: Shape, rows: int, cols: int, weight_buffers: int, row_buffers: int
     """VMEM: the buffers, and room for the products of a body in float32."""
     # Packed or not: gathered rows lie in VMEM once more.
     per_row = s.K + row_buffers * (s.num_rows * s.K + s.num_sides * cols) + OUT_BUFFERS * s.num_outs * cols
-    numbers = weight_buffers * s.num_weights * s.K * cols + rows * per_row
-    return numbers * s.itemsize + 4 * body * cols * (s.num_weights + s.num_outs)
+    weights = weight_buffers * s.num_weights * s.K * cols
+    numbers = weights * s.weight_itemsize + rows * per_row * s.itemsize
+    return numbers + 4 * body * cols * (s.num_weights + s.num_outs)
 
 
 def _body_cols(s: Shape, body: int, cols: int, target: Target) -> int:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels import _checks, _groups
+from pallas_kernels.quantized import Quantized, Weights
 
 # jax.nn's functions, not the op's own: an oracle should share no code with what it judges.
 ACTIVATIONS = {
@@ -22,9 +23,9 @@ ACTIVATIONS = {
 
 def forward(
     x_RD: Array,
-    w_gate_EDF: Array | None,
-    w_up_EDF: Array,
-    w_down_EFD: Array,
+    w_gate_EDF: Weights | None,
+    w_up_EDF: Weights,
+    w_down_EFD: Weights,
     sizes_L: Array,
     offset: Array | None,
     *,
@@ -36,6 +37,8 @@ def forward(
     member_ER1 = _groups.membership(starts_E, ends_E, x_RD.shape[0])[:, :, None]
     x_ERD = jnp.where(member_ER1, x_RD, 0)
     dtype = _checks.accumulator(x_RD.dtype)
+    whole = lambda w: w.dequantized(dtype) if isinstance(w, Quantized) else w
+    w_gate_EDF, w_up_EDF, w_down_EFD = map(whole, (w_gate_EDF, w_up_EDF, w_down_EFD))
     into = lambda w_EDF: jnp.einsum("erd,edf->erf", x_ERD, w_EDF, preferred_element_type=dtype)
     up_ERF = into(w_up_EDF)
     hidden_ERF = act(up_ERF) if w_gate_EDF is None else act(into(w_gate_EDF)) * up_ERF

@@ -3,20 +3,19 @@
 Dims as in api.py.
 """
 
-import functools
-
 from jaxtyping import Array
 
 from pallas_kernels import _checks
 from pallas_kernels.expert_ffn import activations
 from pallas_kernels.grouped_matmul import xla as grouped
+from pallas_kernels.quantized import Quantized, Weights
 
 
 def forward(
     x_RD: Array,
-    w_gate_EDF: Array | None,
-    w_up_EDF: Array,
-    w_down_EFD: Array,
+    w_gate_EDF: Weights | None,
+    w_up_EDF: Weights,
+    w_down_EFD: Weights,
     sizes_L: Array,
     offset: Array | None,
     *,
@@ -36,9 +35,9 @@ def forward(
 
 def backward(
     x_RD: Array,
-    w_gate_EDF: Array | None,
-    w_up_EDF: Array,
-    w_down_EFD: Array,
+    w_gate_EDF: Weights | None,
+    w_up_EDF: Weights,
+    w_down_EFD: Weights,
     sizes_L: Array,
     offset: Array | None,
     gate_RF: Array | None,
@@ -47,21 +46,26 @@ def backward(
     scale_R: Array | None = None,
     *,
     activation: str,
-) -> tuple[Array, Array | None, Array, Array, Array | None]:
-    """(dx, dw_gate or None, dw_up, dw_down, dscale or None). With `scale`, dy is the gradient of scale * y."""
+) -> tuple[Array, Array | None, Array | None, Array | None, Array | None]:
+    """(dx, dw_gate, dw_up, dw_down, dscale), None for what is frozen or not there.
+
+    With `scale`, dy is the gradient of scale * y.
+    """
     E, dtype, acc = w_up_EDF.shape[0], x_RD.dtype, _checks.accumulator(x_RD.dtype)
     back = lambda d, w: grouped.matmul(d, w, sizes_L, offset, transpose_rhs=True, out_dtype=acc)
-    weight = functools.partial(grouped.weight_gradient, sizes_L=sizes_L, offset=offset, num_groups=E)
+    weight = lambda w, left, right: (
+        None if isinstance(w, Quantized) else grouped.weight_gradient(left, right, sizes_L, offset, num_groups=E)
+    )
     wide = lambda z: None if z is None else z.astype(acc)
     gradients = activations.scaled_hidden_and_gradients(
         activation, wide(gate_RF), wide(up_RF), back(dy_RD, w_down_EFD), None if scale_R is None else scale_R[:, None]
     )
     hidden_RF, dgate_RF, dup_RF, dscale_R1 = gradients
-    dw_down_EFD = weight(hidden_RF.astype(dtype), dy_RD)
+    dw_down_EFD = weight(w_down_EFD, hidden_RF.astype(dtype), dy_RD)
     dup_RF = dup_RF.astype(dtype)
-    dx_RD, dw_up_EDF, dw_gate_EDF = back(dup_RF, w_up_EDF), weight(x_RD, dup_RF), None
+    dx_RD, dw_up_EDF, dw_gate_EDF = back(dup_RF, w_up_EDF), weight(w_up_EDF, x_RD, dup_RF), None
     if w_gate_EDF is not None:
         dgate_RF = dgate_RF.astype(dtype)
         dx_RD = dx_RD + back(dgate_RF, w_gate_EDF)
-        dw_gate_EDF = weight(x_RD, dgate_RF)
+        dw_gate_EDF = weight(w_gate_EDF, x_RD, dgate_RF)
     return dx_RD.astype(dtype), dw_gate_EDF, dw_up_EDF, dw_down_EFD, None if scale_R is None else dscale_R1[:, 0]

@@ -4,29 +4,26 @@ Dims as in api.py; r: rows of a tile. Per expert the weights are sliced once, pe
 cache, and weight gradients are summed in one expert's space before they are written, once.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels import _checks, _groups, _tiles, _varying
 from pallas_kernels.expert_ffn import activations
+from pallas_kernels.quantized import Quantized, Weights
 
 
 class _Weights(NamedTuple):
-    """Of all experts (with a leading E), of one expert, or their gradients. gate may be None."""
+    """Of all experts (with a leading E), of one expert, or their gradients (None: frozen). gate may be None."""
 
-    gate_DF: Array | None
-    up_DF: Array
-    down_FD: Array
+    gate_DF: Weights | None
+    up_DF: Weights | None
+    down_FD: Weights | None
 
 
-def _dot(a: Array, b: Array | None, contract: tuple[int, int]) -> Array | None:
-    if b is None:
-        return None
-    dims = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, preferred_element_type=_checks.accumulator(a.dtype))
+def _dot(a: Array, b: Weights | None, contract: tuple[int, int]) -> Array | None:
+    return None if b is None else _tiles.dot(a, b, contract)
 
 
 def _map(f, *trees):
@@ -34,15 +31,19 @@ def _map(f, *trees):
     return jax.tree.map(f, *trees)
 
 
-def _pick(weights: _Weights, e: Array) -> _Weights:
-    return _map(lambda w: jax.lax.dynamic_index_in_dim(w, e, keepdims=False), weights)
+def _pick(weights: _Weights, e: Array, dtype: Any) -> _Weights:
+    return _Weights(*(None if w is None else _tiles.pick_group(w, e, dtype) for w in weights))
+
+
+def _any_quantized(weights: _Weights) -> bool:
+    return any(isinstance(w, Quantized) for w in weights)
 
 
 def forward(
     x_RD: Array,
-    w_gate_EDF: Array | None,
-    w_up_EDF: Array,
-    w_down_EFD: Array,
+    w_gate_EDF: Weights | None,
+    w_up_EDF: Weights,
+    w_down_EFD: Weights,
     sizes_L: Array,
     offset: Array | None,
     *,
@@ -59,8 +60,10 @@ def forward(
     starts_E, ends_E = _groups.group_bounds(sizes_L, offset, E, R)
     sizes = _tiles.tile_sizes(R, E)
 
-    def expert(e: Array, out):
-        w = _pick(_Weights(w_gate_EDF, w_up_EDF, w_down_EFD), e)
+    weights = _Weights(w_gate_EDF, w_up_EDF, w_down_EFD)
+
+    def expert(out, e: Array):
+        w = _pick(weights, e, x_RD.dtype)
 
         def tile(out, row: Array, rows: int, live: Array | None, opens: bool):
             x_rD = _tiles.take_rows(x_RD, row, rows)
@@ -71,14 +74,14 @@ def forward(
 
         return _tiles.for_each_tile(starts_E[e], ends_E[e], R, sizes, tile, out)
 
-    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(E), expert, out)
+    return _tiles.for_each_group(starts_E, ends_E, expert, out, skip_empty=_any_quantized(weights))
 
 
 def backward(
     x_RD: Array,
-    w_gate_EDF: Array | None,
-    w_up_EDF: Array,
-    w_down_EFD: Array,
+    w_gate_EDF: Weights | None,
+    w_up_EDF: Weights,
+    w_down_EFD: Weights,
     sizes_L: Array,
     offset: Array | None,
     gate_RF: Array | None,
@@ -87,24 +90,29 @@ def backward(
     scale_R: Array | None = None,
     *,
     activation: str,
-) -> tuple[Array, Array | None, Array, Array, Array | None]:
-    """(dx, dw_gate or None, dw_up, dw_down, dscale or None). With `scale`, dy is the gradient of scale * y."""
+) -> tuple[Array, Array | None, Array | None, Array | None, Array | None]:
+    """(dx, dw_gate, dw_up, dw_down, dscale), None for what is frozen or not there.
+
+    With `scale`, dy is the gradient of scale * y.
+    """
     R, E, acc = x_RD.shape[0], w_up_EDF.shape[0], _checks.accumulator(x_RD.dtype)
     weights = _Weights(w_gate_EDF, w_up_EDF, w_down_EFD)
     zeros = lambda shape, dtype, **how: _varying.zeros_like_varying(shape, dtype, x_RD, **how)
-    dx_RD, dw = zeros(x_RD.shape, x_RD.dtype), _map(lambda w: zeros(w.shape, w.dtype), weights)
-    dw = dw._replace(up_DF=zeros(w_up_EDF.shape, x_RD.dtype, negative=True))
+    trained = _Weights(*(None if isinstance(w, Quantized) else w for w in weights))
+    dx_RD, dw = zeros(x_RD.shape, x_RD.dtype), _map(lambda w: zeros(w.shape, w.dtype), trained)
+    if dw.up_DF is not None:
+        dw = dw._replace(up_DF=zeros(w_up_EDF.shape, x_RD.dtype, negative=True))
     outs = (dx_RD, None if scale_R is None else zeros((R, 1), acc))
     scale_R1 = None if scale_R is None else scale_R[:, None]
     if R == 0:
         return (dx_RD, *dw, scale_R)
     # The sums of the expert at hand. What they hold when the next one begins is never read.
-    sums = _map(lambda w: zeros(w.shape[1:], acc), weights)
+    sums = _map(lambda w: zeros(w.shape[1:], acc), trained)
     starts_E, ends_E = _groups.group_bounds(sizes_L, offset, E, R)
     sizes = _tiles.tile_sizes(R, E)
 
-    def expert(e: Array, carry):
-        w = _pick(weights, e)
+    def expert(carry, e: Array):
+        w = _pick(weights, e, x_RD.dtype)
 
         def tile(carry, row: Array, rows: int, live: Array | None, opens: bool):
             outs, sums = carry
@@ -119,7 +127,8 @@ def backward(
         has_rows = ends_E[e] > starts_E[e]
         return outs, _map(lambda out, sum: _tiles.put_matrix(out, sum, e, has_rows), dw, sums), sums
 
-    (dx_RD, dscale_R1), dw, _ = jax.lax.fori_loop(jnp.int32(0), jnp.int32(E), expert, (outs, dw, sums))
+    skip_empty = _any_quantized(weights)
+    (dx_RD, dscale_R1), dw, _ = _tiles.for_each_group(starts_E, ends_E, expert, (outs, dw, sums), skip_empty=skip_empty)
     return (dx_RD, *dw, None if scale_R is None else dscale_R1[:, 0])
 
 
@@ -136,6 +145,9 @@ def _tile_gradients(
     if dgate_rF is not None:
         dx_rD = dx_rD + _dot(dgate_rF, w.gate_DF, (1, 1))
     x_Dr = _tiles.transposed(x_rD)
+    frozen = lambda w: isinstance(w, Quantized)
     return (dx_rD, dscale_r1), _Weights(
-        _dot(x_Dr, dgate_rF, (1, 0)), _dot(x_Dr, dup_rF, (1, 0)), _dot(hidden_rF, dy_rD, (0, 0))
+        None if frozen(w.gate_DF) or dgate_rF is None else _dot(x_Dr, dgate_rF, (1, 0)),
+        None if frozen(w.up_DF) else _dot(x_Dr, dup_rF, (1, 0)),
+        None if frozen(w.down_FD) else _dot(hidden_rF, dy_rD, (0, 0)),
     )

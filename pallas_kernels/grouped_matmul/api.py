@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import _checks, _choose, _varying
+from pallas_kernels import _checks, _choose, _varying, quantized
 from pallas_kernels.grouped_matmul import pallas_tpu, reference, xla, xla_tiles
+from pallas_kernels.quantized import Quantized, Weights
 
 _OP = "grouped_matmul"
 _FORWARD = {"xla": xla.matmul, "xla_tiles": xla_tiles.matmul, "pallas_tpu": pallas_tpu.matmul}
@@ -24,7 +25,7 @@ _WEIGHT_GRADIENT = {
 
 def grouped_matmul(
     lhs_MK: Float[Array, "M K"],
-    rhs_GKN: Float[Array, "G K N"] | Float[Array, "G N K"],
+    rhs_GKN: Float[Array, "G K N"] | Float[Array, "G N K"] | Quantized,
     group_sizes_L: Int[Array, " L"],
     *,
     transpose_rhs: bool = False,
@@ -39,7 +40,8 @@ def grouped_matmul(
 
     Args:
       lhs_MK: rows.
-      rhs_GKN: one matrix per group, of lhs's dtype; (G, N, K) with `transpose_rhs`, used in place.
+      rhs_GKN: one matrix per group, of lhs's dtype; (G, N, K) with `transpose_rhs`, used in place. Or `Quantized`
+        matrices, which are widened where they are multiplied; lhs has a gradient then, they have none.
       group_sizes_L: integers, non-negative, with a sum of at most M; one per group.
       transpose_rhs: multiply by the transpose of each matrix.
       group_offset: int scalar, may be traced. rhs then holds only groups [group_offset, group_offset + G) of the L
@@ -50,13 +52,14 @@ def grouped_matmul(
         "pallas_tpu" on TPU if it takes the operands and K and N are multiples of 128, "xla_tiles" on CPU, else "xla".
 
     Raises:
-      ValueError, TypeError: shapes or dtypes that don't fit, or an unknown implementation.
+      ValueError, TypeError: shapes or dtypes that don't fit, an unknown implementation, or the gradient of a quantized
+        rhs.
       NotImplementedError: a kernel that doesn't exist yet, or can't take these operands.
 
     Differentiable in lhs and rhs, in reverse mode only. Source: MegaBlocks, https://arxiv.org/abs/2211.15841.
     """
-    lhs_MK, rhs_GKN, group_sizes_L = jnp.asarray(lhs_MK), jnp.asarray(rhs_GKN), jnp.asarray(group_sizes_L)
-    offset = None if group_offset is None else jnp.asarray(group_offset)
+    arrays = (lhs_MK, rhs_GKN, group_sizes_L, group_offset)
+    lhs_MK, rhs_GKN, group_sizes_L, offset = jax.tree.map(jnp.asarray, arrays)
     shapes = _checks.describe(lhs=lhs_MK, rhs=rhs_GKN, group_sizes=group_sizes_L, group_offset=offset)
     _check(lhs_MK, rhs_GKN, group_sizes_L, offset, transpose_rhs, shapes)
     out_dtype = jnp.dtype(lhs_MK.dtype if preferred_element_type is None else preferred_element_type)
@@ -65,13 +68,13 @@ def grouped_matmul(
     )
     implementation = _choose.check_implementation(_OP, implementation, shapes, {"pallas_tpu": why_not})
     offset = None if offset is None else offset.astype(jnp.int32)
-    operands = _varying.same_varying(lhs_MK, rhs_GKN, group_sizes_L, offset)
+    operands = _varying.same_varying(lhs_MK, quantized.frozen(_OP, rhs_GKN), group_sizes_L, offset)
     if implementation == "reference":
         return reference.matmul(*operands, transpose_rhs=transpose_rhs, out_dtype=out_dtype)
     return _grouped_matmul(transpose_rhs, out_dtype, implementation, *operands)
 
 
-def _check(lhs_MK: Array, rhs: Array, sizes_L: Array, offset: Array | None, transpose_rhs: bool, shapes: str) -> None:
+def _check(lhs_MK: Array, rhs: Weights, sizes_L: Array, offset: Array | None, transpose_rhs: bool, shapes: str) -> None:
     _checks.check_rank(_OP, "lhs", lhs_MK, "M K")
     _checks.check_rank(_OP, "rhs", rhs, "G N K" if transpose_rhs else "G K N")
     inner = 2 if transpose_rhs else 1
@@ -97,6 +100,8 @@ def _backward(transpose_rhs, out_dtype, implementation, saved, dout_MN):
     lhs_MK, rhs, sizes_L, offset = saved
     dout_MN = dout_MN.astype(lhs_MK.dtype)
     dlhs_MK = _grouped_matmul(not transpose_rhs, lhs_MK.dtype, implementation, dout_MN, rhs, sizes_L, offset)
+    if isinstance(rhs, Quantized):
+        return dlhs_MK, None, None, None
     # The gradient of a (G, N, K) matrix is the same contraction with its sides exchanged.
     left, right = (dout_MN, lhs_MK) if transpose_rhs else (lhs_MK, dout_MN)
     table = {k: functools.partial(f, num_groups=rhs.shape[0]) for k, f in _WEIGHT_GRADIENT.items()}

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from pallas_kernels import _tpu_schedule, _tpu_target, _varying
+from pallas_kernels import _tpu_schedule, _tpu_target, _varying, quantized
 from pallas_kernels.grouped_matmul import pallas_tpu_drhs, pallas_tpu_forward, pallas_tpu_tiles
+from pallas_kernels.quantized import Weights
 
 #: Copies address whole HBM tiles of rows. Other numbers of rows are padded (by a copy of the operand).
 _ROWS = 8
@@ -21,7 +22,7 @@ _LANES = 128
 _MAX_GROUPS = 16384
 
 
-def why_not(lhs_MK: Array, rhs: Array, *, transpose_rhs: bool, out_dtype: Any, asked: str | None) -> str | None:
+def why_not(lhs_MK: Array, rhs: Weights, *, transpose_rhs: bool, out_dtype: Any, asked: str | None) -> str | None:
     """Why the kernels, of the forward pass and of both gradients, can't take these operands; None if they can.
 
     Widths that are no multiple of 128 run if asked for by name: XLA may then be the faster choice.
@@ -40,8 +41,8 @@ def why_not(lhs_MK: Array, rhs: Array, *, transpose_rhs: bool, out_dtype: Any, a
     target = _tpu_target.current()
     M = _round_up(M)
     if (
-        pallas_tpu_tiles.forward_tiles(M, K, N, G, lhs_MK.dtype, out_dtype, target) is None
-        or pallas_tpu_tiles.forward_tiles(M, N, K, G, lhs_MK.dtype, lhs_MK.dtype, target) is None
+        pallas_tpu_tiles.forward_tiles(M, K, N, G, lhs_MK.dtype, rhs.dtype, out_dtype, target) is None
+        or pallas_tpu_tiles.forward_tiles(M, N, K, G, lhs_MK.dtype, rhs.dtype, lhs_MK.dtype, target) is None
         or pallas_tpu_tiles.drhs_tiles(M, K, N, G, lhs_MK.dtype, target) is None
     ):
         return (
@@ -52,7 +53,7 @@ def why_not(lhs_MK: Array, rhs: Array, *, transpose_rhs: bool, out_dtype: Any, a
 
 def matmul(
     lhs_MK: Array,
-    rhs: Array,
+    rhs: Weights,
     sizes_L: Array,
     offset: Array | None,
     *,
@@ -67,9 +68,12 @@ def matmul(
     target = _tpu_target.current()
     fragment = _tpu_schedule.fragment_rows(lhs_MK.dtype, out_dtype)
     if tiles is None:
-        tiles = pallas_tpu_tiles.forward_tiles(_round_up(M), K, N, G, lhs_MK.dtype, out_dtype, target)
-    static = pallas_tpu_forward.Static(_round_up(M), K, N, G, transpose_rhs, fragment, target.num_cores, tiles)
-    return _matmul(lhs_MK, rhs, sizes_L, offset, static=static, out_dtype=jnp.dtype(out_dtype), interpret=interpret)
+        tiles = pallas_tpu_tiles.forward_tiles(_round_up(M), K, N, G, lhs_MK.dtype, rhs.dtype, out_dtype, target)
+    inner_GK, outer_GN = quantized.scales(rhs, 2 if transpose_rhs else 1)
+    which = "outer" if outer_GN is not None else "inner" if inner_GK is not None else None
+    static = pallas_tpu_forward.Static(_round_up(M), K, N, G, transpose_rhs, which, fragment, target.num_cores, tiles)
+    how = dict(static=static, out_dtype=jnp.dtype(out_dtype), interpret=interpret)
+    return _matmul(lhs_MK, quantized.values(rhs), inner_GK if outer_GN is None else outer_GN, sizes_L, offset, **how)
 
 
 def weight_gradient(
@@ -95,10 +99,11 @@ def weight_gradient(
 # Compiled functions only so that calls of the same shapes are traced once: tracing a kernel takes a tenth of a second,
 # and happens on every platform.
 @functools.partial(jax.jit, static_argnames=("static", "out_dtype", "interpret"))
-def _matmul(lhs_MK, rhs, sizes_L, offset, *, static, out_dtype, interpret):
+def _matmul(lhs_MK, rhs, scale_GX, sizes_L, offset, *, static, out_dtype, interpret):
     out_MN = pallas_tpu_forward.matmul(
         _pad_rows(lhs_MK),
         rhs,
+        None if scale_GX is None else scale_GX[:, None],
         *_scalars(sizes_L, offset),
         static=static,
         out_dtype=out_dtype,

@@ -37,13 +37,14 @@ Stage = tuple[Scalar, Scalar]
 
 @dataclasses.dataclass(frozen=True)
 class Static:
-    """What the kernel knows while it is compiled."""
+    """What the kernel knows while it is compiled. scale: of what, "inner" or "outer" (see quantized.py), if any."""
 
     M: int
     K: int
     N: int
     G: int
     transpose_rhs: bool
+    scale: str | None
     fragment: int
     num_cores: int
     tiles: ForwardTiles
@@ -56,8 +57,10 @@ class Refs:
     sizes: Ref
     lhs: Ref
     rhs: Ref
+    scale: Ref | None
     out: Ref
     table: schedule.RowTable
+    w_scale: Ref | None
     w: Ref
     x: Ref
     y: Ref
@@ -73,15 +76,24 @@ class Refs:
 
 
 def matmul(
-    lhs_MK: Array, rhs: Array, sizes_L: Array, offset_1: Array, *, static: Static, out_dtype: Any, interpret: Any
+    lhs_MK: Array,
+    rhs: Array,
+    scale_G1X: Array | None,
+    sizes_L: Array,
+    offset_1: Array,
+    *,
+    static: Static,
+    out_dtype: Any,
+    interpret: Any,
 ) -> Array:
-    """out (M, N). M must be a multiple of 8. `offset_1` is int32[1]."""
+    """out (M, N). M must be a multiple of 8. `offset_1` is int32[1]. `scale`, if any, is (G, 1, K) or (G, 1, N)."""
     s, t = static, static.tiles
     # Runs may read past the last row; what they make of it is not written.
     x_rows = s.M + -s.M % s.fragment + t.body_rows[0] if t.lhs_stays else t.rows
     w_shape = (t.cols, s.K) if s.transpose_rhs else (s.K, t.cols)
     scratch = [
         *schedule.table_scratch(s.G),
+        *([pltpu.VMEM((t.weight_buffers, 1, t.cols if s.scale == "outer" else s.K), jnp.float32)] if s.scale else []),
         pltpu.VMEM((t.weight_buffers, *w_shape), rhs.dtype),
         pltpu.VMEM((t.lhs_buffers, x_rows, s.K), lhs_MK.dtype),
         pltpu.VMEM((t.out_buffers, t.rows, t.cols), out_dtype),
@@ -91,13 +103,17 @@ def matmul(
         pltpu.SMEM((t.out_buffers,), jnp.int32),
         *(pltpu.SemaphoreType.DMA((n,)) for n in (t.weight_buffers, t.lhs_buffers, t.out_buffers, 1, 1)),
     ]
-    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    hbm, operands = pl.BlockSpec(memory_space=pltpu.HBM), [lhs_MK, rhs, *([scale_G1X] if s.scale else [])]
     itemsize = lambda a: jnp.dtype(a.dtype).itemsize
     return pl.pallas_call(
         functools.partial(_kernel, s),
         out_shape=jax.ShapeDtypeStruct((s.M, s.N), out_dtype, manual_axis_type=jax.typeof(lhs_MK).manual_axis_type),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2, grid=(s.num_cores,), in_specs=[hbm, hbm], out_specs=hbm, scratch_shapes=scratch
+            num_scalar_prefetch=2,
+            grid=(s.num_cores,),
+            in_specs=[hbm] * len(operands),
+            out_specs=hbm,
+            scratch_shapes=scratch,
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=t.vmem_limit_bytes),
         cost_estimate=pl.CostEstimate(
@@ -107,19 +123,22 @@ def matmul(
         ),
         name="grouped_matmul",
         interpret=interpret,
-    )(sizes_L, offset_1, lhs_MK, rhs)
+    )(sizes_L, offset_1, *operands)
 
 
 def _kernel(s: Static, sizes: Ref, offset_ref: Ref, *refs: Ref) -> None:
-    lhs, rhs, out, group, first, end, *buffers = refs
-    r = Refs(sizes, lhs, rhs, out, schedule.RowTable(group, first, end), *buffers)
+    lhs, rhs, *refs = refs
+    scale, refs = (refs[0], refs[1:]) if s.scale else (None, refs)
+    out, group, first, end, *buffers = refs
+    r = Refs(sizes, lhs, rhs, scale, out, schedule.RowTable(group, first, end), *([] if s.scale else [None]), *buffers)
     core, offset = pl.program_id(0), offset_ref[0]
     rows = schedule.row_range(sizes, offset, s.G, s.M, s.fragment, core, s.num_cores, s.tiles.least_rows)
     first_group = schedule.first_group(sizes, offset, s.G, rows)
 
     @pl.when(first_group < s.G)
     def _():
-        _weights(s, r, first_group, jnp.int32(0), 0).start()
+        for copy in _weights(s, r, first_group, jnp.int32(0), 0):
+            copy.start()
 
     count, last_row = schedule.build_table(sizes, offset, s.G, rows, r.table)
     steps = schedule.count_tiles(r.table, count, s.tiles.rows, s.fragment) * s.tiles.num_col_tiles(s.N)
@@ -202,7 +221,8 @@ def _step(s: Static, r: Refs, count, steps, zero_copies, i, state):
 
     @pl.when(opens)
     def _():
-        _weights(s, r, r.table.group[at.j], at.n, w_slot).wait()
+        for copy in _weights(s, r, r.table.group[at.j], at.n, w_slot):
+            copy.wait()
 
     if not t.lhs_stays:
         _lhs(s, r, at, x_slot).wait()
@@ -261,7 +281,8 @@ def _fetch_weights(s: Static, r: Refs, count, walk: _Walk, wanted) -> _Walk:
 
     @pl.when(fetch)
     def _():
-        _weights(s, r, r.table.group[j], n, walk.w_lead_slot).start()
+        for copy in _weights(s, r, r.table.group[j], n, walk.w_lead_slot):
+            copy.start()
 
     after = _next_stage(walk.w_lead, count)
     return walk._replace(
@@ -280,7 +301,12 @@ def _multiply(s: Static, r: Refs, x_slot, x_row, w_slot, y_slot, rows) -> None:
             cols = pl.ds(pl.multiple_of(c * t.body_cols, t.body_cols), t.body_cols)
             x = r.x[x_slot, pl.ds(pl.multiple_of(x_row + row, s.fragment), length), :]
             w = r.w[w_slot, cols, :] if s.transpose_rhs else r.w[w_slot, :, cols]
-            r.y[y_slot, pl.ds(row, length), cols] = _dot(x, w, s.transpose_rhs).astype(r.y.dtype)
+            if s.scale == "inner":
+                x = (x * r.w_scale[w_slot]).astype(x.dtype)
+            y = _dot(x, w.astype(x.dtype), s.transpose_rhs)
+            if s.scale == "outer":
+                y = y * r.w_scale[w_slot, :, cols]
+            r.y[y_slot, pl.ds(row, length), cols] = y.astype(r.y.dtype)
             return 0
 
         if t.body_cols == t.cols:
@@ -310,10 +336,14 @@ def _columns(s: Static, n):
     return slice(None) if s.tiles.cols == s.N else pl.ds(pl.multiple_of(first, 128), s.tiles.cols)
 
 
-def _weights(s: Static, r: Refs, g, n, slot):
+def _weights(s: Static, r: Refs, g, n, slot) -> list[Any]:
     cols = _columns(s, n)
     src = r.rhs.at[g, cols, :] if s.transpose_rhs else r.rhs.at[g, :, cols]
-    return pltpu.make_async_copy(src, r.w.at[slot], r.w_sem.at[slot])
+    copies = [pltpu.make_async_copy(src, r.w.at[slot], r.w_sem.at[slot])]
+    if s.scale:
+        src = r.scale.at[g, :, cols if s.scale == "outer" else slice(None)]
+        copies.append(pltpu.make_async_copy(src, r.w_scale.at[slot], r.w_sem.at[slot]))
+    return copies
 
 
 def _next_stage(stage: Stage, count) -> Stage:

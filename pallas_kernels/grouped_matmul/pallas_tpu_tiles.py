@@ -100,32 +100,32 @@ def _body_cols(cols: int, K: int, rows: int, target: Target) -> int:
 
 
 def forward_tiles(
-    M: int, K: int, N: int, G: int, lhs_dtype: Any, out_dtype: Any, target: Target
+    M: int, K: int, N: int, G: int, lhs_dtype: Any, rhs_dtype: Any, out_dtype: Any, target: Target
 ) -> ForwardTiles | None:
     """The tiles with the least estimated time, or None if nothing fits into VMEM."""
-    size, out_size = jnp.dtype(lhs_dtype).itemsize, jnp.dtype(out_dtype).itemsize
+    size, w_size, out_size = (jnp.dtype(d).itemsize for d in (lhs_dtype, rhs_dtype, out_dtype))
     fragment = _tpu_schedule.fragment_rows(lhs_dtype, out_dtype)
     macs = target.macs_per_cycle // (1 if size <= 2 else 6)
     stays = M <= MOST_STAYING_ROWS
     best = None
     for cols, runs in itertools.product(_column_tiles(N, _mxu_unit(N, target)), _runs(M, G, fragment, target)):
-        if stays and best is not None and K * cols * size < LEAST_COPY_BYTES:
+        if stays and best is not None and K * cols * w_size < LEAST_COPY_BYTES:
             continue
         long, short, _ = runs
         body_cols = _body_cols(cols, K, long, target)
         for rows in sorted({min(_round_up(r, long), _round_up(M, long)) for r in (256, 512, 1024)}):
-            buffers = _buffers(rows, cols, K, long, size, out_size, target)
+            buffers = _buffers(rows, cols, K, long, size, w_size, out_size, target)
             if buffers is None:
                 continue
             passes = -(-N // cols)
             compute = (M + G * short / 2) * K * passes * cols / macs
             compute *= 1 + _run_overhead(long, target) / (long * K * body_cols / macs)
-            memory = (passes * (M + G * cols) * K * size + M * N * out_size) / target.bytes_per_cycle
+            memory = (passes * (M * size + G * cols * w_size) * K + M * N * out_size) / target.bytes_per_cycle
             compute, memory = compute / target.num_cores, memory / target.num_cores  # cores divide the rows
             # A step costs about 150 cycles of bookkeeping, few if lhs stays. What bounds the kernel has to wait for its
             # first copies, or leaves its last tile to be multiplied; nothing overlaps the last copy.
             compute += passes * (M / rows + min(G, M)) * (20 if stays else 150) / target.num_cores
-            first = (K * cols + rows * K) * size / target.bytes_per_cycle
+            first = (cols * w_size + rows * size) * K / target.bytes_per_cycle
             last = max(_round_up(min(rows, -(-M // G)), short), target.mxu_size) * K * cols / macs + _run_overhead(
                 short, target
             )
@@ -149,8 +149,8 @@ def forward_tiles(
         body_cols=body_cols,
         weight_buffers=weights,
         usual_weights=min(3, weights),
-        deep_rows=_deep_rows(K, cols, size, out_size, macs, target),
-        least_rows=math.ceil(size * macs / target.bytes_per_cycle),
+        deep_rows=_deep_rows(K, cols, size, w_size, out_size, macs, target),
+        least_rows=math.ceil(w_size * macs / target.bytes_per_cycle),
         lhs_buffers=1 if lhs_stays else lhs,
         lhs_stays=lhs_stays,
         out_buffers=out,
@@ -169,9 +169,11 @@ def _run_overhead(rows: int, target: Target) -> int:
     return 300 if rows >= 512 else 520
 
 
-def _buffers(rows: int, cols: int, K: int, long: int, size: int, out_size: int, target: Target) -> Any:
+def _buffers(
+    rows: int, cols: int, K: int, long: int, size: int, w_size: int, out_size: int, target: Target
+) -> tuple[int, ...] | None:
     """(weights, lhs, out) buffers: two of each at least, then more for row tiles, and for weights what is left."""
-    weight, lhs, out = K * cols * size, rows * K * size, rows * cols * out_size
+    weight, lhs, out = K * cols * w_size, rows * K * size, rows * cols * out_size
     room = target.vmem_bytes * VMEM_SHARE - 4 * long * cols - 256 * cols * out_size
     counts = [2, 2, 2]
     used = lambda: counts[0] * weight + counts[1] * lhs + counts[2] * out
@@ -183,10 +185,10 @@ def _buffers(rows: int, cols: int, K: int, long: int, size: int, out_size: int, 
     return tuple(counts)
 
 
-def _deep_rows(K: int, cols: int, size: int, out_size: int, macs: int, target: Target) -> int:
+def _deep_rows(K: int, cols: int, size: int, w_size: int, out_size: int, macs: int, target: Target) -> int:
     """Rows after which a group has computed longer than its own copies take. Runs reach 0.9 of the peak."""
     spare = K * cols / macs / 0.9 - (K * size + cols * out_size) / target.bytes_per_cycle
-    weights = K * cols * size / target.bytes_per_cycle
+    weights = K * cols * w_size / target.bytes_per_cycle
     return min(math.ceil(weights / spare), 2**30) if spare > 0 else 2**30
 
 

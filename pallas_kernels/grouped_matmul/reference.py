@@ -9,14 +9,17 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels import _checks, _groups
+from pallas_kernels.quantized import Quantized, Weights
 
 
 def matmul(
-    lhs_MK: Array, rhs: Array, sizes_L: Array, offset: Array | None, *, transpose_rhs: bool, out_dtype: Any
+    lhs_MK: Array, rhs: Weights, sizes_L: Array, offset: Array | None, *, transpose_rhs: bool, out_dtype: Any
 ) -> Array:
     """out (M, N): each row times its group's matrix."""
     starts_G, ends_G = _groups.group_bounds(sizes_L, offset, rhs.shape[0], lhs_MK.shape[0])
     member_GM = _groups.membership(starts_G, ends_G, lhs_MK.shape[0])
+    if isinstance(rhs, Quantized):
+        rhs = rhs.dequantized(_checks.accumulator(lhs_MK.dtype))
     lhs_GMK = jnp.where(member_GM[:, :, None], lhs_MK, 0)
     out_MN = jnp.einsum(
         "gmk,gnk->mn" if transpose_rhs else "gmk,gkn->mn",

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels import _checks, _groups
+from pallas_kernels import _checks, _groups, quantized
+from pallas_kernels.quantized import Weights
 
 
 def _dims(contract: tuple[int, int], group_dim: int | None) -> jax.lax.RaggedDotDimensionNumbers:
@@ -21,19 +22,26 @@ def _dims(contract: tuple[int, int], group_dim: int | None) -> jax.lax.RaggedDot
 
 
 def matmul(
-    lhs_MK: Array, rhs: Array, sizes_L: Array, offset: Array | None, *, transpose_rhs: bool, out_dtype: Any
+    lhs_MK: Array, rhs: Weights, sizes_L: Array, offset: Array | None, *, transpose_rhs: bool, out_dtype: Any
 ) -> Array:
     """out (M, N): each row times its group's matrix."""
-    starts_G, ends_G = _groups.group_bounds(sizes_L, offset, rhs.shape[0], lhs_MK.shape[0])
+    (M, dtype), inner = (lhs_MK.shape[0], lhs_MK.dtype), 2 if transpose_rhs else 1
+    starts_G, ends_G = _groups.group_bounds(sizes_L, offset, rhs.shape[0], M)
+    inner_GK, outer_GN = quantized.scales(rhs, inner)
+    if inner_GK is not None:
+        lhs_MK = (lhs_MK * _groups.take_groups(inner_GK, ends_G, M)).astype(dtype)
     out_MN = jax.lax.ragged_dot_general(
         _to_front(_clean(lhs_MK, starts_G, ends_G), starts_G, offset),
-        rhs,
+        quantized.values(rhs).astype(dtype),
         ends_G - starts_G,
-        _dims((1, 2 if transpose_rhs else 1), group_dim=0),
-        preferred_element_type=_checks.accumulator(lhs_MK.dtype),
-    ).astype(out_dtype)
+        _dims((1, inner), group_dim=0),
+        preferred_element_type=_checks.accumulator(dtype),
+    )
+    out_MN = _from_front(out_MN, starts_G, offset)
+    if outer_GN is not None:
+        out_MN = out_MN * _groups.take_groups(outer_GN, ends_G, M)
     # Not every lowering defines the rows beyond the last group.
-    return _clean(_from_front(out_MN, starts_G, offset), starts_G, ends_G)
+    return _clean(out_MN.astype(out_dtype), starts_G, ends_G)
 
 
 def weight_gradient(left_MA: Array, right_MB: Array, sizes_L: Array, offset: Array | None, *, num_groups: int) -> Array:

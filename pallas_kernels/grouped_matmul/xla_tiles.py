@@ -10,15 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels import _checks, _groups, _tiles, _varying
-
-
-def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
-    dims = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, preferred_element_type=_checks.accumulator(a.dtype))
+from pallas_kernels.quantized import Quantized, Weights
 
 
 def matmul(
-    lhs_MK: Array, rhs: Array, sizes_L: Array, offset: Array | None, *, transpose_rhs: bool, out_dtype: Any
+    lhs_MK: Array, rhs: Weights, sizes_L: Array, offset: Array | None, *, transpose_rhs: bool, out_dtype: Any
 ) -> Array:
     """out (M, N): each row times its group's matrix."""
     M, G = lhs_MK.shape[0], rhs.shape[0]
@@ -29,17 +25,17 @@ def matmul(
     starts_G, ends_G = _groups.group_bounds(sizes_L, offset, G, M)
     sizes = _tiles.tile_sizes(M, G)
 
-    def group(g: Array, out_MN: Array) -> Array:
-        w = jax.lax.dynamic_index_in_dim(rhs, g, keepdims=False)
+    def group(out_MN: Array, g: Array) -> Array:
+        w = _tiles.pick_group(rhs, g, lhs_MK.dtype)
 
         def tile(out_MN: Array, row: Array, rows: int, live: Array | None, opens: bool) -> Array:
             lhs_rK = _tiles.take_rows(lhs_MK, row, rows)
-            out_rN = _dot(lhs_rK, w, (1, 1 if transpose_rhs else 0))
+            out_rN = _tiles.dot(lhs_rK, w, (1, 1 if transpose_rhs else 0))
             return _tiles.put_rows(out_MN, out_rN, row, live)
 
         return _tiles.for_each_tile(starts_G[g], ends_G[g], M, sizes, tile, out_MN)
 
-    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(G), group, out_MN)
+    return _tiles.for_each_group(starts_G, ends_G, group, out_MN, skip_empty=isinstance(rhs, Quantized))
 
 
 def weight_gradient(left_MA: Array, right_MB: Array, sizes_L: Array, offset: Array | None, *, num_groups: int) -> Array:
@@ -55,7 +51,7 @@ def weight_gradient(left_MA: Array, right_MB: Array, sizes_L: Array, offset: Arr
     def group(g: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         def tile(sum_AB: Array, row: Array, rows: int, live: Array | None, opens: bool) -> Array:
             left_rA, right_rB = (_tiles.take_rows(x, row, rows, live) for x in (left_MA, right_MB))
-            return _tiles.add_matrix(sum_AB, _dot(left_rA, right_rB, (0, 0)), opens)
+            return _tiles.add_matrix(sum_AB, _tiles.dot(left_rA, right_rB, (0, 0)), opens)
 
         out_GAB, sum_AB = carry
         sum_AB = _tiles.for_each_tile(starts_G[g], ends_G[g], M, sizes, tile, sum_AB)

@@ -133,7 +133,7 @@ def expert_rows(
     refusal = pallas_tpu_rows.refusal(experts_TK.shape, num_experts)
     implementation = _chosen(op, implementation, _check_ids(op, experts_TK), refusal)
     table = {name: functools.partial(function, num_experts=num_experts) for name, function in _ROWS.items()}
-    return _choose.run(implementation, table, experts_TK)
+    return _choose.run(implementation, table, experts_TK, takes_batches=True)
 
 
 def _check_ids(op: str, experts_TK: Array) -> str:
@@ -179,7 +179,7 @@ def _check_choice(op: str, name: str, given: str, known: tuple[str, ...]) -> Non
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _route(settings, implementation, logits_TE, bias_E, valid_T):
     table = {name: functools.partial(function, settings=settings) for name, function in _ROUTE.items()}
-    return _choose.run(implementation, table, logits_TE, bias_E, valid_T)
+    return _choose.run(implementation, table, logits_TE, bias_E, valid_T, takes_batches=True)
 
 
 def _forward(settings, implementation, logits_TE, bias_E, valid_T):

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import _checks, _choose, _varying
+from pallas_kernels import _checks, _choose, _varying, quantized
 from pallas_kernels.expert_ffn import api as rows
 from pallas_kernels.expert_ffn import pallas_tpu as rows_tpu
-from pallas_kernels.expert_ffn import xla, xla_tiles
+from pallas_kernels.expert_ffn import xla, xla_few, xla_tiles
+from pallas_kernels.quantized import Quantized
 from pallas_kernels.routed_ffn import composed, pallas_tpu, reference
 
 _OP = "routed_ffn"
@@ -39,9 +40,9 @@ class _Static(NamedTuple):
 
 def routed_ffn(
     x_TD: Float[Array, "T D"],
-    w_gate_EDF: Float[Array, "E D F"] | None,
-    w_up_EDF: Float[Array, "E D F"],
-    w_down_EFD: Float[Array, "E F D"],
+    w_gate_EDF: Float[Array, "E D F"] | Quantized | None,
+    w_up_EDF: Float[Array, "E D F"] | Quantized,
+    w_down_EFD: Float[Array, "E F D"] | Quantized,
     group_sizes_L: Int[Array, " L"],
     choice_R: Int[Array, " R"],
     slot_TK: Int[Array, "T K"],
@@ -59,7 +60,7 @@ def routed_ffn(
 
     Args:
       x_TD: tokens.
-      w_gate_EDF, w_up_EDF, w_down_EFD: weights, of x's dtype; w_gate may be None. As in `expert_ffn`.
+      w_gate_EDF, w_up_EDF, w_down_EFD: weights, of x's dtype or `Quantized`; w_gate may be None. As in `expert_ffn`.
       group_sizes_L: rows of each expert, in order of experts. Rows beyond the last, or of experts that are not held,
         count as dropped.
       choice_R: t * K + k of each row; T * K means none.
@@ -89,9 +90,8 @@ def routed_ffn(
     why_not = _why_not(x_TD, w_up_EDF, choice_R, implementation)
     implementation = _choose.check_implementation(_OP, implementation, shapes, {"pallas_tpu": why_not})
     offset = None if offset is None else offset.astype(jnp.int32)
-    operands = _varying.same_varying(
-        x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_L, offset, choice_R, slot_TK, gates_TK
-    )
+    weights = quantized.frozen(_OP, (w_gate_EDF, w_up_EDF, w_down_EFD))
+    operands = _varying.same_varying(x_TD, *weights, group_sizes_L, offset, choice_R, slot_TK, gates_TK)
     if implementation == "reference":
         return reference.forward(*operands, activation=activation, gate_on=gate_on)
     return _routed_ffn(_Static(activation, gate_on, implementation), *operands)
@@ -123,6 +123,9 @@ def _table(entries: Any, static: _Static, x_TD: Array, w_up_EDF: Array, choice_R
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _routed_ffn(static, x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset, choice_R, slot_TK, gates_TK):
     table = _table(_FORWARD, static, x_TD, w_up_EDF, choice_R, save=False)
+    if static.implementation is None and xla_few.suits(choice_R.shape[0], w_up_EDF.shape[0]):
+        few = functools.partial(composed.forward, xla_few.forward)
+        table["xla_tiles"] = functools.partial(few, activation=static.activation, gate_on=static.gate_on, save=False)
     operands = (x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset, choice_R, slot_TK, gates_TK)
     return _choose.run(static.implementation, table, *operands)[0]
 

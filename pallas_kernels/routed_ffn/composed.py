@@ -11,14 +11,15 @@ from jaxtyping import Array
 
 from pallas_kernels import _checks
 from pallas_kernels.permute import xla as permute
+from pallas_kernels.quantized import Weights
 
 
 def forward(
     rows_forward: Callable[..., Any],
     x_TD: Array,
-    w_gate_EDF: Array | None,
-    w_up_EDF: Array,
-    w_down_EFD: Array,
+    w_gate_EDF: Weights | None,
+    w_up_EDF: Weights,
+    w_down_EFD: Weights,
     sizes_L: Array,
     offset: Array | None,
     choice_R: Array,
@@ -39,9 +40,9 @@ def forward(
 def backward(
     rows_backward: Callable[..., Any],
     x_TD: Array,
-    w_gate_EDF: Array | None,
-    w_up_EDF: Array,
-    w_down_EFD: Array,
+    w_gate_EDF: Weights | None,
+    w_up_EDF: Weights,
+    w_down_EFD: Weights,
     sizes_L: Array,
     offset: Array | None,
     choice_R: Array,
@@ -53,8 +54,8 @@ def backward(
     *,
     gate_on: str,
     **how: Any,
-) -> tuple[Array, Array | None, Array, Array, Array]:
-    """(dx, dw_gate or None, dw_up, dw_down, dgates)."""
+) -> tuple[Array, Array | None, Array | None, Array | None, Array]:
+    """(dx, dw_gate, dw_up, dw_down, dgates), None for weights that are frozen or not there."""
     token_R, gate_R = tokens(choice_R, slot_TK), row_gates(gates_TK, choice_R, x_TD.dtype)
     x_RD, dout_RD = permute.take(x_TD, token_R), permute.take(dout_TD, token_R)
     weights = (w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset, gate_RF, up_RF)

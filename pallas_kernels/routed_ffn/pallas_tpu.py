@@ -16,6 +16,7 @@ from jaxtyping import Array
 from pallas_kernels.expert_ffn import pallas_tpu as ffn
 from pallas_kernels.permute import pallas_tpu as permute_tpu
 from pallas_kernels.permute import xla as permute
+from pallas_kernels.quantized import Weights
 from pallas_kernels.routed_ffn import composed
 
 
@@ -33,9 +34,9 @@ def _rows(x_TD: Array, token_R: Array) -> tuple[Array, Array | None]:
 
 def forward(
     x_TD: Array,
-    w_gate_EDF: Array | None,
-    w_up_EDF: Array,
-    w_down_EFD: Array,
+    w_gate_EDF: Weights | None,
+    w_up_EDF: Weights,
+    w_down_EFD: Weights,
     sizes_L: Array,
     offset: Array | None,
     choice_R: Array,
@@ -63,9 +64,9 @@ def forward(
 
 def backward(
     x_TD: Array,
-    w_gate_EDF: Array | None,
-    w_up_EDF: Array,
-    w_down_EFD: Array,
+    w_gate_EDF: Weights | None,
+    w_up_EDF: Weights,
+    w_down_EFD: Weights,
     sizes_L: Array,
     offset: Array | None,
     choice_R: Array,
@@ -79,12 +80,12 @@ def backward(
     activation: str,
     interpret: bool = False,
 ) -> tuple[Any, ...]:
-    """(dx, dw_gate or None, dw_up, dw_down, dgates)."""
+    """(dx, dw_gate, dw_up, dw_down, dgates), None for weights that are frozen or not there."""
     if gate_on == "input":
         rows_backward = functools.partial(ffn.backward, activation=activation, interpret=interpret)
         plan = (sizes_L, offset, choice_R, slot_TK, gates_TK, gate_RF, up_RF, dout_TD)
         return composed.backward(rows_backward, x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, *plan, gate_on=gate_on)
-    groups, E = ffn.Groups(sizes_L, offset, interpret), w_up_EDF.shape[0]
+    groups = ffn.Groups(sizes_L, offset, interpret)
     token_R, gate_R = composed.tokens(choice_R, slot_TK), composed.row_gates(gates_TK, choice_R, x_TD.dtype)
     rows = _rows(dout_TD, token_R)
     d = ffn.dhidden(*rows, w_down_EFD, gate_RF, up_RF, groups, activation=activation, save_dot=True)
@@ -95,6 +96,8 @@ def backward(
     else:
         dx_TD = permute.sum_choices(ffn.dx(d, w_gate_EDF, w_up_EDF, groups), slot_TK, gates_TK)
     gathered = lambda a_TD: composed.scaled(permute.take(a_TD, token_R), gate_R)
-    dw_gate_EDF, dw_up_EDF = ffn.weight_gradients(gathered(x_TD), d, E, groups)
-    dw_down_EFD = ffn.dw_down(d.hidden_RF, gathered(dout_TD), E, groups)
+    x_RD = gathered(x_TD)
+    dw_gate_EDF = ffn.weight_gradient(w_gate_EDF, x_RD, d.dgate_RF, groups)
+    dw_up_EDF = ffn.weight_gradient(w_up_EDF, x_RD, d.dup_RF, groups)
+    dw_down_EFD = ffn.weight_gradient(w_down_EFD, d.hidden_RF, gathered(dout_TD), groups)
     return dx_TD, dw_gate_EDF, dw_up_EDF, dw_down_EFD, permute.take(d.dot_R, slot_TK)

@@ -8,13 +8,14 @@ from jaxtyping import Array
 
 from pallas_kernels import _checks
 from pallas_kernels.expert_ffn import reference
+from pallas_kernels.quantized import Weights
 
 
 def forward(
     x_TD: Array,
-    w_gate_EDF: Array | None,
-    w_up_EDF: Array,
-    w_down_EFD: Array,
+    w_gate_EDF: Weights | None,
+    w_up_EDF: Weights,
+    w_down_EFD: Weights,
     sizes_L: Array,
     offset: Array | None,
     choice_R: Array,

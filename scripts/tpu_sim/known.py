@@ -18,7 +18,7 @@ from tpu_sim.machine import LARGEST_TABLE
 _LARGEST_RESULT = 1 << 24
 _CALLS = frozenset(
     "jit pjit closed_call core_call custom_jvp_call custom_vjp_call remat checkpoint remat2 custom_vjp_call_jaxpr "
-    "custom_lin".split()
+    "custom_lin custom_vmap_call".split()
 )
 
 
@@ -85,7 +85,7 @@ class _Walk:
 
     def _equation(self, eqn: Any, inputs: list) -> list | None:
         name = eqn.primitive.name
-        inner = eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr") or eqn.params.get("fun_jaxpr")
+        inner = next((eqn.params[p] for p in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call") if eqn.params.get(p)), None)
         if name == "pallas_call":
             self.calls.append(_pallas_call(eqn, inputs))
             return None

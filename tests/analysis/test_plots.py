@@ -1,5 +1,6 @@
 """Pictures are whole PNGs of the right size for odd shapes, and put the numbers where they belong."""
 
+import json
 import struct
 import subprocess
 import sys
@@ -7,7 +8,15 @@ import sys
 import numpy as np
 import pytest
 
-from moe_zoo.analysis import plot_domain_experts, plot_expert_load, plot_loss, plots
+from moe_zoo.analysis import (
+    Specialization,
+    plot_domain_experts,
+    plot_expert_load,
+    plot_layer_load,
+    plot_loss,
+    plot_token_routing,
+    plots,
+)
 
 _DOMAINS = ["python_code", "reference_prose", "docstrings", "c_headers", "character_names"]
 
@@ -90,10 +99,10 @@ def test_smoothing_keeps_a_line_and_the_mean_level():
 
 
 def test_labels_are_moved_apart_as_little_as_needed():
-    np.testing.assert_allclose(plots._spread([0.1, 0.5, 0.9], 0.1), [0.1, 0.5, 0.9])
-    np.testing.assert_allclose(plots._spread([0.5, 0.5, 0.9], 0.1), [0.45, 0.55, 0.9])
-    np.testing.assert_allclose(plots._spread([0.5, 0.5, 0.5, 0.62], 0.1), np.array([-0.15, -0.05, 0.05, 0.15]) + 0.53)
-    assert plots._spread([], 0.1) == []
+    np.testing.assert_allclose(plots.spread([0.1, 0.5, 0.9], 0.1), [0.1, 0.5, 0.9])
+    np.testing.assert_allclose(plots.spread([0.5, 0.5, 0.9], 0.1), [0.45, 0.55, 0.9])
+    np.testing.assert_allclose(plots.spread([0.5, 0.5, 0.5, 0.62], 0.1), np.array([-0.15, -0.05, 0.05, 0.15]) + 0.53)
+    assert plots.spread([], 0.1) == []
 
 
 @pytest.mark.parametrize("num_layers, num_experts, num_points", [(1, 64, 3), (3, 8, 400), (4, 4, 1), (12, 128, 20)])
@@ -115,22 +124,26 @@ def test_dead_experts_and_missing_numbers_are_drawn(tmp_path):
     _size(plot_expert_load(history, tmp_path / "load.png"))
 
 
+def _used(domains, *tables):
+    return Specialization.of(domains, np.ones(len(domains)), list(enumerate(tables)))
+
+
 @pytest.mark.parametrize(
     "num_layers, num_domains, num_experts", [(1, 1, 4), (1, 5, 64), (5, 5, 8), (2, 5, 128), (18, 3, 16)]
 )
 def test_domain_experts(tmp_path, num_layers, num_domains, num_experts):
     matrix_LDE = np.random.default_rng(0).integers(0, 100, (num_layers, num_domains, num_experts))
-    path = plot_domain_experts(matrix_LDE, _DOMAINS[:num_domains], tmp_path / "domains.png")
+    path = plot_domain_experts(_used(_DOMAINS[:num_domains], *matrix_LDE), tmp_path / "domains.png")
     *_, (width, height) = plots._domain_layout(num_layers, num_domains, num_experts)
     _check(path, width, height)
     assert width < 17 and height < 12
 
 
 def test_domain_experts_with_empty_rows_long_names_and_sorting(tmp_path):
-    matrix_LDE = np.zeros((1, 2, 4))
-    matrix_LDE[0, 0, 1] = 5
+    matrix_DE = np.zeros((2, 4))
+    matrix_DE[0, 1] = 5
     names = ["a_domain_with_a_name_that_would_not_fit_at_all", "never_seen"]
-    _size(plot_domain_experts(matrix_LDE, names, tmp_path / "domains.png", sort_experts=True))
+    _size(plot_domain_experts(_used(names, matrix_DE), tmp_path / "domains.png", sort_experts=True))
     assert plots._shortened(names[0]) == "a_domain_with_a…t_at_all"
 
 
@@ -139,15 +152,16 @@ def test_experts_are_sorted_by_the_domain_that_prefers_them():
     assert plots._by_domain(ratio_DE).tolist() == [3, 1, 2, 0]
 
 
-def test_names_must_fit_the_matrix(tmp_path):
-    with pytest.raises(ValueError, match="1 domain names"):
-        plot_domain_experts(np.ones((1, 2, 4)), ["a"], tmp_path / "domains.png")
+def test_domain_experts_of_layers_that_differ_and_of_none(tmp_path):
+    saved = _used(["a", "b"], np.eye(2), np.zeros((2, 3)), np.ones((2, 8))).to_dict()
+    _size(plot_domain_experts(json.loads(json.dumps(saved)), tmp_path / "domains.png"))
+    _check(plot_domain_experts(_used(["a"]), tmp_path / "none.png"), 6.0, 2.0)
 
 
 def test_importing_the_package_does_not_import_matplotlib():
     code = (
         "import sys, moe_zoo.analysis as analysis; assert 'matplotlib' not in sys.modules; "
-        "assert analysis.load_entropy([1, 1]) == 1; assert analysis.specialization.specialization([[1], [1]]) == 0; "
+        "assert analysis.load_entropy([1, 1]) == 1; assert analysis.mutual_information([[1], [1]]) == 0; "
         "assert 'matplotlib' not in sys.modules; "
         "analysis.plot_loss; assert 'matplotlib.pyplot' not in sys.modules"
     )
@@ -159,3 +173,38 @@ def test_unknown_names_are_said():
 
     with pytest.raises(AttributeError, match="plot_loss"):
         moe_zoo.analysis.plot_losses  # noqa: B018
+
+
+@pytest.mark.parametrize("layers, experts", [(1, 2), (2, 8), (24, 128)])
+def test_load_of_layers(tmp_path, layers, experts):
+    counts = np.random.default_rng(0).integers(0, 50, (layers, experts))
+    counts[0] = 0  # a layer that saw nothing
+    path = plot_layer_load(counts, tmp_path / "load.png")
+    width, height = _size(path)
+    _check(path, width / 150, height / 150)
+    assert 600 < width < 2200 and 300 < height < 1400
+
+
+def test_a_brighter_cell_is_where_the_gate_is_larger(tmp_path):
+    """Token 0 goes to expert 2 alone and token 1 nowhere: the one dark cell is at the top left of the panel."""
+    from matplotlib.image import imread
+
+    experts, gates = np.array([[[2, 3], [3, 3]]]), np.array([[[1.0, 0.5], [0.0, 0.0]]])
+    path = plot_token_routing(["a", "$b"], experts, gates, 3, tmp_path / "tokens.png")
+    pixels = imread(path)[..., :3]
+    dark = np.argwhere(np.abs(pixels - np.array([8, 48, 107]) / 255).max(-1) < 0.02)
+    cell = dark[(dark[:, 1] < pixels.shape[1] * 0.8)]  # without the colour bar
+    top, left = cell.min(0)
+    bottom, right = cell.max(0)
+    assert (
+        len(cell) > 0.9 * (bottom - top) * (right - left)
+        and right < pixels.shape[1] * 0.5
+        and bottom < pixels.shape[0] * 0.5
+    )
+
+
+def test_routing_that_does_not_fit_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="do not fit"):
+        plot_token_routing(["a"], np.zeros((1, 2, 1), int), np.zeros((1, 2, 1)), 3, tmp_path / "x.png")
+    with pytest.raises(ValueError, match="layers, experts"):
+        plot_layer_load(np.zeros(3), tmp_path / "x.png")

@@ -10,7 +10,8 @@ from moe_zoo.checkpoints import CheckpointError
 from moe_zoo.core import param as P
 from moe_zoo.data.tokenizer import ByteTokenizer
 from moe_zoo.inference import Loaded, generate, load
-from moe_zoo.inference.generate import sample
+from moe_zoo.inference.generate import _decode, _prefill, bucket
+from moe_zoo.inference.sampling import Sampling, draw
 
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, 32, n) for n in (3, 9, 1)]
@@ -89,6 +90,7 @@ def test_rows_with_equal_prompts_draw_different_text(model):
     assert a.tolist() != b.tolist() != c.tolist()
 
 
+_draw = jax.jit(draw)
 LOGITS = np.log(np.array([0.05, 0.4, 0.3, 0.15, 0.1]))
 
 
@@ -100,6 +102,9 @@ LOGITS = np.log(np.array([0.05, 0.4, 0.3, 0.15, 0.1]))
         (dict(top_p=0.6), [0, 4 / 7, 3 / 7, 0, 0]),
         (dict(top_p=0.8), [0, 0.4 / 0.85, 0.3 / 0.85, 0.15 / 0.85, 0]),
         (dict(top_k=3, top_p=0.8), [0, 4 / 7, 3 / 7, 0, 0]),
+        (dict(min_p=0.5), [0, 4 / 7, 3 / 7, 0, 0]),
+        (dict(min_p=0.3, top_k=4), [0, 0.4 / 0.85, 0.3 / 0.85, 0.15 / 0.85, 0]),
+        (dict(top_p=0.8, min_p=0.5), [0, 4 / 7, 3 / 7, 0, 0]),
         (dict(top_k=9), [0.05, 0.4, 0.3, 0.15, 0.1]),
         (
             dict(temperature=0.5),
@@ -109,12 +114,8 @@ LOGITS = np.log(np.array([0.05, 0.4, 0.3, 0.15, 0.1]))
     ],
 )
 def test_tokens_are_drawn_from_the_filtered_distribution(settings, probabilities):
-    temperature, top_p, top_k = settings.get("temperature", 1.0), settings.get("top_p", 1.0), settings.get("top_k")
-    keys, draws = (
-        jax.random.split(jax.random.key(0), 4000),
-        jax.jit(jax.vmap(sample, (0, None, None, None, None)), static_argnums=4),
-    )
-    drawn = np.bincount(draws(keys, jnp.asarray(LOGITS, jnp.float32), temperature, top_p, top_k), minlength=5) / 4000
+    keys, logits = jax.random.split(jax.random.key(0), 4000), jnp.broadcast_to(jnp.float32(LOGITS), (4000, 5))
+    drawn = np.bincount(_draw(keys, logits, Sampling(**settings).arrays(5)), minlength=5) / 4000
     np.testing.assert_allclose(drawn, probabilities, atol=0.03)
     assert not drawn[np.asarray(probabilities) == 0].any()
 
@@ -128,12 +129,56 @@ def test_tokens_are_drawn_from_the_filtered_distribution(settings, probabilities
         (dict(top_p=0.0), ["top_p"]),
         (dict(top_p=1.5), ["top_p", "1.5"]),
         (dict(top_k=0), ["top_k"]),
+        (dict(min_p=1.5), ["min_p", "1.5"]),
+        (dict(chunk=17), ["chunk", "17"]),
     ],
 )
 def test_settings_out_of_range_are_refused(model, settings, words):
     with pytest.raises(ValueError) as error:
         generate(model, **{"prompts": PROMPTS, "max_new_tokens": 3, **settings})
     assert all(w in str(error.value) for w in words)
+
+
+def test_buckets_are_powers_of_two_and_the_halves_between_them():
+    assert [bucket(n) for n in (1, 32, 33, 48, 49, 64, 65, 97, 129)] == [32, 32, 48, 48, 64, 64, 96, 128, 192]
+    assert all(n <= bucket(n) <= max(32, 1.5 * n) for n in range(1, 500))
+
+
+def test_another_length_of_the_same_bucket_and_other_settings_compile_nothing(model, greedy):
+    count = lambda: (_prefill._cache_size(), _decode._cache_size())
+    before = count()
+    prompts = [RNG.integers(0, 32, n) for n in (17, 2, 30)]
+    for settings in (
+        dict(top_k=3),
+        dict(temperature=0.5, top_p=0.7, min_p=0.1, seed=8),
+        dict(stop_ids=[3, 4], chunk=2),
+    ):
+        generate(model, prompts, N + 3, **settings)
+    assert count() == before
+    generate(model, [RNG.integers(0, 32, 33)] * 3, N, temperature=0.0)  # what a new bucket costs: one of each
+    assert count() == (before[0] + 1, before[1] + 1)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 16])
+def test_tokens_are_handed_out_as_they_come_and_a_row_ends_when_told(model, greedy, chunk):
+    heard, most = {0: [], 1: [], 2: []}, []
+
+    def listen(row, ids):
+        heard[row] += ids.tolist()
+        most.append(len(ids))
+        return row == 1 and len(heard[1]) >= 4
+
+    new = generate(model, PROMPTS, N, temperature=0.0, on_tokens=listen, chunk=chunk)
+    assert [n.tolist() for n in new] == list(heard.values()) and max(most) == min(chunk, N - 1)
+    assert heard[0] == greedy[0].tolist() and heard[2] == greedy[2].tolist()
+    assert len(heard[1]) == {1: 4, 3: 4, 16: N}[chunk] and heard[1] == greedy[1][: len(heard[1])].tolist()
+
+
+def test_it_ends_when_all_sequences_have(model, greedy):
+    calls = []
+    stops = sorted({int(new[2]) for new in greedy})
+    generate(model, PROMPTS, 16, temperature=0.0, stop_ids=stops, on_tokens=lambda row, ids: calls.append(len(ids)))
+    assert sum(calls) <= 6
 
 
 def test_no_prompts_give_no_text(model):

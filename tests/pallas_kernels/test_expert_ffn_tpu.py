@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import _tpu_rows, expert_ffn, routed_ffn
+from pallas_kernels import _tpu_rows, expert_ffn, quantize, routed_ffn
 from pallas_kernels.expert_ffn import pallas_tpu_tiles, reference
 
 R, D, F, E = 133, 128, 256, 4
@@ -47,6 +47,11 @@ def value_and_gradients(dy, x, weights, sizes, offset, **how):
     return y, *pullback(dy)
 
 
+def value_and_dx(dy, x, weights, sizes, offset, **how):
+    y, pullback = jax.vjp(lambda x: expert_ffn(x, *weights, sizes, group_offset=offset, **how), x)
+    return y, *pullback(dy)
+
+
 def exact(dy, x, weights, sizes, offset, activation):
     """In float64, of the same numbers."""
     with jax.enable_x64(True):
@@ -62,10 +67,15 @@ def assert_close(got, expected, tolerance):
         assert np.abs(a - b).max(initial=0) <= tolerance * max(np.abs(b).max(initial=0), 1e-30)
 
 
-def check(routings, dtype, gated, activation, tolerance, offsets=(None,), experts=E):
+def check(routings, dtype, gated, activation, tolerance, offsets=(None,), experts=E, narrow=None):
     """Rows of other experts hold NaN and inf; they must come out zero and reach nothing."""
     run = jax.jit(functools.partial(value_and_gradients, activation=activation, implementation="pallas_tpu"))
     dy, x, *weights = operands(dtype, gated, experts)
+    wide = weights
+    if narrow:
+        weights = [None if w is None else quantize(w, narrow) for w in weights]
+        wide = [None if w is None else w.dequantized() for w in weights]
+        run = jax.jit(functools.partial(value_and_dx, activation=activation, implementation="pallas_tpu"))
     for sizes in routings:
         for offset in offsets:
             first = sum(sizes[: offset or 0])
@@ -76,7 +86,8 @@ def check(routings, dtype, gated, activation, tolerance, offsets=(None,), expert
             got = run(jnp.where(live, dy, np.inf), jnp.where(live, x, np.nan), weights, *args)
             assert all(a.dtype == dtype for a in jax.tree.leaves(got))
             assert not any(np.any(np.asarray(a, np.float32)[~live[:, 0]]) for a in got[:2])
-            assert_close(got, exact(jnp.where(live, dy, 0), x, weights, *args, activation), tolerance)
+            expected = exact(jnp.where(live, dy, 0), x, wide, *args, activation)
+            assert_close(got, expected[: len(got)], tolerance)
 
 
 def test_float32():
@@ -94,6 +105,12 @@ def test_small_tiles(monkeypatch):
     monkeypatch.setattr(pallas_tpu_tiles, "tiles", lambda *_: SMALL_TILES)
     # tanh itself is off by 1e-6 where the compiler does not optimize
     check(ROUTINGS, jnp.float32, gated=True, activation="gelu_tanh", tolerance=2e-6)
+
+
+def test_quantized(monkeypatch):
+    """Each column tile with its part of the scales, forward; back, scales of the rows that go in, rounded once more."""
+    monkeypatch.setattr(pallas_tpu_tiles, "tiles", lambda *_: SMALL_TILES)
+    check(ROUTINGS[:1], jnp.bfloat16, False, "relu2", tolerance=1.2e-2, narrow="float8_e4m3fn")
 
 
 def test_shard_map():
@@ -122,7 +139,7 @@ def test_tiles_fit_and_divide():
 
     for target in (_tpu_target._V5E, _tpu_target._V6E, _tpu_target._TPU7X, _tpu_target.UNKNOWN):
         for M, K, N, G in ((65536, 2048, 1024, 64), (16384, 14336, 4096, 8), (64, 2048, 768, 128), (8, 20, 12, 3)):
-            shape = pallas_tpu_tiles.Shape(M, K, N, G, 1, 2, 2, 3, 2)
+            shape = pallas_tpu_tiles.Shape(M, K, N, G, 1, 2, 2, 3, 2, 2)
             t = pallas_tpu_tiles.tiles(shape, target)
             assert t.rows % t.body_rows[0] == 0 and t.cols % t.body_cols == 0 and t.cols <= N
             assert all(rows % 16 == 0 for rows in t.body_rows)
@@ -164,6 +181,10 @@ def test_routed_compiles_for_tpu(tpu_mesh):
     plan = jnp.zeros(E, jnp.int32), jnp.zeros(rows, jnp.int32), jnp.zeros((tokens, 2), jnp.int32)
     text = compile_for(tpu_mesh, routed_ffn, x, w_in, w_in, w_out, *plan, gates)
     assert "combine_rows" in text and f"bf16[{rows},{width}]" not in text
+    narrow = [quantize(jnp.zeros(w.shape)) for w in (w_in, w_in, w_out)]
+    total = lambda x, w, plan, gates: jnp.sum(routed_ffn(x, *w, *plan, gates).astype(jnp.float32))
+    quantized_text = compile_for(tpu_mesh, jax.value_and_grad(total), x, narrow, plan, gates)
+    assert "expert_ffn_dx" in quantized_text and f"bf16[{E},{width},{F}]" not in quantized_text
     loss = lambda x, weights, gates, plan: jnp.sum(routed_ffn(x, *weights, *plan, gates).astype(jnp.float32))
     text = compile_for(tpu_mesh, jax.grad(loss, (0, 1, 2)), x, (w_in, w_in, w_out), gates, plan)
     for name in ("expert_ffn_up", "expert_ffn_dhidden", "expert_ffn_dx", "combine_rows"):

@@ -178,6 +178,22 @@ def test_scan_and_checkpoint():
     assert_close(got(x, w), expected(x, w))
 
 
+@pytest.mark.parametrize("implementation", [None, "xla", "pallas_tpu"])
+def test_vmap(implementation):
+    """Rows and sizes batched, weights shared: the weights' gradient is the sum."""
+    sizes_BG = jnp.array([SMALL[0], SMALL[6]])
+    lhs, rhs = draw(5, 2, SMALL_ROWS, K), draw(6, G, K, N)
+
+    def loss(lhs, rhs, matmul):
+        return jnp.sum(jnp.sin(matmul(lhs, rhs)))
+
+    batched = jax.vmap(functools.partial(grouped_matmul, implementation=implementation), (0, None, 0))
+    one = functools.partial(grouped_matmul, implementation="reference")
+    gradients = lambda matmul: jax.jit(jax.grad(functools.partial(loss, matmul=matmul), (0, 1)))(lhs, rhs)
+    expected = gradients(lambda lhs, rhs: jnp.stack([one(lhs[b], rhs, sizes_BG[b]) for b in range(2)]))
+    assert_close(gradients(lambda lhs, rhs: batched(lhs, rhs, sizes_BG)), expected)
+
+
 @pytest.mark.parametrize("platform", ["tpu", "cpu"])
 def test_the_platform_it_is_lowered_for_decides(platform):
     """Also on a host without that platform, and the branches of the others are not emitted."""

@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import _tpu_target, grouped_matmul
+from pallas_kernels import _tpu_target, grouped_matmul, quantize
 from pallas_kernels.grouped_matmul import pallas_tpu, pallas_tpu_tiles
 
 F32, BF16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
@@ -109,11 +109,16 @@ def drhs(num_groups):
     )
 
 
-def check_forward(sizes, dtype, transpose_rhs=False, out_dtype=None, offset=0, groups=None, rows=M, **tiles):
+def check_forward(
+    sizes, dtype, transpose_rhs=False, out_dtype=None, offset=0, groups=None, rows=M, narrow=None, **tiles
+):
     groups, out_dtype = groups or len(sizes), out_dtype or dtype
     live = slices(sizes, offset, groups)
     lhs, lhs64 = rounded(draw(0, rows, K), dtype)
     rhs, rhs64 = rounded(draw(1, groups, N, K) if transpose_rhs else draw(1, groups, K, N), dtype)
+    if narrow:
+        rhs = quantize(rhs, narrow, axis=2 if transpose_rhs else 1)
+        rhs64 = np.asarray(rhs.values, np.float64) * np.asarray(rhs.scale, np.float64)
     lhs, dead = poisoned(lhs, live)
     expected = np.zeros((rows, N))
     for g, group in enumerate(live):
@@ -136,6 +141,13 @@ def check_forward(sizes, dtype, transpose_rhs=False, out_dtype=None, offset=0, g
 def test_forward_equals_float64(dtype, transpose_rhs, out_dtype, tiles):
     for sizes in RAGGED:
         check_forward(sizes, dtype, transpose_rhs, out_dtype, **tiles)
+
+
+@pytest.mark.parametrize(("dtype", "narrow", "transpose_rhs"), [(F32, "int8", False), (BF16, "float8_e4m3fn", True)])
+def test_quantized(dtype, narrow, transpose_rhs):
+    """Of some groups; each column tile with its part of the scales."""
+    for sizes in RAGGED[:2]:
+        check_forward(sizes, dtype, transpose_rhs, offset=3, groups=4, narrow=narrow)
 
 
 @pytest.mark.parametrize("tiles", [{}, STAYS])
@@ -253,7 +265,7 @@ def test_tiles_fit(name):
         (64, 2048, 1024, 64),
     ]:
         for k, n in ((inner, outer), (outer, inner)):
-            t = pallas_tpu_tiles.forward_tiles(rows, k, n, groups, BF16, BF16, target)
+            t = pallas_tpu_tiles.forward_tiles(rows, k, n, groups, BF16, BF16, BF16, target)
             held = t.weight_buffers * k * t.cols + t.lhs_buffers * t.rows * k + t.out_buffers * t.rows * t.cols
             assert 2 * held < target.vmem_bytes and (t.lhs_buffers >= 3 or t.lhs_stays)
             assert t.rows % t.body_rows[0] == 0 or rows < t.rows + t.body_rows[0]
@@ -267,7 +279,7 @@ COMPILE = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from pallas_kernels import grouped_matmul
+from pallas_kernels import Quantized, grouped_matmul
 
 devices = topologies.get_topology_desc(platform="tpu", topology_name="TOPOLOGY").devices
 mesh = Mesh(np.array(devices[:1]), ("x",))
@@ -287,6 +299,14 @@ for dtype in (jnp.bfloat16, jnp.float32):
     assert text.count('custom_call_target="tpu_custom_call"') == 2, text
     text = compiled(grouped_matmul, ((300, 128), dtype), ((4, 128, 256), dtype), ((4,), jnp.int32))
     assert text.count('custom_call_target="tpu_custom_call"') == 1, text
+
+def quantized(lhs, values, scale, sizes):
+    return jax.value_and_grad(lambda lhs: grouped_matmul(lhs, Quantized(values, scale), sizes).sum())(lhs)
+
+for dtype, narrow in ((jnp.bfloat16, jnp.int8), (jnp.float32, jnp.float8_e4m3fn), (jnp.bfloat16, jnp.float8_e5m2)):
+    args = ((304, 128), dtype), ((4, 128, 256), narrow), ((4, 1, 256), jnp.float32), ((4,), jnp.int32)
+    text = compiled(quantized, *args)
+    assert text.count('custom_call_target="tpu_custom_call"') == 2, text
 """
 
 

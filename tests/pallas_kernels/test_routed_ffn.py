@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import _tpu_rows, combine_rows, expert_ffn, gather_rows, routed_ffn
+from pallas_kernels import _tpu_rows, combine_rows, expert_ffn, gather_rows, quantize, routed_ffn
 from pallas_kernels.expert_ffn import pallas_tpu_tiles
 
 T, K, D, F, E = 16, 2, 16, 32, 4
@@ -173,3 +173,25 @@ def test_errors_name_what_was_given():
         routed_ffn(x, *weights, sizes, choice.astype(np.float32), slot, gates)
     with pytest.raises(ValueError, match="unknown gate_on 'out': known: output, input"):
         routed_ffn(x, *weights, sizes, choice, slot, gates, gate_on="out")
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("gate_on", ["output", "input"])
+def test_few_rows_are_those_of_the_reference_and_touch_only_the_experts_they_use(gated, gate_on):
+    """What None takes on a CPU for fewer rows than experts; weights of unused experts are NaN, as are empty rows'."""
+    rng = np.random.default_rng(0)
+    expert_TK = np.array([[3, 1], [3, 6]])
+    order = np.argsort(expert_TK.reshape(-1), kind="stable")
+    slot = np.full(4, 6, np.int32)
+    slot[order[:3]] = np.arange(3)  # the choice of expert 6 gets no row; rows 3 to 5 are empty
+    choice_R = np.array([*order[:3], 4, 4, 4], np.int32)
+    sizes = np.array([0, 1, 0, 2, 0, 0, 0, 0], np.int32)
+    weights = [rng.normal(size=shape).astype(np.float32) for shape in ((8, D, F), (8, D, F), (8, F, D))]
+    clean = [w if gated or i else None for i, w in enumerate(weights)]
+    dirty = [None if w is None else np.where((sizes > 0)[:, None, None], w, np.nan) for w in clean]
+    x_TD, gates_TK = rng.normal(size=(2, D)).astype(np.float32), rng.random((2, 2)).astype(np.float32)
+    rest = (sizes, choice_R, slot.reshape(2, 2), gates_TK)
+    run = lambda weights, **how: routed_ffn(x_TD, *weights, *rest, gate_on=gate_on, **how)
+    np.testing.assert_allclose(run(dirty), run(clean, implementation="reference"), rtol=1e-5, atol=1e-5)
+    narrow = [None if w is None else quantize(jnp.asarray(w)) for w in clean]
+    np.testing.assert_allclose(run(narrow), run(narrow, implementation="reference"), rtol=1e-5, atol=1e-5)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from moe_zoo.analysis import Specialization
 from moe_zoo.train import progress as progress_module
 from moe_zoo.train.progress import Progress, duration, make_console, short_number
 from moe_zoo.train.reporting import final_table
@@ -160,6 +161,9 @@ def _report():
         "parameters": {"total": 3_123_456, "active": 923_456, "trainable": 3_123_456},
         "flops_per_token": 5.61e6,
         "expert_load": [[0.25, 0.25, 0.5, 0.0], [0.25] * 4],
+        "specialization": Specialization.of(
+            ["code", "prose"], [100, 10], [(3, [[150, 50, 0, 0], [0, 0, 5, 5]]), (7, np.zeros((2, 4)))]
+        ).to_dict(),
         "sample": {"prompt": "def f(", "text": "def f(x):\n\t[red]return[/red] x\x1b[31m\udc80"},
         "pictures": {"loss": "/" + "deep/" * 30 + "loss.png"},
         "train_seconds": 298.0,
@@ -181,8 +185,11 @@ def test_summary_without_a_terminal_is_plain_and_complete():
     assert _cells(text, "python_code") == ["python_code", "2.000", "2.200", "1.900", "400,000"]
     assert _cells(text, "an_uncommonly")[1:] == ["2.500", "2.600", "-", "100,000"]
     assert _cells(text, "overall") == ["overall", "2.100", "2.280", "2.000", "500,000"]
-    assert _cells(text, "0 ") == ["0", "2.00", "0.00", "▄▄█·"]
-    assert _cells(text, "1 ") == ["1", "1.00", "1.00", "▄▄▄▄"]
+    loads = [re.split(r"\s{2,}", line.strip()) for line in text.splitlines() if "▄▄" in line]
+    assert loads == [["3", "2.00", "0.00", "▄▄█·"], ["7", "1.00", "1.00", "▄▄▄▄"]]
+    told = text[text.index("Domains and experts") :]
+    assert _cells(told, "3 ") == ["3", "1.000", "100.0%", "1.00-2.00", "code 0 3.0x, prose 2 2.0x"]
+    assert _cells(told, "7 ") == ["7", "-", "-", "0.00-0.00"]
     for part in ("256 tokens", "18,234 tokens/s", "3,123,456 in total", "923,456 active", "5.61M per token", "4m 58s"):
         assert part in text
     assert "def f(x):" in text and "    [red]return[/red] x\\x1b[31m\\udc80" in text

@@ -6,7 +6,7 @@ from typing import Any
 
 from moe_zoo.checkpoints.hf.families import find
 from moe_zoo.checkpoints.hf.plan import check, plan
-from moe_zoo.checkpoints.hf.reading import describe
+from moe_zoo.checkpoints.hf.reading import describe, read_tensors
 from moe_zoo.checkpoints.hf.safetensors import read_folder
 from moe_zoo.models import Decoder
 from moe_zoo.models.counting import count_parameters
@@ -25,8 +25,7 @@ def inspect(folder: Path) -> dict[str, Any]:
     Raises CheckpointError for all that `load` would refuse.
     """
     published, config = describe(folder)
-    stored = read_folder(folder)
-    tensors = published.family.unpack(stored)
+    stored, tensors = read_folder(folder), read_tensors(published)
     model = Decoder(config)
     check(plan(model, find(published.family.architectures[0], str(folder))), tensors, published.family, folder)
     counts = count_parameters(model)

@@ -69,16 +69,19 @@ def linear(name: str, inputs: int = 1, **more) -> Stored:
     return Stored(name, "linear", inputs, **more)
 
 
+#: bytes of one tile of a transposed copy, and its width: what the second-level cache holds beside what it becomes
+_TILE_BYTES, _TILE_COLUMNS = 1 << 18, 256
+
+
 def copy_into(target: np.ndarray, source: np.ndarray) -> None:
-    """`target[...] = source`, by narrow columns where one is transposed: two to three times as fast."""
+    """`target[...] = source`; where one is the other transposed, tile by tile: twice as fast and more."""
     if target.dtype == source.dtype and source.dtype.kind == "V":
         # numpy copies its own types without the interpreter lock, and faster
         target, source = (a.view(f"u{a.itemsize}") for a in (target, source))
-    if source.ndim < 2 or source.strides[-1] == target.strides[-1] == source.itemsize:
+    if not (_transposed(source) or _transposed(target)):
         target[...] = source
     elif source.ndim == 2:
-        for at in range(0, source.shape[-1], 64):
-            target[:, at : at + 64] = source[:, at : at + 64]
+        _copy_transposed(target, source)
     else:
         for shape in ((source.shape[0], -1), (-1, source.shape[-1])):
             try:
@@ -88,3 +91,22 @@ def copy_into(target: np.ndarray, source: np.ndarray) -> None:
             return copy_into(*flat)
         for part, of in zip(target, source):
             copy_into(part, of)
+
+
+def _transposed(array: np.ndarray) -> bool:
+    return array.ndim > 1 and array.strides[-1] > min(array.strides[:-1])
+
+
+def _copy_transposed(target: np.ndarray, source: np.ndarray) -> None:
+    """Through a tile whose rows are some bytes too long: rows a power of two apart would share the lines of a cache."""
+    if _transposed(target):
+        target, source = target.T, source.T
+    columns = _TILE_COLUMNS  # of the source as it lies in memory, rows of the target
+    rows = _TILE_BYTES // (columns * source.itemsize)
+    tile = np.empty((rows, columns + 64 // source.itemsize), source.dtype)
+    for c in range(0, source.shape[0], columns):
+        for r in range(0, source.shape[1], rows):
+            part = source[c : c + columns, r : r + rows].T
+            inside = tile[: part.shape[0], : part.shape[1]]
+            inside[...] = part
+            target[c : c + columns, r : r + rows] = inside.T

@@ -46,9 +46,9 @@ class Packed:
     def where(self) -> str:
         return self.blocks.where
 
-    def read(self, mapped: Callable[[Path], np.ndarray]) -> np.ndarray:
-        """The numbers, decoded."""
-        return decode(self.blocks.read(mapped), self.scales.read(mapped))
+    def read(self, mapped: Callable[[Path], np.ndarray], experts: slice = slice(None)) -> np.ndarray:
+        """The numbers, decoded; of some experts only, if asked."""
+        return decode(self.blocks.read(mapped)[experts], self.scales.read(mapped)[experts])
 
 
 def decode(

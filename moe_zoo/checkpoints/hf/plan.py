@@ -4,9 +4,12 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
+import numpy as np
+
 from moe_zoo.checkpoints.hf.family import Family
 from moe_zoo.checkpoints.hf.layout import Stored
-from moe_zoo.checkpoints.hf.safetensors import Tensor
+from moe_zoo.checkpoints.hf.mxfp4 import Packed
+from moe_zoo.checkpoints.hf.safetensors import Files, Tensor
 from moe_zoo.checkpoints.native import CheckpointError
 from moe_zoo.core import param as P
 from moe_zoo.core.registry import nearest
@@ -35,6 +38,13 @@ class Leaf:
             for e in experts:
                 index = (r,) * (self.prefixes is not None) + (() if e is None else (e,))
                 yield index, prefix + self.stored.name.format(e=e)
+
+    def view(self, files: Files, name: str, inside: tuple[slice, ...]) -> np.ndarray:
+        """The part `inside` of what tensor `name` holds of the leaf. Of packed experts only those are decoded."""
+        if not isinstance(files.tensors[name], Packed):
+            return self.stored.ours(files[name], self.one)[inside]
+        experts = files.read(name, inside[0])
+        return self.stored.ours(experts, (len(experts), *self.one[1:]))[(slice(None), *inside[1:])]
 
 
 def plan(model, family: Family) -> list[Leaf]:
@@ -67,7 +77,10 @@ def check(leaves: list[Leaf], tensors: dict[str, Tensor], family: Family, folder
                     f"{tensor.where} has shape {list(tensor.shape)}, config.json makes it {list(expected)}"
                 )
             if tensor.dtype.name not in ("float32", "float16", "bfloat16", "float64"):
-                raise CheckpointError(f"{tensor.where} is {tensor.dtype.name}: quantised weights cannot be read yet")
+                raise CheckpointError(
+                    f"{tensor.where} is {tensor.dtype.name}, expected floats: config.json names no quantised format "
+                    "that can be read"
+                )
             used.add(name)
     unused = sorted(name for name in tensors.keys() - used if not _known(name, leaves, family))
     if unused:

@@ -59,7 +59,11 @@ class Files:
         self.tensors, self._mapped = tensors, {}
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self.tensors[name].read(self._map)
+        return self.read(name)
+
+    def read(self, name: str, *part) -> np.ndarray:
+        """The tensor, or what its kind knows as a part of it."""
+        return self.tensors[name].read(self._map, *part)
 
     def _map(self, file: Path) -> np.ndarray:
         if file not in self._mapped:

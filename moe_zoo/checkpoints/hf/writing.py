@@ -41,6 +41,10 @@ def save(
     Nothing is left behind if it fails; what was there is replaced at the end. Raises CheckpointError when no family has
     the model's settings, naming those that do not fit, or the system's words when the disk says no.
     """
+    if model.quantized:
+        raise CheckpointError(
+            "experts were narrowed to int8, what they were is gone; save what was loaded without weights="
+        )
     family = choose(config, published.family if published else None)
     leaves, values = plan(model, family), P.arrays(model)
     text = dict(settings or {}) | _config(family, config, published, values)

@@ -7,7 +7,8 @@ r"""From a record's fields to a document: plain text, a question with its answer
   messages                                  [{"role": .., "content": ..}, ..]: "<|role|>\ncontent<|end|>\n" each, the
                                             layout of Phi-3; trained on what follows "<|assistant|>\n"
 
-With several of these `text` comes first, then `messages`. Every form may have a `domain`. Prompt and answer are
+With several of these `text` comes first, then `messages`. Every form may have a `domain`, and `text` a `group`:
+documents of one group never part in a split (the same page in several languages). Prompt and answer are
 tokenized apart, as they are when a model is given the prompt and writes the answer.
 """
 
@@ -38,7 +39,7 @@ def to_document(record: Mapping[str, Any], domain: str) -> Document | str:
     domain = own or domain
     names = [name for name, value in record.items() if value is not None]
     if "text" in names:
-        return _plain(record["text"], domain)
+        return _plain(record["text"], domain, record.get("group"))
     if "messages" in names:
         return _conversation(record["messages"], domain)
     prompt, answer = _pair_fields(names)
@@ -71,7 +72,7 @@ def choose_columns(names: list[str], strings: list[str]) -> dict[str, str]:
     """
     domain = {"domain": "domain"} if "domain" in names else {}
     if "text" in strings:
-        return {"text": "text"} | domain
+        return {"text": "text"} | domain | ({"group": "group"} if "group" in names else {})
     if "messages" in names:
         return {"messages": "messages"} | domain
     prompt, answer = _pair_fields(names)
@@ -124,10 +125,12 @@ def _not_a_string(name: str) -> str:
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name!r} that is not a string"
 
 
-def _plain(text: Any, domain: str) -> Document | str:
+def _plain(text: Any, domain: str, group: Any) -> Document | str:
     if not isinstance(text, str):
         return _not_a_string("text")
-    return Document(text, domain) if text.strip() else "an empty 'text'"
+    if group is not None and not isinstance(group, str):
+        return _not_a_string("group")
+    return Document(text, domain, group) if text.strip() else "an empty 'text'"
 
 
 def _pair(record: Mapping[str, Any], prompt_field: str, answer_field: str, domain: str) -> Document | str:

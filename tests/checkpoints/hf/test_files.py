@@ -12,11 +12,11 @@ from released import RELEASED
 
 import moe_zoo
 from moe_zoo.checkpoints import CheckpointError, hf
-from moe_zoo.checkpoints.hf import layout, safetensors, writing
+from moe_zoo.checkpoints.hf import layout, memory, safetensors, writing
 from moe_zoo.checkpoints.hf.families import find
 from moe_zoo.core import param as P
 from moe_zoo.models import Decoder
-from moe_zoo.sharding import make_mesh
+from moe_zoo.sharding import MeshConfig, make_mesh
 
 SMALL = dict(
     vocab_size=48, hidden_size=16, num_attention_heads=4, num_key_value_heads=2, head_dim=4, num_hidden_layers=3
@@ -316,6 +316,12 @@ def test_four_bit_experts_are_read_as_what_they_say_and_written_decoded(tmp_path
     assert len(expected) == 4
     for name, numbers in expected.items():
         np.testing.assert_array_equal(files[name].astype(float), numbers)
+    narrow = P.arrays(moe_zoo.load(tmp_path, weights="int8").model)
+    for layer in range(2):
+        numbers = expected[f"model.layers.{layer}.mlp.experts.down_proj"]
+        down = f"segments.{layer}.blocks.0.ffn.experts.w_down"
+        near = np.asarray(narrow[down], float) * np.asarray(narrow[f"{down}_scale"])
+        np.testing.assert_allclose(near[0], numbers, rtol=0, atol=np.abs(numbers).max() / 250)
     tensors.pop(f"{name}_scales")
     safetensors.write(tmp_path / "model.safetensors", [(n, a.dtype, a.shape) for n, a in tensors.items()], tensors.get)
     refused(tmp_path, f"{name}_blocks", "scales")
@@ -325,3 +331,14 @@ def test_messages_name_the_file_in_full(folder):
     header_with(folder / "model.safetensors", lambda h: h[NAME].update(shape=[12, 16]))
     refused(folder, str(folder / "model.safetensors"))
     assert re.search(r"\.safetensors", str(folder / "model.safetensors"))
+
+
+@pytest.mark.parametrize("mesh", [dict(), dict(fsdp=2, expert=2, tensor=2)])
+def test_what_is_read_is_not_copied_again_and_what_devices_share_is_read_once(folder, mesh, monkeypatch):
+    given, allocate = [], memory.empty
+    monkeypatch.setattr(memory, "empty", lambda *a: given.append(allocate(*a)) or given[-1])
+    devices = make_mesh(MeshConfig(**mesh), jax.devices()[:8]) if mesh else None
+    arrays = P.arrays(moe_zoo.load(folder, mesh=devices).model).values()
+    held = {s.data.unsafe_buffer_pointer() for a in arrays for s in a.addressable_shards}
+    assert {a.ctypes.data for a in given} == held
+    assert sum(a.nbytes for a in given) == sum(a.nbytes for a in arrays)

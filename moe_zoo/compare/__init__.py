@@ -1,0 +1,5 @@
+"""The comparison: which idea is better at equal cost, with what certainty, from one command."""
+
+from moe_zoo.compare.claims import Claim, Reference
+
+__all__ = ["Claim", "Reference"]

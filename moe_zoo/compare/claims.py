@@ -1,0 +1,78 @@
+"""What a paper claims, written down before anything is trained: a direction on a named statistic against a baseline.
+
+A config file that takes part in the comparison says so at its top level:
+
+    CLAIM = Claim("test_bits_per_byte", "lower", baseline="top_k", says="...", source="arXiv 2412.14711")
+
+or, if others are compared with it and it claims nothing itself, `CLAIM = Reference(says="...")`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+from moe_zoo.core.registry import ConfigError, nearest
+
+DIRECTIONS = ("lower", "higher")
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistic:
+    """A number that a run ends with. `short`: its name in a claim; `title`: spelled out. `form`: how it is written.
+    `needs_causal`: says nothing about a model that sees the future.
+    """
+
+    short: str
+    title: str
+    form: str
+    needs_causal: bool = False
+
+
+#: what claims may name; every finished run has each of them, or None where it does not apply
+STATISTICS: Mapping[str, Statistic] = {
+    "test_bits_per_byte": Statistic("loss", "test bits per byte", ".4f", needs_causal=True),
+    "load_violation": Statistic("imbalance", "load violation: busiest expert over an even share, minus 1", ".3f"),
+    "max_load_violation": Statistic("worst imbalance", "load violation of the worst layer", ".3f"),
+    "dropped_fraction": Statistic("drops", "share of choices dropped in training", ".4f"),
+    "experts_per_token": Statistic("experts per token", "experts per token in training", ".3f"),
+    "train_flops_per_token": Statistic("compute", "active FLOPs per token in training, as measured", ".4g"),
+    "specialization": Statistic("specialization", "what the expert says of the domain, in bits", ".4f"),
+    "tokens_per_second": Statistic("speed", "tokens per second of training", ",.0f"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """`statistic` is `direction` ("lower", "higher") than that of the entry `baseline`. `says`: the claim in words,
+    `source`: where it is made.
+    """
+
+    statistic: str
+    direction: str
+    baseline: str
+    says: str
+    source: str
+
+    def __post_init__(self):
+        for name, known in (("statistic", STATISTICS), ("direction", DIRECTIONS)):
+            given = getattr(self, name)
+            if given not in known:
+                raise ConfigError(f"CLAIM: unknown {name} {given!r}{nearest(given, known)}; known: {', '.join(known)}")
+        for name in ("baseline", "says", "source"):
+            if not getattr(self, name):
+                raise ConfigError(f"CLAIM: {name} is empty; a claim has a baseline, words and a source")
+
+    @property
+    def sign(self) -> int:
+        """What a difference to the baseline is multiplied with, so that below zero is as claimed."""
+        return 1 if self.direction == "lower" else -1
+
+    def short(self) -> str:
+        """The claim in one line."""
+        return f"{STATISTICS[self.statistic].short} {'<' if self.direction == 'lower' else '>'} {self.baseline}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """An entry that others are compared with and that claims nothing."""
+
+    says: str
