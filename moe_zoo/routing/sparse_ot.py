@@ -116,13 +116,11 @@ def sparse_simplex(scores_ES: Float[Array, "E S"], k: int) -> Float[Array, "E S"
     """Each row's nearest point of {p >= 0, sum p = 1, at most k non-zeros}: its k largest entries, minus a threshold
     that makes what stays positive sum to 1. Ties go to the lower id.
     """
-    top_EK = jax.lax.top_k(scores_ES, k)[0]
-    shifted_EK = top_EK - top_EK[:, :1]  # shifting a row changes nothing, and small numbers round less
-    excess_EK = jnp.cumsum(shifted_EK, axis=-1) - 1
-    positive_E1 = (shifted_EK * jnp.arange(1, k + 1) > excess_EK).sum(-1, keepdims=True)
+    # comparing all scores with the k-th would spare the scatter, but a compiler that computes them twice rounds twice
+    top_EK, ids_EK = jax.lax.top_k(scores_ES, k)
+    top_EK = top_EK - top_EK[:, :1]  # shifting a row changes nothing, and small numbers round less
+    excess_EK = jnp.cumsum(top_EK, axis=-1) - 1
+    positive_E1 = (top_EK * jnp.arange(1, k + 1) > excess_EK).sum(-1, keepdims=True)
     threshold_E1 = jnp.take_along_axis(excess_EK, positive_E1 - 1, axis=-1) / positive_E1
-    # the k largest by comparing with the last of them: writing to their ids is a scatter, slow on CPU and TPU alike
-    last_E1 = top_EK[:, -1:]
-    tied_ES, room_E1 = scores_ES == last_E1, k - (scores_ES > last_E1).sum(-1, keepdims=True)
-    kept_ES = (scores_ES > last_E1) | (tied_ES & (jnp.cumsum(tied_ES, axis=-1) <= room_E1))
-    return jnp.where(kept_ES, jnp.maximum(scores_ES - top_EK[:, :1] - threshold_E1, 0), 0)
+    p_EK = jnp.maximum(top_EK - threshold_E1, 0)
+    return jnp.zeros_like(scores_ES).at[jnp.arange(len(scores_ES))[:, None], ids_EK].set(p_EK)
