@@ -3,6 +3,7 @@
 import jax
 from flax import nnx
 
+from moe_zoo.blocks.chain import Chain
 from moe_zoo.blocks.moe import MoE
 from moe_zoo.core.aux import Aux
 from moe_zoo.core.context import RoutingContext
@@ -20,6 +21,11 @@ class Block(nnx.Module):
         self.placement, self.multiplier = placement, multiplier
         self.mixer, self.ffn = mixer, ffn
         self.mixer_norm, self.ffn_norm = mixer_norm, ffn_norm
+
+    @property
+    def outer_residual(self) -> bool:
+        """Whether the feed-forward part's output is added to the stream, or replaces it (Chain-of-Experts)."""
+        return not isinstance(self.ffn, Chain) or self.ffn.chain.outer_residual
 
     @property
     def routed(self) -> bool:
@@ -48,7 +54,10 @@ class Block(nnx.Module):
                 y, aux, routing = self.ffn(self._before(self.ffn_norm, x), mine)
                 router_cache = routing.cache
                 carry = {**depth, name: routing.carry} if name in depth else depth
-            x = self._add(x, y, self.ffn_norm)
+            if self.outer_residual:
+                x = self._add(x, y, self.ffn_norm)
+            else:
+                x = y if self.placement == "pre" else self.ffn_norm(y)
         if cache is None:
             return x, aux, None, carry
         new = {"mixer": mixer_cache, "router": router_cache} if self.routed else {"mixer": mixer_cache}

@@ -55,9 +55,13 @@ class MoE(nnx.Module):
             self.shared_gate = param((D, 1), ("embed", None), fan_in(D))
 
     def __call__(self, x_BSD: Float[Array, "B S D"], ctx: RoutingContext) -> tuple[Float[Array, "B S D"], Aux, Routing]:
+        return self.once(self.router, x_BSD, ctx)
+
+    def once(self, router, x_BSD: Float[Array, "B S D"], ctx: RoutingContext):
+        """The layer with a router that is given: output, Aux, Routing."""
         x_TD = x_BSD.reshape(-1, self.hidden_size)
         with jax.named_scope("router"):
-            routing = self._route(x_TD, ctx)
+            routing = self._route(router, x_TD, ctx)
         y_TD, moved = self.dispatch(x_TD, routing.decision, self.experts, ctx)
         if hasattr(self, "shared"):
             y_TD = y_TD + self._shared(x_TD)
@@ -66,10 +70,10 @@ class MoE(nnx.Module):
             aux = aux | Aux(terms=recorded(routing))
         return y_TD.reshape(x_BSD.shape), aux, routing
 
-    def _route(self, x_TD, ctx: RoutingContext) -> Routing:
+    def _route(self, router, x_TD, ctx: RoutingContext) -> Routing:
         if "given" in ctx.inputs:
             return Routing(ctx.inputs["given"].masked(ctx.valid), carry=ctx.carry, cache=ctx.cache)
-        routing = self.router(x_TD, ctx)
+        routing = router(x_TD, ctx)
         return dataclasses.replace(routing, decision=routing.decision.masked(ctx.valid))
 
     def _shared(self, x_TD):
@@ -95,6 +99,10 @@ class MoE(nnx.Module):
     def after_step(self, stats: dict[str, Stat]) -> dict[str, Array]:
         """New buffer values, keyed by their path below this layer."""
         return {f"router.{name}": value for name, value in self.router.after_step(stats).items()}
+
+    def active(self) -> float:
+        """Experts of the bank that one token uses, for counting active parameters."""
+        return self.router.active()
 
     def flops_per_token(self, rows_per_token: float | None = None) -> float:
         """Forward FLOPs of one token: router, expert rows (by default as many as the router says), shared expert."""

@@ -171,7 +171,9 @@ def _facts(entry: Entry) -> dict[str, Any]:
     if not routed:
         return facts | {"decision": None, "dynamic": "–"}
     router = routed[0].router
-    return facts | {"decision": router.decision.__name__, "dynamic": _dynamic(router, config.data.seq_len)}
+    dynamic, times = _dynamic(router, config.data.seq_len), config.model.chain.iterations
+    dynamic = dynamic if times == 1 else f"{times} times {dynamic}"
+    return facts | {"decision": router.decision.__name__, "dynamic": dynamic}
 
 
 def _dynamic(router, seq_len: int) -> str:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from moe_zoo.blocks.chain import ChainConfig
 from moe_zoo.blocks.moe import MoEConfig
 from moe_zoo.core.registry import ConfigError, nearest
 from moe_zoo.core.schema import Choice, build, choice, choices, join, overlay, positive, to_dict
@@ -38,6 +39,7 @@ class ModelConfig:
     `intermediate_size` is the width of dense blocks, `moe_intermediate_size` of one routed expert. `shared_expert_size`
     adds an always-active expert. `norm_placement` "post" norms what a branch adds instead of what it sees (OLMo 2);
     embeddings and residual branches are multiplied, logits divided by the three numbers that Granite has for it.
+    `chain` repeats the routed layer on its own output (Chain-of-Experts).
     `dtype` is the compute type; parameters, router, softmax and losses are float32. `remat`: what the backward pass
     recomputes: nothing ("none"), all but matrix products ("dots"), or whole blocks ("block").
     """
@@ -53,6 +55,7 @@ class ModelConfig:
     ngram: NgramConfig = NgramConfig()
     attention: AttentionConfig = AttentionConfig()
     mlp: FeedForwardConfig = FeedForwardConfig()
+    chain: ChainConfig = ChainConfig()
     router: Choice = choice(ROUTERS, "top_k")
     experts: Choice = choice(EXPERTS, "feed_forward")
     dispatch: Choice = choice(DISPATCHERS, "dropless")

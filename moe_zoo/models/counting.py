@@ -17,7 +17,7 @@ def count_parameters(model: Decoder, trainable=None) -> dict[str, int]:
         for name, var in variables.items()
     }
     for path, block, _ in model.routed():
-        share = min(1.0, block.ffn.router.active() / block.ffn.num_experts)
+        share = min(1.0, block.ffn.active() / block.ffn.num_experts)
         for name in size:
             if name.startswith(f"{path}.ffn.experts."):
                 active[name] = round(size[name] * share)
@@ -28,7 +28,7 @@ def count_parameters(model: Decoder, trainable=None) -> dict[str, int]:
 
 def router_parameters(model: Decoder) -> int:
     """Parameters that are the routers', of all layers together: frozen ones, and what the routers share, included."""
-    own = lambda name: ".ffn.router." in f".{name}" or name.startswith("shared.")
+    own = lambda name: ".router." in name or name.startswith("shared.")
     return sum(v.get_value().size for n, v in P.flat(model).items() if own(n) and not isinstance(v, P.Buffer))
 
 

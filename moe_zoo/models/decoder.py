@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_zoo.blocks.block import Block
+from moe_zoo.blocks.chain import Chain, ChainConfig
 from moe_zoo.blocks.moe import MoE
 from moe_zoo.core.aux import Aux, Stat, is_stat
 from moe_zoo.core.context import PROVIDABLE, RoutingContext
@@ -250,7 +251,9 @@ def make_block(config: ModelConfig, kind: str, whole: ModelConfig) -> Block:
     # residual branches start at 1/sqrt(2L) of their size, so the stream does not grow with depth (GPT-2)
     out_scale = (2 * whole.num_layers) ** -0.5
     if kind.partition(":")[0] == "moe":
-        ffn = MoE(config.moe(), hidden_size=D, out_scale=out_scale)
+        sizes = {"hidden_size": D, "out_scale": out_scale}
+        plain = config.chain == ChainConfig()
+        ffn = MoE(config.moe(), **sizes) if plain else Chain(config.moe(), config.chain, **sizes)
         missing = [name for name in ffn.router.requires if name not in PROVIDABLE]
         if missing:
             raise ConfigError(f"model.router: {config.router.name!r} needs {missing}, which this model cannot provide")

@@ -52,7 +52,7 @@ class Router(nnx.Module):
     provides: ClassVar[tuple[str, ...]] = ("logits", "probs")
     #: names of RoutingContext fields that must be there; checked when the model is built
     requires: ClassVar[tuple[str, ...]] = ()
-    #: a token's decision depends on no later token of its sequence and on no other sequence
+    #: at inference, a token's decision depends on no later token of its sequence and on no other sequence
     causal: ClassVar[bool] = True
     #: what the decision may cost beside top-k's
     cost: ClassVar[CostBound] = CostBound()

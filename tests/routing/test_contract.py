@@ -48,6 +48,7 @@ CASES = {
     "switch": Case({"name": "switch", "jitter": 0.0}),
     "expert_choice_sequence": Case({"name": "expert_choice"}, dispatch="slots", losses=()),
     "expert_choice_batch": Case({"name": "expert_choice", "group": "batch"}, dispatch="slots", losses=()),
+    "sparse_ot": Case({"name": "sparse_ot"}, dispatch="slots", losses=()),
     "relu": Case({"name": "relu"}, losses=(), objective="adaptive_sparsity"),
     "relu_everywhere": Case({"name": "relu"}, dispatch="everywhere", losses=(), objective="adaptive_sparsity"),
     "block_ffn": Case({"name": "block_ffn"}, losses=("locality", "chunk_sparsity")),
@@ -56,6 +57,7 @@ CASES = {
     ),
     "recurrent": Case({"name": "recurrent", "recurrent_size": 8}),
     "soft": Case({"name": "soft", "slots_per_expert": 2}, dispatch="slots", losses=()),
+    "sinkhorn": Case({"name": "sinkhorn", "num_experts_per_tok": 2}),
     "smoe_dropout": Case({"name": "smoe_dropout", "k_min": 1, "k_max": 3, "total_steps": 10}, losses=()),
     "gshard": Case({"name": "gshard"}, dispatch="capacity"),
     "noisy_top_k": Case({"name": "noisy_top_k"}, losses=("importance", "expected_load")),
@@ -185,7 +187,9 @@ def test_gates_are_finite_and_weigh_at_least_one_expert_per_used_token(name, tra
         np.testing.assert_allclose(decision.combine.sum((2, 3)), 1, atol=1e-5)
     if isinstance(decision, ExpertChoice):
         for g, e in np.ndindex(*decision.tokens.shape[:2]):
-            assert len(set(np.asarray(decision.tokens[g, e]).tolist())) == decision.tokens.shape[2]
+            taken = np.asarray(decision.tokens[g, e])
+            taken = taken[taken < S * B // len(decision.tokens)]  # places may stay empty
+            assert len(set(taken.tolist())) == len(taken) > 0
     for leaf in jax.tree.leaves((decision, aux)):
         assert bool(jnp.isfinite(leaf.astype(jnp.float32)).all())
     assert "load" in aux.stats and float(aux.stats["load"].total.sum()) > 0
@@ -206,7 +210,7 @@ def test_padding_changes_nothing(name):
     np.testing.assert_array_equal(np.asarray(y)[~flat], 0)
     for a, b in zip(jax.tree.leaves(aux), jax.tree.leaves(other_aux)):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
-    if case.router["name"] in ("expert_choice", "soft"):
+    if case.router["name"] in ("expert_choice", "soft", "sparse_ot"):
         return  # capacity and slots follow the padded length
     short, _, _ = run(name, x[flat], context(name, seq=S - 2, token_ids=ctx.token_ids[flat]))
     np.testing.assert_allclose(y[flat], short, atol=1e-5)

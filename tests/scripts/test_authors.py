@@ -64,4 +64,4 @@ def test_all_missing_is_said_and_no_failure(authors, tmp_path, monkeypatch, caps
 
 def test_nothing_is_not_equal_to_nothing(authors):
     with pytest.raises(ValueError, match="nothing to compare"):
-        authors.difference([0.0], [0.0])
+        importlib.import_module("checkout").difference([0.0], [0.0])

@@ -32,6 +32,8 @@ ROUTERS = {
     ),
     "switch": ({"name": "switch"}, "capacity", ("load_balance",), "next_token"),
     "expert_choice": ({"name": "expert_choice", "group": "batch"}, "slots", (), "next_token"),
+    # near equal scores Adam's first step on the dual is the sign of a rounding error
+    "sparse_ot": ({"name": "sparse_ot", "init_std": 0.5}, "slots", (), "next_token"),
     "relu_budget": ({"name": "relu"}, "dropless", (), "adaptive_sparsity"),
     # at the paper's alpha of 100 the locality loss magnifies float32 rounding beyond the tolerance
     "block_ffn": (
@@ -49,6 +51,7 @@ ROUTERS = {
     "noisy_top_k": (
         {"name": "noisy_top_k", "init_std": 0.02}, "dropless", ("importance", "expected_load"), "next_token",
     ),
+    "sinkhorn": ({"name": "sinkhorn"}, "dropless", ("z_loss",), "next_token"),
     "hash": ({"name": "hash"}, "dropless", (), "next_token"),
     "top_p": (
         {"name": "top_p", "init_std": 0.5, "controller_rate": 0.1}, "dropless",
@@ -56,7 +59,7 @@ ROUTERS = {
     ),
     "sparsemixer": ({"name": "sparsemixer"}, "dropless", (), "next_token"),
 }  # fmt: skip
-COMPETING = ("expert_choice", "relu_budget")
+COMPETING = ("expert_choice", "relu_budget", "sparse_ot")
 # Every router on the mixed mesh and top-k on each axis alone; MOE_ZOO_ALL_MESHES=1 (`make meshes`) tries all on all.
 ALL = os.environ.get("MOE_ZOO_ALL_MESHES") == "1"
 EVERY_ROUTER = [(router, mesh) for router in ROUTERS for mesh in MESHES if ALL or router == "top_k" or mesh == "mixed"]
