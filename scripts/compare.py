@@ -1,5 +1,10 @@
 """Which idea is better at equal cost. `--help` says how; the work is in moe_zoo/cli/compare.py."""
 
+from moe_zoo.cli import huge_pages
+
+if __name__ == "__main__":
+    huge_pages.use()
+
 from moe_zoo.cli.compare import main
 
 if __name__ == "__main__":

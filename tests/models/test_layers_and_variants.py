@@ -98,7 +98,7 @@ def test_variants_that_cannot_be_are_refused_by_name(variants, words):
         (dict(attention={"num_attention_heads": 4, "num_key_value_heads": 3}), ["num_key_value_heads", "3", "4"]),
         (dict(hidden_size=0), ["model.hidden_size", "0"]),
         (dict(shared_expert_gate=True), ["shared_expert_gate", "shared_expert_size"]),
-        (dict(router={"name": "top_q"}), ["model.router.name", "'top_q'", "'top_k'"]),
+        (dict(router={"name": "topk"}), ["model.router.name", "'topk'", "'top_k'"]),
         (dict(router={"name": "switch", "num_experts_per_tok": 2}), ["model.router.num_experts_per_tok"]),
         (dict(dispatch={"name": "capacity", "capacity_factor": 0}), ["model.dispatch.capacity_factor"]),
         (dict(losses={"load_balanse": {}}), ["losses.load_balanse", "'load_balance'"]),
