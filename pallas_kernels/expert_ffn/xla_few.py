@@ -34,11 +34,8 @@ def forward(
     offset: Array | None,
     *,
     activation: str,
-    save: bool = False,
 ) -> tuple[Array, None, None]:
-    """(y, None, None); there is no derivative."""
-    if save:
-        raise NotImplementedError("xla_few keeps nothing for a derivative")
+    """(y, None, None): nothing is kept for a derivative, and api.py takes this where none is asked for."""
     R, E, acc = x_RD.shape[0], w_up_EDF.shape[0], _checks.accumulator(x_RD.dtype)
     starts_E, ends_E = _groups.group_bounds(sizes_L, offset, E, R)
     expert_R = jnp.searchsorted(ends_E, jnp.arange(R, dtype=ends_E.dtype), side="right")

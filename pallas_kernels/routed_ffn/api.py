@@ -125,7 +125,7 @@ def _routed_ffn(static, x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset,
     table = _table(_FORWARD, static, x_TD, w_up_EDF, choice_R, save=False)
     if static.implementation is None and xla_few.suits(choice_R.shape[0], w_up_EDF.shape[0]):
         few = functools.partial(composed.forward, xla_few.forward)
-        table["xla_tiles"] = functools.partial(few, activation=static.activation, gate_on=static.gate_on, save=False)
+        table["xla_tiles"] = functools.partial(few, activation=static.activation, gate_on=static.gate_on)
     operands = (x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset, choice_R, slot_TK, gates_TK)
     return _choose.run(static.implementation, table, *operands)[0]
 
