@@ -37,6 +37,8 @@ def compare(argv: Sequence[str]) -> None:
     entries = pick(arguments.entries, known) if arguments.entries else []
     scale = SCALES[arguments.scale]
     store = Store(arguments.store or Path("docs/results/compare") / f"{scale.name}.jsonl")
+    if store.path.suffix != ".jsonl":
+        raise common.ConfigError(f"--store: expected a file that ends in .jsonl, got {arguments.store!r}")
     if arguments.list:
         list_entries(entries or list(known.values()), scale, store, arguments.match)
     elif entries and not train(arguments, entries, scale, store):

@@ -79,7 +79,7 @@ def _forest(axes: Axes, group: Group, statistic: str, rows: Sequence[Row], shade
 
 # -------------------------------------------------------------------------------------------------------------- curves
 
-_AXES = (("tokens", "tokens", 1.0), ("flops", "active FLOPs", 1.0), ("seconds", "minutes of training", 1 / 60))
+_AXES = (("tokens", "tokens", 1.0), ("flops", "active FLOPs", 1.0), ("seconds", "minutes of {} time", 1 / 60))
 
 
 def curves(group: Group) -> Figure | None:
@@ -95,7 +95,9 @@ def curves(group: Group) -> Figure | None:
             _curve(axes, row, name, scale, shades[row.label])
         axes.set_ylim(low, high)
         axes.set_xlim(left=0)
-        axes.set_xlabel(label)
+        axes.set_xlabel(
+            label.format(" and ".join(sorted({run["timing"]["clock"] for row in rows for run in row.runs})))
+        )
         axes.xaxis.set_major_locator(MaxNLocator(5))
         if name != "seconds":
             axes.xaxis.set_major_formatter(FuncFormatter(_compact))

@@ -62,9 +62,7 @@ def headline(group: Group) -> list[str]:
     tokens = max(run["curves"]["train"]["tokens"][-1] for run in runs)
     seeds = sorted({run["seed"] for run in runs})
     devices = sorted({f"{run['device']['count']} x {run['device']['kind']}" for run in runs})
-    loads = [
-        run["timing"]["load_before"] / run["timing"]["processors"] for run in runs if run["device"]["kind"] == "cpu"
-    ]
+    clocks = {run["timing"]["clock"] for run in runs}
     equal = f"matched in {MATCHES[group.match]}" if group.match != "none" else "not matched: experts as configured"
     said = [
         f"{len(group.rows)} entries, seeds {', '.join(map(str, seeds))}, {len(runs)} runs; {steps:,} steps, "
@@ -74,8 +72,10 @@ def headline(group: Group) -> list[str]:
         f"On {', '.join(devices)}; jax {', '.join(sorted({run['versions']['jax'] for run in runs}))}; "
         f"{min(run['when'] for run in runs)} to {max(run['when'] for run in runs)} UTC.",
     ]
-    if loads and max(loads) > 0.5:
-        said.append("The machine was busy with other work during some runs: times say little.")
+    if "processor" in clocks:
+        said.append(
+            "Time on a CPU is processor time, of all threads of a run: other work on the machine does not count."
+        )
     return said
 
 

@@ -28,7 +28,7 @@ _TRAIN_CURVES = {
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What training had cost by the end of each logged step, all cumulative."""
+    """What training had cost by the end of each logged step, all cumulative. `seconds`: by the clock of `clock`."""
 
     step: np.ndarray
     tokens: np.ndarray
@@ -54,10 +54,20 @@ def _rows(line: Mapping[str, Any], layer: int) -> float | None:
     return None if chosen is None else chosen * (1 - line.get(f"moe/layer_{layer:02d}/dropped_fraction", 0.0))
 
 
-def cost_of(model, seq_len: int, lines: Sequence[Mapping[str, Any]]) -> Cost:
-    """Accumulated along the lines of kind "train"; a line stands for the steps since the one before it."""
+def clock(device: str) -> str:
+    """By what time is told: "processor" seconds of training on a CPU, which other work on the machine does not
+    lengthen; "wall" seconds on a device that a run has to itself.
+    """
+    return "processor" if device == "cpu" else "wall"
+
+
+def cost_of(model, seq_len: int, lines: Sequence[Mapping[str, Any]], by: str) -> Cost:
+    """Accumulated along the lines of kind "train"; a line stands for the steps since the one before it. `by`: of
+    `clock`.
+    """
     step, tokens, seconds = (
-        np.asarray([line[name] for line in lines], float) for name in ("step", "tokens", "seconds")
+        np.asarray([line[name] for line in lines], float)
+        for name in ("step", "tokens", {"wall": "seconds", "processor": "processor_seconds"}[by])
     )
     each = np.asarray([active_flops(model, seq_len, line) for line in lines])
     return Cost(step, tokens, np.cumsum(each * np.diff(tokens, prepend=0.0)), seconds)

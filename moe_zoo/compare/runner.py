@@ -94,7 +94,8 @@ def run_one(plan: Plan, corpus: Corpus, workdir: Path) -> dict[str, Any] | None:
         del done
     run = facts | measure(plan, workdir, test) | {"failure": failure}
     run["timing"] = {
-        "wall_seconds": round(time.perf_counter() - began, 1), "processors": os.cpu_count(),
+        "wall_seconds": round(time.perf_counter() - began, 1), "clock": record.clock(jax.devices()[0].device_kind),
+        "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "load_before": round(load, 2), "load_after": round(os.getloadavg()[0], 2),
     }  # fmt: skip
     jax.clear_caches()
@@ -136,7 +137,8 @@ def measure(plan: Plan, workdir: Path, test: dict[str, Any] | None) -> dict[str,
     config = plan.config
     history = read_metrics(workdir / "metrics.jsonl")
     model = Trainer(config, make_mesh(config.mesh), config.train.objective.make()).abstract
-    cost = record.cost_of(model, config.data.seq_len, [line for line in history if line["kind"] == "train"])
+    lines = [line for line in history if line["kind"] == "train"]
+    cost = record.cost_of(model, config.data.seq_len, lines, record.clock(jax.devices()[0].device_kind))
     found = {"curves": record.curves(history, cost), "results": dict.fromkeys(STATISTICS), "steps": int(cost.step[-1])}
     if test is None:
         return found

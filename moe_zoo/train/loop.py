@@ -80,10 +80,11 @@ def train(
     with lock or contextlib.nullcontext():
         check_memory(trainer)
         checkpoints = Checkpoints(workdir, config.checkpoint.keep)
-        step, seconds = 0, 0.0
+        step, watch = 0, _Stopwatch()
         if (latest := checkpoints.latest()) is not None:
             state, meta = checkpoints.restore(latest, trainer.abstract_state())
-            step, seconds = latest, _go_on(data, meta, checkpoints.path / str(latest) / "meta")
+            step = latest
+            _go_on(data, watch, meta, checkpoints.path / str(latest) / "meta")
         else:
             counts = None if begin_from else parts["train"].token_counts(config.model.vocab_size)
             state = trainer.init_state(counts, begin_from)
@@ -98,7 +99,7 @@ def train(
         tokens_per_step = config.data.batch_size * config.data.seq_len
         stats = None
         layer_ids = {path: ids for path, _, ids in trainer.abstract.routed()}
-        watch, saved = _Stopwatch(seconds), step
+        saved = step
 
         def save():
             if not workdir.is_dir():
@@ -106,6 +107,7 @@ def train(
             meta = {
                 "data": data.get_state(),
                 "seconds": watch.seconds,
+                "processor_seconds": watch.processor_seconds,
                 "config": config.to_dict(),
                 "version": code_version(),
             }
@@ -126,7 +128,10 @@ def train(
                 if step % config.log.every == 0 or ended:
                     host = jax.device_get(stats)
                     line = flatten(host, layer_ids, bytes_per_token)
-                    line |= {"tokens": step * tokens_per_step, "seconds": watch.seconds, "tokens_per_second": speed()}
+                    line |= {
+                        "tokens": step * tokens_per_step, "seconds": watch.seconds,
+                        "processor_seconds": watch.processor_seconds, "tokens_per_second": speed(),
+                    }  # fmt: skip
                     log.write(step, "train", line)
                     if line["skipped_in_a_row"] >= config.train.guard.max_skipped:
                         why = explain(step, line, host["gradient_norms"], trainer.names)
@@ -238,28 +243,30 @@ def code_version() -> str:
     return moe_zoo.__version__ + (f"+{commit}" if commit else "")
 
 
-def _go_on(data, meta: dict[str, Any], path: Path) -> float:
-    """Puts the iterator behind the last consumed batch and returns the seconds trained; CheckpointError if damaged."""
-    seconds, position = meta["seconds"], meta["data"]
+def _go_on(data, watch: "_Stopwatch", meta: dict[str, Any], path: Path) -> None:
+    """Puts the iterator behind the last consumed batch, the watch to the time trained; CheckpointError if damaged."""
+    position = meta["data"]
     try:
-        if type(seconds) not in (int, float) or not 0 <= seconds < float("inf"):
-            raise TypeError(f"seconds trained: expected a number >= 0, got {str(seconds)[:80]!r}")
+        for name in ("seconds", "processor_seconds"):
+            if type(seconds := meta[name]) not in (int, float) or not 0 <= seconds < float("inf"):
+                raise TypeError(f"{name} trained: expected a number >= 0, got {str(seconds)[:80]!r}")
+            setattr(watch, name, float(seconds))
         # the iterator would take a fraction and fail in its thread
         if not all(type(leaf) is int for leaf in jax.tree.leaves(position)):
             raise TypeError(f"data position: expected whole numbers, got {str(position)[:80]!r}")
         data.set_state(position)
     except (TypeError, ValueError, LookupError, OverflowError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
-    return float(seconds)
 
 
 class _Stopwatch:
     """Seconds of training: from the end of one step to the end of the next. It stands still while the first step
-    compiles, while validating and while saving.
+    compiles, while validating and while saving. `processor_seconds`: of all threads of this process meanwhile, what the
+    machine did besides left out.
     """
 
-    def __init__(self, seconds: float):
-        self.seconds = seconds
+    def __init__(self):
+        self.seconds = self.processor_seconds = 0.0
         self._compiled, self._since, self._pending = False, None, None
         self._laps: collections.deque[float] = collections.deque(maxlen=50)
 
@@ -274,7 +281,7 @@ class _Stopwatch:
             jax.block_until_ready(stats)
             self._compiled = True
         elif self._since is None:
-            self._since = time.perf_counter()
+            self._since = time.perf_counter(), time.process_time()
             self._pending = stats
         else:
             self._lap(self._pending)
@@ -288,9 +295,10 @@ class _Stopwatch:
 
     def _lap(self, stats) -> None:
         jax.block_until_ready(stats)
-        now = time.perf_counter()
-        self._laps.append(now - self._since)
-        self.seconds += now - self._since
+        now, (since, worked) = (time.perf_counter(), time.process_time()), self._since
+        self._laps.append(now[0] - since)
+        self.seconds += now[0] - since
+        self.processor_seconds += now[1] - worked
         self._since = now
 
 

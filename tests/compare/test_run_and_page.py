@@ -109,7 +109,14 @@ def test_a_diverged_run_is_a_result_and_a_full_disk_is_not(real, monkeypatch, tm
 
     def diverges(config, workdir):
         workdir.mkdir()
-        line = {"step": 1, "kind": "train", "tokens": 512, "seconds": 0.0, "bits_per_byte": 8.0}
+        line = {
+            "step": 1,
+            "kind": "train",
+            "tokens": 512,
+            "seconds": 0.0,
+            "processor_seconds": 0.0,
+            "bits_per_byte": 8.0,
+        }
         (workdir / "metrics.jsonl").write_text(json.dumps(line) + "\n")
         raise loop.TrainingError("step 1: 10 steps in a row were skipped")
 

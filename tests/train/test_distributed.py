@@ -98,7 +98,7 @@ def run(folder, name, *extra, send=None, only=(), timeout=120):
 
 
 def without_times(path):
-    timed = ("seconds", "tokens_per_second")
+    timed = ("seconds", "processor_seconds", "tokens_per_second")
     return [{k: v for k, v in line.items() if k not in timed} for line in read_metrics(path)]
 
 

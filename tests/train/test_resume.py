@@ -50,7 +50,7 @@ def leaves(state):
 
 
 def without_times(path):
-    timed = ("seconds", "tokens_per_second")
+    timed = ("seconds", "processor_seconds", "tokens_per_second")
     return [{k: v for k, v in line.items() if k not in timed} for line in read_metrics(path)]
 
 

@@ -121,7 +121,8 @@ def test_a_damaged_position_or_time_is_a_line_before_anything_compiles(run, tmp_
     (file,) = (workdir / "checkpoints/2/meta").rglob("metadata")
     meta = json.loads(file.read_text())
     positions = (None, [], {}, "x", 3, *({"next_index": x} for x in ("x", None, -1, 1.5)))
-    for change in [{"data": x} for x in positions] + [{"seconds": x} for x in (None, "x", -1, float("inf"), True)]:
+    times = [{"seconds": x} for x in (None, "x", -1, float("inf"), True)] + [{"processor_seconds": None}]
+    for change in [{"data": x} for x in positions] + times:
         file.write_text(json.dumps(meta | change))
         with pytest.raises(CheckpointError, match="checkpoints/2/meta is damaged: .*") as raised:
             train(config, workdir)
