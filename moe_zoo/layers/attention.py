@@ -16,11 +16,9 @@ from jaxtyping import Array, Bool, Float, Int
 from moe_zoo.core.param import Constant, fan_in, param
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import join, positive
+from moe_zoo.layers.attend import attend, attend_causally, in_order
 from moe_zoo.layers.norm import RMSNorm
 from moe_zoo.layers.rope import Angles, RopeScaling, angles, rotate
-
-# Query rows per block of the parallel form: blocks see only the keys up to their end, which saves half the work.
-_BLOCK = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,26 +192,11 @@ class Attention(nnx.Module):
         return {name: write(old, *new[name]) for name, old in cache.items()}
 
     def _ordered(self, query_BS, key_BL):
-        distance_BSL = query_BS[:, :, None] - key_BL[:, None, :]
-        mask = distance_BSL >= 0
-        return mask if self.config.sliding_window is None else mask & (distance_BSL < self.config.sliding_window)
+        return in_order(query_BS, key_BL, self.config.sliding_window)
 
     def _parallel(self, q, k, v, view):
-        outs, S = [], q.shape[2]
-        for start in range(0, S, _BLOCK):
-            end = min(start + _BLOCK, S)
-            keys, queries = slice(0, end), slice(start, end)
-            # positions restart with each packed document: order within the row must hold as well
-            mask = jnp.arange(start, end)[:, None] >= jnp.arange(end)
-            mask = mask & self._ordered(view.positions[:, queries], view.positions[:, keys])
-            if view.segment_ids is not None:
-                mask &= view.segment_ids[:, queries, None] == view.segment_ids[:, None, keys]
-            if view.valid is not None:
-                mask &= view.valid[:, None, keys]
-            outs.append(
-                attend(q[:, :, queries], k[:, :, keys], v[:, :, keys], mask, self.config.softmax_scale, self._sinks())
-            )
-        return jnp.concatenate(outs, axis=2) if len(outs) > 1 else outs[0]
+        who = (view.positions, view.segment_ids, view.valid)
+        return attend_causally(q, k, v, self._sinks(), who, self.config.sliding_window, self.config.softmax_scale)
 
     def flops_per_token(self, context: float) -> float:
         """Projections, scores and mixing over `context` visible keys on average. Forward; multiply-adds count two."""
@@ -221,34 +204,3 @@ class Attention(nnx.Module):
         if self.config.sliding_window is not None:
             context = min(context, self.config.sliding_window)
         return 2 * D * H * (2 * N + 2 * M) + 4 * N * H * context
-
-
-def attend(
-    q_BNSH: Float[Array, "B N S H"],
-    k_BMLH: Float[Array, "B M L H"],
-    v_BMLH: Float[Array, "B M L H"],
-    mask_BSL: Bool[Array, "B S L"],
-    scale: float | None = None,
-    sinks_N: Float[Array, "N"] | None = None,
-) -> Float[Array, "B N S H"]:
-    """softmax(q k * scale) v, scale 1/sqrt(H) if not given, over the allowed keys. Softmax in float32. A query that may
-    see nothing averages all.
-
-    The G = N / M queries of a key-value head are stacked along the sequence, so that both products are plain batched
-    matmuls with the batch in front: other layouts cost twice as much on a CPU.
-    """
-    B, N, S, H = q_BNSH.shape
-    M, G = k_BMLH.shape[1], N // k_BMLH.shape[1]
-    L = k_BMLH.shape[2]
-    q = (q_BNSH * (1 / math.sqrt(H) if scale is None else scale)).reshape(B, M, G * S, H)
-    scores = jnp.einsum("bmsh,bmlh->bmsl", q, k_BMLH.astype(q.dtype))
-    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32)).reshape(B, M, G, S, L)
-    lowest = jnp.finfo(scores.dtype).min
-    scores = jnp.where(mask_BSL[:, None, None], scores, lowest)
-    if sinks_N is None:
-        weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    else:
-        sink = jnp.broadcast_to(sinks_N.astype(scores.dtype).reshape(M, G, 1, 1), (B, M, G, S, 1))
-        weights = jax.nn.softmax(jnp.concatenate([scores, sink], -1), axis=-1)[..., :-1].astype(q.dtype)
-    out = jnp.einsum("bmsl,bmlh->bmsh", weights.reshape(B, M, G * S, L), v_BMLH.astype(q.dtype))
-    return out.reshape(B, N, S, -1)

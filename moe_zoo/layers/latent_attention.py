@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moe_zoo.core.param import fan_in, param
-from moe_zoo.layers.attention import Attention, AttentionConfig, RotaryKey, View, attend
+from moe_zoo.layers.attend import attend
+from moe_zoo.layers.attention import Attention, AttentionConfig, RotaryKey, View
 from moe_zoo.layers.norm import RMSNorm
 from moe_zoo.layers.rope import rotate
 

@@ -11,7 +11,8 @@ from naive import normal
 
 from moe_zoo.core import param as P
 from moe_zoo.core.registry import ConfigError
-from moe_zoo.layers.attention import Attention, AttentionConfig, View, attend
+from moe_zoo.layers.attend import attend, attend_causally, in_order
+from moe_zoo.layers.attention import Attention, AttentionConfig, View
 
 D = 8
 
@@ -131,6 +132,46 @@ def test_a_query_that_may_see_nothing_averages_all_values():
     np.testing.assert_allclose(
         out, np.broadcast_to(np.asarray(v).mean(2, keepdims=True), out.shape), rtol=1e-5, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("window, sinks, groups", [(None, False, 1), (40, True, 2)])
+def test_gradients_equal_those_of_the_plain_form(window, sinks, groups):
+    """Over two blocks, packed documents, padding on both sides, queries that may see nothing."""
+    S, H = 145, 4
+    positions, segments = (jnp.asarray(a)[None] for a in rows(30, 100, S=S))
+    valid = (segments > 0) & (jnp.arange(S) >= 3)
+    q, k, v = normal(0, 1, 2 * groups, S, H), normal(1, 1, 2, S, H), normal(2, 1, 2, S, 3)
+    g, sink = normal(3, 1, 2 * groups, S, 3), normal(4, 2 * groups) if sinks else None
+    mask = jnp.tril(in_order(positions, positions, window)) & (segments[:, :, None] == segments[:, None])
+    mask &= valid[:, None]
+    assert not mask.any(-1).all()
+    seen = mask.any(-1)[:, None, :, None]  # the others average what their block holds: there the forms differ
+
+    @jax.jit
+    def both(q, k, v, sink):
+        plain = lambda q, k, v, sink: jnp.vdot(attend(q, k, v, mask, None, sink), jnp.where(seen, g, 0))
+        ours = lambda *x: jnp.vdot(attend_causally(*x, (positions, segments, valid), window), jnp.where(seen, g, 0))
+        which = (0, 1, 2, 3) if sinks else (0, 1, 2)
+        return [jax.value_and_grad(f, which)(q, k, v, sink) for f in (plain, ours)]
+
+    for want, got in zip(*map(jax.tree.leaves, both(q, k, v, sink)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+        assert np.abs(np.asarray(got)).max() > 1e-3
+
+
+def test_a_query_that_may_see_nothing_has_no_gradient_but_of_the_mean():
+    q, k, v = normal(0, 1, 1, 3, 4), normal(1, 1, 1, 3, 4), normal(2, 1, 1, 3, 4)
+    who = (jnp.arange(3)[None], None, jnp.zeros((1, 3), bool))
+    dq, dk, dv = jax.grad(lambda *x: attend_causally(*x, None, who).sum(), (0, 1, 2))(q, k, v)
+    assert not np.asarray(dq).any() and not np.asarray(dk).any()
+    np.testing.assert_allclose(dv, np.ones_like(dv), rtol=1e-6)
+
+
+def test_nothing_as_large_as_the_scores_is_kept_for_the_backward_pass():
+    q = normal(0, 1, 1, 256, 4).astype(jnp.bfloat16)
+    _, pull = jax.vjp(lambda q: attend_causally(q, q, q, None, (jnp.arange(256)[None], None, None)), q)
+    assert max(x.size for x in jax.tree.leaves(pull)) <= q.size
+    assert pull(q)[0].dtype == jnp.bfloat16
 
 
 def test_low_precision_softmax_runs_in_float32():

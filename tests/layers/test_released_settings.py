@@ -13,7 +13,8 @@ from naive import normal, tiny_config, tiny_model
 from moe_zoo.core import param as P
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.experts.feed_forward import FeedForward
-from moe_zoo.layers.attention import Attention, AttentionConfig, View, attend
+from moe_zoo.layers.attend import attend
+from moe_zoo.layers.attention import Attention, AttentionConfig, View
 from moe_zoo.layers.mlp import MLP, FeedForwardConfig
 from moe_zoo.layers.rope import RopeScaling, angles, rotate
 from moe_zoo.models import Decoder

@@ -1,0 +1,167 @@
+"""Softmax attention over given keys, and over a sequence's own in blocks, with a backward pass that keeps no scores.
+
+B batch, S queries, L keys, N query heads, M key-value heads, G = N / M, H head size.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+# Query rows per block: a block sees only the keys up to its end, which saves half the work.
+_BLOCK = 128
+
+#: positions, segment ids and validity of a sequence's tokens
+Who = tuple[Int[Array, "B S"], Int[Array, "B S"] | None, Bool[Array, "B S"] | None]
+
+
+def attend(
+    q_BNSH: Float[Array, "B N S H"],
+    k_BMLH: Float[Array, "B M L H"],
+    v_BMLH: Float[Array, "B M L V"],
+    mask_BSL: Bool[Array, "B S L"],
+    scale: float | None = None,
+    sinks_N: Float[Array, "N"] | None = None,
+) -> Float[Array, "B N S V"]:
+    """softmax(q k * scale) v, scale 1/sqrt(H) if not given, over the allowed keys. Softmax in float32. A query that may
+    see nothing averages all.
+    """
+    return _attend(q_BNSH, k_BMLH, v_BMLH, mask_BSL, _scale(q_BNSH, scale), sinks_N)[0]
+
+
+def in_order(query_BS: Int[Array, "B S"], key_BL: Int[Array, "B L"], window: int | None) -> Bool[Array, "B S L"]:
+    """By position: which keys do not lie behind the query, nor `window` or more before it."""
+    distance_BSL = query_BS[:, :, None] - key_BL[:, None, :]
+    mask = distance_BSL >= 0
+    return mask if window is None else mask & (distance_BSL < window)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def attend_causally(
+    q_BNSH: Float[Array, "B N S H"],
+    k_BMSH: Float[Array, "B M S H"],
+    v_BMSH: Float[Array, "B M S V"],
+    sinks_N: Float[Array, "N"] | None,
+    who: Who,
+    window: int | None = None,
+    scale: float | None = None,
+) -> Float[Array, "B N S V"]:
+    """`attend` of a sequence to itself: to what comes before in the row and by position, in the query's own segment.
+
+    The backward pass makes the weights again, block by block, from the maximum and the sum of each query's scores
+    (FlashAttention, arXiv 2205.14135, section 3.1): what is kept does not grow with S^2.
+    """
+    return _forward(q_BNSH, k_BMSH, v_BMSH, sinks_N, who, window, scale)[0]
+
+
+def _forward(q, k, v, sinks, who, window, scale):
+    blocks = [
+        _attend(q[:, :, rows], k[:, :, keys], v[:, :, keys], _mask(who, rows, keys, window), _scale(q, scale), sinks)
+        for rows, keys in _blocks(q.shape[2])
+    ]
+    out, *softmax = (jnp.concatenate(parts, axis=2) for parts in zip(*blocks, strict=True))
+    return out, (q, k, v, sinks, who, out, *softmax)
+
+
+def _backward(window, scale, kept, g_BNSV):
+    q, k, v, sinks, who, out, highest, inverse = kept
+    # what the softmax takes off again: the rows' weighted mean of the gradient of their weights
+    mean = jnp.sum(g_BNSV.astype(highest.dtype) * out.astype(highest.dtype), -1)
+    dq, dk, dv = [], None, None
+    for rows, keys in reversed(_blocks(q.shape[2])):  # the last block reaches all keys, the others add to its
+        mask, cut = _mask(who, rows, keys, window), lambda x, rows=rows: x[:, :, rows]
+        block = tuple(map(cut, (q, highest, inverse, mean, g_BNSV)))
+        new_dq, new_dk, new_dv = _block_gradients(block, k[:, :, keys], v[:, :, keys], mask, _scale(q, scale))
+        dq.insert(0, new_dq)
+        dk = new_dk if dk is None else _add_at_start(dk, new_dk)
+        dv = new_dv if dv is None else _add_at_start(dv, new_dv)
+    d_sinks = None
+    if sinks is not None:
+        weight = jnp.exp(sinks.astype(highest.dtype)[:, None] - highest) * inverse
+        d_sinks = -jnp.sum(weight * mean, (0, 2)).astype(sinks.dtype)
+    return jnp.concatenate(dq, axis=2).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), d_sinks, None
+
+
+attend_causally.defvjp(_forward, _backward)
+
+
+def _block_gradients(block, k_BMLH, v_BMLV, mask_BSL, scale):
+    """dq, dk, dv of one block of queries."""
+    q, highest, inverse, mean, g = (_stack(x, k_BMLH.shape[1]) for x in block)
+    exp = jnp.exp(_scores(q * scale, k_BMLH, mask_BSL) - highest[..., None])
+    weights = exp * inverse[..., None]
+    d_weights = jnp.einsum("bmsv,bmlv->bmsl", g, v_BMLV.astype(g.dtype))
+    # a query that may see nothing weighs all alike, whatever its scores are
+    d_scores = jnp.where(_stacked(mask_BSL, q), weights * (d_weights - mean[..., None]), 0).astype(q.dtype)
+    dq = jnp.einsum("bmsl,bmlh->bmsh", d_scores, k_BMLH.astype(q.dtype)) * scale
+    dk = jnp.einsum("bmsl,bmsh->bmlh", d_scores, q) * scale
+    dv = jnp.einsum("bmsl,bmsv->bmlv", weights.astype(g.dtype), g)
+    return dq.reshape(block[0].shape), dk, dv
+
+
+def _attend(q_BNSH, k_BMLH, v_BMLV, mask_BSL, scale, sinks_N):
+    """The output; per query the highest score and one over the sum of exponentials beside it."""
+    B, N, S, _ = q_BNSH.shape
+    q = _stack(q_BNSH * scale, k_BMLH.shape[1])
+    scores = _scores(q, k_BMLH, mask_BSL)
+    highest = jnp.max(scores, -1)
+    if sinks_N is not None:
+        sinks = _stack(jnp.broadcast_to(sinks_N.astype(scores.dtype)[:, None], (B, N, S)), k_BMLH.shape[1])
+        highest = jnp.maximum(highest, sinks)
+    highest = jax.lax.stop_gradient(highest)
+    exp = jnp.exp(scores - highest[..., None])
+    total = jnp.sum(exp, -1)
+    if sinks_N is not None:
+        total = total + jnp.exp(sinks - highest)
+    inverse = 1 / total
+    out = jnp.einsum("bmsl,bmlv->bmsv", exp.astype(q.dtype), v_BMLV.astype(q.dtype))
+    out = (out * inverse[..., None]).astype(q.dtype)
+    return out.reshape(B, N, S, -1), highest.reshape(B, N, S), inverse.reshape(B, N, S)
+
+
+def _stack(x, M):
+    """The G queries of a key-value head along the sequence: products are then plain batched matmuls with the batch in
+    front; other layouts cost twice as much on a CPU.
+    """
+    B, N, S, *rest = x.shape
+    return x.reshape(B, M, N // M * S, *rest)
+
+
+def _stacked(mask_BSL, q):
+    B, M, rows, _ = q.shape
+    _, S, L = mask_BSL.shape
+    return jnp.broadcast_to(mask_BSL[:, None, None], (B, M, rows // S, S, L)).reshape(B, M, rows, L)
+
+
+def _scores(q, k_BMLH, mask_BSL):
+    scores = jnp.einsum("bmsh,bmlh->bmsl", q, k_BMLH.astype(q.dtype))
+    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    return jnp.where(_stacked(mask_BSL, q), scores, jnp.finfo(scores.dtype).min)
+
+
+def _scale(q, scale):
+    return 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+
+
+def _blocks(S):
+    """(rows, keys) of each block of queries."""
+    return [(slice(start, min(start + _BLOCK, S)), slice(0, min(start + _BLOCK, S))) for start in range(0, S, _BLOCK)]
+
+
+def _mask(who, rows, keys, window):
+    positions, segment_ids, valid = who
+    # positions restart with each packed document: order within the row must hold as well
+    mask = jnp.arange(rows.start, rows.stop)[:, None] >= jnp.arange(keys.stop)
+    mask = mask & in_order(positions[:, rows], positions[:, keys], window)
+    if segment_ids is not None:
+        mask &= segment_ids[:, rows, None] == segment_ids[:, None, keys]
+    if valid is not None:
+        mask &= valid[:, None, keys]
+    return mask
+
+
+def _add_at_start(whole, part):
+    added = jax.lax.slice_in_dim(whole, 0, part.shape[2], axis=2) + part
+    return jax.lax.dynamic_update_slice_in_dim(whole, added, 0, axis=2)
