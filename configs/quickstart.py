@@ -63,7 +63,7 @@ CPU = overlay(
         "model": {"ngram": {}},
         "data": {"eval_stride": 64},
         "optim": {"lr_scales": []},
-        "train": {"minutes": None, "steps": 500},
+        "train": {"minutes": None, "steps": 300},
         "checkpoint": {"every": 100},
         "log": {"every": 1, "eval_every": 25, "eval_rows": 128, "tensorboard": False},
     },
