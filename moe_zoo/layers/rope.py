@@ -12,6 +12,7 @@ import dataclasses
 import math
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -90,7 +91,7 @@ def angles(
     at = positions_BS[:, None, :, None].astype(wide)
     if scaling.kind == "none":
         angle = at * theta ** (-jnp.arange(half, dtype=wide) / half)
-        return jnp.sin(angle), jnp.cos(angle)
+        return _sin_cos(angle)
     frequency, size = jnp.asarray(scaling.frequencies(H, theta), wide), scaling.attention_factor
     if scaling.kind == "longrope":
         # one rule for the whole text, as it was trained: its length decides
@@ -98,7 +99,16 @@ def angles(
         ratio = np.asarray(scaling.short_factor) / np.asarray(scaling.long_factor)
         frequency = jnp.where(is_long, frequency * jnp.asarray(ratio, wide), frequency)
         size = jnp.where(is_long, scaling.long_attention_factor, size).astype(wide)
-    return jnp.sin(at * frequency) * size, jnp.cos(at * frequency) * size
+    sin, cos = _sin_cos(at * frequency)
+    return sin * size, cos * size
+
+
+def _sin_cos(angle):
+    """On a CPU by a loop, whose results lie in memory: XLA would compute them again inside everything that rotates, in
+    each layer, forward and backward.
+    """
+    loop = lambda x: tuple(jax.lax.map(lambda i: jax.lax.cond(i == 0, jnp.sin, jnp.cos, x), jnp.arange(2)))
+    return jax.lax.platform_dependent(angle, cpu=loop, default=lambda x: (jnp.sin(x), jnp.cos(x)))
 
 
 def rotate(x_BNSH: Float[Array, "B N S H"], sin_cos: Angles, interleaved: bool = False) -> Float[Array, "B N S H"]:

@@ -155,7 +155,7 @@ class Trainer:
             "opt": opt,
             "objective": self.objective.update(state["objective"], stats),
         }
-        new = guard.choose(good, moved, {name: state[name] for name in moved})
+        new = self._choose(good, moved, {name: state[name] for name in moved})
         new |= {"frozen": state["frozen"], "guard": watch, "step": step + 1}
         stats["scalars"] = {k: s.value() for k, s in stats["scalars"].items()} | {
             "grad_norm": norm,
@@ -165,6 +165,16 @@ class Trainer:
         }
         stats["gradient_norms"] = norms
         return new, stats
+
+    def _choose(self, good, moved, old):
+        """`moved` if the step is good, else `old`. On one device moments wait for the weights that are made of them:
+        XLA writes over an array in place only where it knows that nothing reads the old one any more, else it copies.
+        """
+        weights = guard.choose(good, moved["trainable"], old["trainable"])
+        if self.mesh.size == 1:
+            for array in jax.tree.leaves(weights):
+                good &= ~(array.ravel()[0] > jnp.inf)  # always true, which XLA does not see
+        return guard.choose(good, moved, old) | {"trainable": weights}
 
     def _gradients(self, state, batch, step, key):
         """Sums of gradients and statistics over the micro-batches."""
