@@ -14,7 +14,11 @@ NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 PARAMETERS = {"routers_side_by_side": {"STEPS": 4}, "write_your_own_router": {"STEPS": 4}}
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+# slow: those that train compile a step, an evaluation and some forward passes each
+marks = lambda path: [pytest.mark.slow] if path.stem in PARAMETERS else []
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=path.stem, marks=marks(path)) for path in NOTEBOOKS])
 def test_a_notebook_runs_and_shows_what_it_did(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     stored, fresh = json.loads(path.read_text()), json.loads(path.read_text())
