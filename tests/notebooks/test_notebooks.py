@@ -38,7 +38,7 @@ def code_of(name: str) -> str:
 @pytest.mark.parametrize("name, words", {
     "inspect_released_checkpoint": ("moe_zoo.load(", "replace_router(", "save_hf(", "return_routing=True"),
     "routers_side_by_side": ("moe_zoo.routers()", "router_decision", "train_flops_per_token", "scripts/compare.py"),
-    "write_your_own_router": ("%%writefile my_router.py", "my_router:SecondOpinion", "value_and_grad", "make_mesh", "CLAIM"),
+    "write_your_own_router": ("%%writefile my_router.py", "value_and_grad", "make_mesh", "CLAIM"),
 }.items())  # fmt: skip
 def test_it_is_there_and_shows_what_it_promises(name, words):
     assert all(word in code_of(name) for word in words)
