@@ -128,6 +128,6 @@ def merged(auxes: list[Aux]) -> Aux:
     for name in auxes[0].terms:
         if name in ("router_experts", "router_gates"):
             terms[name] = jnp.concatenate([aux.terms[name] for aux in auxes], axis=1)
-        elif name != "router_logits":
+        elif name not in ("router_logits", "router_decision"):
             terms[name] = sum(aux.terms[name] for aux in auxes) / len(auxes)
     return Aux(losses, terms, stats)

@@ -1,6 +1,7 @@
 """The routed feed-forward layer: router, dispatcher, bank, and what trains the router."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -111,9 +112,13 @@ class MoE(nnx.Module):
         return flops + (self.shared.flops_per_token() if hasattr(self, "shared") else 0)
 
 
-def recorded(routing: Routing) -> dict[str, Array]:
-    """What was routed where: "router_logits" [T, E], and of token choice "router_experts", "router_gates" [T, K]."""
-    found = {} if routing.logits is None else {"router_logits": routing.logits}
+def recorded(routing: Routing) -> dict[str, Any]:
+    """What was routed where: "router_decision" of whatever type, "router_logits" [T, E] if there are any, and of token
+    choice "router_experts", "router_gates" [T, K].
+    """
+    found = {"router_decision": routing.decision}
+    if routing.logits is not None:
+        found |= {"router_logits": routing.logits}
     if isinstance(routing.decision, TokenChoice):
         found |= {"router_experts": routing.decision.experts, "router_gates": routing.decision.gates}
     return found
@@ -123,7 +128,7 @@ def routing_stats(routing: Routing, ctx: RoutingContext) -> dict[str, Stat]:
     """What every routed layer reports: load per expert, experts per token, router entropy, load per domain."""
     stats = {}
     weight_T = jnp.ones(ctx.batch * ctx.seq, jnp.float32) if ctx.valid is None else ctx.valid.astype(jnp.float32)
-    hits_TE = visits(routing.decision, ctx)
+    hits_TE = visits(routing.decision, ctx.batch * ctx.seq)
     if hits_TE is not None:
         stats["load"] = Stat.sum(hits_TE.sum(0))
         stats["experts_per_token"] = Stat.mean(hits_TE.sum(), weight_T.sum())
@@ -138,9 +143,11 @@ def routing_stats(routing: Routing, ctx: RoutingContext) -> dict[str, Stat]:
     return stats
 
 
-def visits(decision: Decision, ctx: RoutingContext) -> Float[Array, "T E"] | None:
-    """How much of each expert each token takes: whole visits, or a token's share of an expert's slots in Soft MoE."""
-    T = ctx.batch * ctx.seq
+def visits(decision: Decision, T: int) -> Float[Array, "T E"] | None:
+    """How much of each expert each of T tokens takes: whole visits, or in Soft MoE its share of an expert's slots.
+
+    None where no token goes anywhere.
+    """
     if isinstance(decision, TokenChoice):
         return (decision.experts[..., None] == jnp.arange(decision.num_experts)).sum(1).astype(jnp.float32)
     if isinstance(decision, Dense):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -39,6 +40,8 @@ class Parser(argparse.ArgumentParser):
 def run(main: Callable[[Sequence[str]], dict[str, Any] | None], argv: Sequence[str] | None = None) -> int:
     """Calls `main(argv)`. Known mistakes end as one line on stderr and exit code 2; an interrupt as 130."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where MODULE:CLASS of one's own is; last, so that it hides nothing
     try:
         main(argv)
         return 0

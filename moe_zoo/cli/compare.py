@@ -33,7 +33,7 @@ def compare(argv: Sequence[str]) -> None:
             )
     if arguments.seeds < 1:
         raise common.ConfigError(f"--seeds: expected at least 1, got {arguments.seeds}")
-    known = load_entries()
+    known = load_entries(arguments.entries)
     entries = pick(arguments.entries, known) if arguments.entries else []
     scale = SCALES[arguments.scale]
     store = Store(arguments.store or Path("docs/results/compare") / f"{scale.name}.jsonl")
@@ -59,7 +59,7 @@ def parse(argv: Sequence[str]) -> Any:
     """The command line's arguments."""
     parser = common.Parser(prog="compare", description=__doc__, formatter_class=common.argparse.RawTextHelpFormatter)
     add = parser.add_argument
-    add("--entries", default="", help="names with commas between them, or all")
+    add("--entries", default="", help="names or config files with commas between them, or all")
     add("--seeds", type=int, default=3, help="seeds 0, 1, ... of each entry (3)")
     add(
         "--scale",

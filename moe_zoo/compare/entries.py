@@ -96,16 +96,20 @@ class Plan:
         return f"{self.entry.name}-{self.scale.name}-{self.seed}-{self.config_hash}-{fingerprint}"
 
 
-def load_entries() -> dict[str, Entry]:
-    """Every config with a claim, by name. Raises ConfigError for a claim that cannot be judged."""
-    found = {}
-    for name, path in known_configs().items():
-        claim = config_file_value(path, "CLAIM")
-        if claim is None:
-            continue
-        if not isinstance(claim, (Claim, Reference)):
-            raise ConfigError(f"{path}: CLAIM must be a Claim or a Reference of moe_zoo.compare, got {claim!r}")
-        found[name] = Entry(name, path, claim)
+def load_entries(names: str = "") -> dict[str, Entry]:
+    """Every config with a claim, by name, and those that `names` ("top_k,my/idea.py") gives as files.
+
+    Raises ConfigError for a claim that cannot be judged.
+    """
+    found = {name: entry for name, path in known_configs().items() if (entry := _entry(name, path)) is not None}
+    for name in (part.strip() for part in names.split(",") if part.strip().endswith(".py")):
+        path = Path(name)
+        entry = _entry(path.stem, path) if path.is_file() else None
+        if entry is None:
+            raise ConfigError(f"--entries: {name} is no config file with a CLAIM; known names: {', '.join(found)}")
+        if path.stem in found and not found[path.stem].path.samefile(path):
+            raise ConfigError(f"--entries: {name}: there is an entry {path.stem!r} already; call the file otherwise")
+        found[path.stem] = entry
     for entry in found.values():
         baseline = getattr(entry.claim, "baseline", None)
         if baseline is not None and (baseline not in found or baseline == entry.name):
@@ -116,11 +120,22 @@ def load_entries() -> dict[str, Entry]:
     return found
 
 
+def _entry(name: str, path: Path) -> Entry | None:
+    claim = config_file_value(path, "CLAIM")
+    if claim is not None and not isinstance(claim, (Claim, Reference)):
+        raise ConfigError(f"{path}: CLAIM must be a Claim or a Reference of moe_zoo.compare, got {claim!r}")
+    return None if claim is None else Entry(name, path, claim)
+
+
 def pick(names: str, known: Mapping[str, Entry]) -> list[Entry]:
-    """`"top_k,remoe"` -> those entries in that order; `"all"` -> all, those that others are compared with first."""
+    """`"top_k,remoe"` -> those entries in that order; `"all"` -> all, those that others are compared with first.
+
+    A config file, `"my/idea.py"`, is the entry of its stem.
+    """
     baselines = [getattr(entry.claim, "baseline", None) for entry in known.values()]
     by_use = sorted(known, key=lambda name: (-baselines.count(name), name))
-    asked = by_use if names == "all" else list(dict.fromkeys(n.strip() for n in names.split(",") if n.strip()))
+    stem = lambda name: Path(name).stem if name.endswith(".py") else name
+    asked = by_use if names == "all" else list(dict.fromkeys(stem(n.strip()) for n in names.split(",") if n.strip()))
     for name in asked:
         if name not in known:
             raise ConfigError(f"--entries: unknown {name!r}{nearest(name, known)}; known: {', '.join(known)}, or all")

@@ -35,8 +35,9 @@ _STREAM = 4  # tokens between two calls of `on_text`
 
 @dataclasses.dataclass(frozen=True)
 class RoutedAux(ModelAux):
-    """With `return_routing`: `stats` also holds, one array per routed layer in order, "router_logits" [T, E] and where
-    tokens choose "router_experts" and "router_gates" [T, K]. T = B * S, padding included.
+    """With `return_routing`: `stats` also holds, one entry per routed layer, "router_decision" (the `Decision` of
+    the router's type), "router_logits" [T, E], and where tokens choose "router_experts" and "router_gates" [T, K].
+    T = B * S, padding included.
     """
 
     @property

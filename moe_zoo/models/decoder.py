@@ -332,11 +332,11 @@ def per_layer(layers: dict[str, tuple[Array, dict]]) -> list[tuple[int, dict[str
     return sorted(rows, key=lambda row: row[0])
 
 
-def per_layer_terms(layers: dict[str, tuple[Array, Aux]]) -> dict[str, list[Array]]:
-    """{term: one array per layer that has it, in layer order}, from `ModelAux.layers`."""
+def per_layer_terms(layers: dict[str, tuple[Array, Aux]]) -> dict[str, list[Any]]:
+    """{term: one array (or pytree of them) per layer that has it, in layer order}, from `ModelAux.layers`."""
     rows = [(int(i), r, aux.terms) for ids, aux in layers.values() for r, i in enumerate(ids)]
-    found: dict[str, list[Array]] = {}
+    found: dict[str, list[Any]] = {}
     for _, r, terms in sorted(rows, key=lambda row: row[0]):
         for name, value in terms.items():
-            found.setdefault(name, []).append(value[r])
+            found.setdefault(name, []).append(jax.tree.map(lambda x, r=r: x[r], value))
     return found

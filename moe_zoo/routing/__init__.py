@@ -22,4 +22,5 @@ ROUTERS = Registry(
         "top_k": "moe_zoo.routing.top_k:TopK",
         "top_p": "moe_zoo.routing.top_p:TopP",
     },
+    base="moe_zoo.routing.router:Router",
 )

@@ -17,6 +17,7 @@ OBJECTIVES = Registry(
         "next_token": "moe_zoo.train.objective:NextToken",
         "scheduled_loss": "moe_zoo.train.scheduled_loss:ScheduledLoss",
     },
+    base="moe_zoo.train.objective:Objective",
 )
 
 

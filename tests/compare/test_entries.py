@@ -111,6 +111,27 @@ def test_names_are_picked_in_the_order_asked_for():
             E.pick(names, KNOWN)
 
 
+def test_a_config_file_is_an_entry_of_its_own(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from moe_zoo.compare import Claim\nfrom moe_zoo.train.config import extend\n"
+        "CLAIM = Claim('load_violation', 'lower', baseline='top_k', says='x', source='y')\n"
+        "def get_config(arg=''):\n    return extend(f'quickstart:{arg}', {})\n"
+    )
+    names = f"top_k, {path},{path}"
+    known = E.load_entries(names)
+    picked = E.pick(names, known)
+    assert [e.name for e in picked] == ["top_k", "mine"] and picked[1].path == path
+    assert known.keys() - KNOWN.keys() == {"mine"}
+    assert E.plan(picked[1], CPU, 0).config_hash == E.plan(picked[0], CPU, 0).config_hash
+    assert E.pick(str(KNOWN["remoe"].path), E.load_entries(str(KNOWN["remoe"].path))) == [KNOWN["remoe"]]
+    (tmp_path / "top_k.py").write_text(path.read_text())
+    (tmp_path / "plain.py").write_text("def get_config(arg=''):\n    return {}\n")
+    for file, word in (("top_k", "already"), ("plain", "no config file with a CLAIM"), ("nowhere", "no config file")):
+        with pytest.raises(ConfigError, match=f"{file}.py.*{word}"):
+            E.load_entries(str(tmp_path / f"{file}.py"))
+
+
 def test_flops_of_routers_by_hand():
     D, S, V, F, H, E_, K = 16, 8, 264, 8, 8, 4, 2
 

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import sys
 from typing import Any, Literal
 
 import pytest
 
+from moe_zoo.cli import common
 from moe_zoo.core.registry import ConfigError, Registry
 from moe_zoo.core.schema import Choice, Text, build, choice, choices, set_path, to_dict
 from moe_zoo.models import ModelConfig
@@ -214,3 +216,32 @@ def test_registry_answers_an_unknown_name_with_the_nearest_and_lists_first_docst
     with pytest.raises(ConfigError, match="run.x: unknown part 'plane' .did you mean 'plain'"):
         PARTS.get("plane", "run.x")
     assert PARTS.lines() == {"fancy": "A fancy part.", "plain": "A plain part."}
+
+
+def test_a_class_that_is_in_no_table_is_named_by_where_it_is():
+    part = made(part={"name": "test_schema:Fancy", "glitter": 0.1}).part
+    assert (part.name, part.cls, part.config) == ("test_schema:Fancy", Fancy, FancyConfig(0.1))
+    assert to_dict(part) == {"name": "test_schema:Fancy", "glitter": 0.1, "size": 1}
+    parts = made(parts={"test_schema:Fancy": {"size": 3}, "plain": {}}).parts
+    assert [p.config.size for p in parts] == [3, 3]
+    refused(["run.part.name", "'test_schema:Fanci'", "no attribute 'Fanci'", "MODULE:CLASS"], part="test_schema:Fanci")
+    refused(["ModuleNotFoundError", "'no_such'"], part="no_such:Fancy")
+    refused(["'test_schema:Outer'", "has no Config"], part="test_schema:Outer")
+    refused(["'test_schema:made'", "is no class"], part="test_schema:made")
+    refused(["ValueError"], part=":")
+    refused(["'plain'", "MODULE:CLASS"], part="plane")
+
+
+def test_a_class_of_ones_own_must_derive_from_what_the_table_asks_for():
+    with pytest.raises(ConfigError, match="'test_schema:Fancy' is no class that derives from moe_zoo.*:Router"):
+        build(ModelConfig, {"router": "test_schema:Fancy"}, "model")
+
+
+def test_command_lines_find_modules_in_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "a_part_of_my_own.py").write_text("import test_schema\n\nclass Mine(test_schema.Fancy):\n    pass\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    found = []
+    build_it = lambda argv: found.append(made(part={"name": argv[0], "size": 7}).part)
+    assert common.run(build_it, ["a_part_of_my_own:Mine"]) == 0
+    assert found[0].config.size == 7 and sys.path[-1] == str(tmp_path)

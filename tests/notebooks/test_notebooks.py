@@ -10,12 +10,19 @@ sys.path.insert(0, str(Path(__file__).parent))
 from execute import execute  # noqa: E402
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+# What is shown is of more steps of training than the tests have time for.
+PARAMETERS = {"routers_side_by_side": {"STEPS": 4}, "write_your_own_router": {"STEPS": 4}}
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_a_notebook_runs_and_shows_what_it_did(path):
+# slow: those that train compile a step, an evaluation and some forward passes each
+marks = lambda path: [pytest.mark.slow] if path.stem in PARAMETERS else []
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=path.stem, marks=marks(path)) for path in NOTEBOOKS])
+def test_a_notebook_runs_and_shows_what_it_did(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     stored, fresh = json.loads(path.read_text()), json.loads(path.read_text())
-    execute(fresh)
+    execute(fresh, PARAMETERS.get(path.stem))
     assert len(stored["cells"]) > 5 and path.stat().st_size < 300_000
     for old, new in zip(stored["cells"], fresh["cells"]):
         assert old["source"] == new["source"] and "id" in old
@@ -23,7 +30,15 @@ def test_a_notebook_runs_and_shows_what_it_did(path):
         assert kinds(old) == kinds(new)
 
 
-def test_the_released_checkpoint_notebook_is_there_and_changes_what_it_says():
-    path = next(p for p in NOTEBOOKS if p.stem == "inspect_released_checkpoint")
-    code = "\n".join("".join(c["source"]) for c in json.loads(path.read_text())["cells"])
-    assert all(word in code for word in ("moe_zoo.load(", "replace_router(", "save_hf(", "return_routing=True"))
+def code_of(name: str) -> str:
+    path = next(p for p in NOTEBOOKS if p.stem == name)
+    return "\n".join("".join(c["source"]) for c in json.loads(path.read_text())["cells"])
+
+
+@pytest.mark.parametrize("name, words", {
+    "inspect_released_checkpoint": ("moe_zoo.load(", "replace_router(", "save_hf(", "return_routing=True"),
+    "routers_side_by_side": ("moe_zoo.routers()", "router_decision", "train_flops_per_token", "scripts/compare.py"),
+    "write_your_own_router": ("%%writefile my_router.py", "value_and_grad", "make_mesh", "CLAIM"),
+}.items())  # fmt: skip
+def test_it_is_there_and_shows_what_it_promises(name, words):
+    assert all(word in code_of(name) for word in words)

@@ -18,6 +18,7 @@ from moe_zoo.core.decision import Dense, ExpertChoice, Soft, TokenChoice
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import build
 from moe_zoo.models import Decoder, ModelConfig
+from moe_zoo.models.decoder import per_layer_terms
 from moe_zoo.routing import ROUTERS
 from moe_zoo.sharding import make_mesh
 from moe_zoo.train.config import load_config
@@ -325,6 +326,21 @@ def test_cached_decoding_equals_the_parallel_form(name):
         logits, cache = step(chunk, cache)
         parts.append(logits)
     np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["top_k", "relu", "expert_choice_sequence", "soft"])
+def test_recorded_decisions_of_every_type_played_back_give_the_same_logits(name):
+    model = decoder(name)
+    ids = np.random.default_rng(3).integers(0, 32, (B, S)).astype(np.int32)
+    logits, aux = jax.jit(lambda ids: model(ids, record=True)[:2])(ids)
+    given = aux.terms()["segments.0.blocks.0"]["router_decision"]  # stacked over the two layers
+    again = jax.jit(lambda ids, given: model(ids, inputs={"given": given})[0])(ids, given)
+    np.testing.assert_allclose(logits, again, atol=1e-6)
+    layers = per_layer_terms(aux.layers)["router_decision"]
+    assert [type(layer) for layer in layers] == [ROUTERS.get(CASES[name].router["name"]).decision] * 2
+    for layer, decision in enumerate(layers):
+        for one, whole in zip(jax.tree.leaves(decision), jax.tree.leaves(given), strict=True):
+            np.testing.assert_array_equal(one, whole[layer])
 
 
 def train_settings(name: str):
