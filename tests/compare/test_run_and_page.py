@@ -89,6 +89,7 @@ def test_compute_is_counted_from_what_was_routed(real):
     dropped = {"moe/layer_00/experts_per_token": 3.0, "moe/layer_01/experts_per_token": 1.0,
                "moe/layer_00/dropped_fraction": 0.5}  # fmt: skip
     assert record.active_flops(model, S, dropped) == train_flops_per_token(model, S, {"segments.0.blocks.0": 1.25})
+    assert record.active_flops(model, S, dropped, passes=2) == 2 * record.active_flops(model, S, dropped)
 
 
 def test_what_is_there_or_somebody_elses_is_not_run_again(real, monkeypatch):
