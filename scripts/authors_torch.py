@@ -24,6 +24,7 @@ from checkout import (
     torch,
 )
 
+from moe_zoo.analysis import chunk_sparsity
 from moe_zoo.core import param
 from moe_zoo.core.aux import Stat
 from moe_zoo.losses.chunk_sparsity import ChunkSparsity, ChunkSparsityConfig
@@ -174,7 +175,7 @@ def relu(remoe: Checkout) -> dict[str, float]:
 
 
 def block_ffn(checkout: Checkout) -> dict[str, float]:
-    """Gates, both losses, their gradients, and the coefficient of the second over 600 steps.
+    """Gates, both losses, their gradients, sparsity, and the coefficient of the second loss over 600 steps.
 
     The first sequence has two documents, the second ends in padding.
     """
@@ -211,6 +212,13 @@ def block_ffn(checkout: Checkout) -> dict[str, float]:
         out |= gates(routing.decision.gates, result[0][0, :, :E])
         out[name] = difference(value, result[place])
         out[f"its gradient ({name})"] = difference(gradient.T, there.moe_router.w_gate.grad)
+    losses.set_stat_act_window_sizes("1,8")
+    losses.stat_window_activation(tensor(routing.decision.gates))
+    _, lengths, needed, places = losses.get_clear_transfer_loss()
+    active_BSE = np.asarray(routing.decision.live()).reshape(B, S, E)
+    for length, mine, every in zip(lengths, needed, places, strict=True):
+        total, count = chunk_sparsity(active_BSE, np.ones((B, S), bool), length)
+        out[f"sparsity of {length}"] = difference(total / count, 1 - mine / every)
     classes = ("BaseValueScheduler", "LinearScheduler", "AdaptiveLinearScheduler")
     schedule = checkout.run("pretrain/cpm/training_utils/value_scheduler.py", *classes, ABC=ABC, bmt=bmt)
     schedule = schedule.AdaptiveLinearScheduler(1.0, 0, 40, 20, max_factor=1.1, min_factor=1.025)

@@ -137,9 +137,17 @@ def results(cost: Cost, history: Sequence[Mapping[str, Any]], test: Mapping[str,
         "experts_per_token": mean("moe/experts_per_token"),
         "train_flops_per_token": float(cost.flops[-1] / cost.tokens[-1]),
         "specialization": float(np.mean(bits)) if bits and None not in bits else None,
+        "token_sparsity": _known_mean(test["sparsity"]["token"]),
+        "chunk_sparsity": _known_mean(test["sparsity"]["chunk"]),
+        "reuse": _known_mean(test["sparsity"]["reuse"]),
         "tokens_per_second": float(cost.tokens[-1] / cost.seconds[-1]) if cost.seconds[-1] > 0 else None,
     }
     return {name: rounded(value, 6) for name, value in values.items()}
+
+
+def _known_mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 def specialization(test: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moe_zoo.analysis.sparsity import CHUNK
 from moe_zoo.analysis.specialization import Specialization
 from moe_zoo.core.aux import merge_stats
 from moe_zoo.data import Corpus, Tokenizer, eval_batches
@@ -34,8 +35,8 @@ def evaluate(
 
     Returns {"bits_per_byte": {"overall", "domains"}, "scored" ("text" or "answers"), "loss" (nats per token),
     "loss_by_domain" {domain}, "tokens", "bytes" {domain}, "expert_load" [L][E] shares, "specialization"
-    (`analysis.Specialization.to_dict`; tokens that overlapping windows show twice count twice), "context_length",
-    "min_context"}.
+    (`analysis.Specialization.to_dict`; tokens that overlapping windows show twice count twice), "sparsity"
+    (`sparsity`), "context_length", "min_context"}.
     A document's end counts as one more target, so the model pays for saying where documents stop. Of supervised
     documents the targets are the answers' tokens and their end, and the bytes are the answers' alone.
     """
@@ -67,6 +68,7 @@ def evaluate(
         "bytes": {d: int(size[i]) for i, d in enumerate(corpus.domains)},
         "expert_load": [(c / max(c.sum(), 1)).tolist() for c in counts],
         "specialization": _specialization(corpus.domains, total).to_dict(),
+        "sparsity": sparsity(total["layers"]),
         "context_length": seq_len,
         "min_context": seq_len - (stride or seq_len),
     }
@@ -79,6 +81,17 @@ def specialization(model: nnx.Module, batches: Iterable[Mapping[str, Any]], doma
     `evaluate` measures the same on its way; this is for who has batches and no need of a score.
     """
     return _specialization(domains, _totals(model, batches, len(domains)))
+
+
+def sparsity(layers: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, Any]:
+    """BlockFFN's statistics (`analysis.sparsity`), of layers whose tokens have experts of their own, a number each:
+    {"layers": ids, "token": TLS, "chunk": CLS, "reuse", "chunk_length": of CLS}. None where rows are too short.
+    """
+    rows = [(layer, row) for layer, row in layers if "token_level_sparsity" in row]
+    names = {"token": "token_level_sparsity", "chunk": "chunk_level_sparsity", "reuse": "expert_reuse"}
+    each = lambda name: [float(row[name]) if name in row else None for _, row in rows]
+    found = {key: each(name) for key, name in names.items()}
+    return {"layers": [layer for layer, _ in rows], "chunk_length": CHUNK, **found}
 
 
 def _specialization(domains: Sequence[str], total: dict[str, Any]) -> Specialization:
