@@ -5,9 +5,9 @@
 In training one draw serves the whole batch (as in the authors' code), a document, or a token. The model is run on every
 batch twice, with independent draws that should agree: that is the objective `thor`.
 
-At inference experts are drawn too, one for each document or token. Without a key those draws follow from `eval_seed`,
-the layer, the row, the document in it, and for tokens the position: a text that is decoded with a cache has the draws
-of one forward pass over all of it, and one document keeps its experts.
+At inference experts are drawn too, one for each document or token. Those draws follow from the key, if there is one (an
+evaluation has one for every batch), `eval_seed`, the layer, the row, the document in it, and for tokens the position:
+a text that is decoded with a cache has the draws of one forward pass over all of it, and a document keeps its experts.
 """
 
 import dataclasses
@@ -51,17 +51,19 @@ class Thor(Router):
 
     def __call__(self, x_TD: Float[Array, "T D"], ctx: RoutingContext) -> Routing:
         """Raises ValueError in training without a key: every step would draw the same."""
-        if ctx.train and ctx.key is None:
-            raise ValueError("router 'thor' draws experts: training needs a key, got none")
-        granularity = self.config.granularity if ctx.train else self.config.eval_granularity
-        experts_T1 = draw(self._key(ctx), granularity, self.num_experts, ctx)[:, None]
+        key, granularity = self._key(ctx), self.config.granularity if ctx.train else self.config.eval_granularity
+        experts_T1 = draw(key, granularity, self.num_experts, ctx)[:, None]
         return Routing(TokenChoice(experts_T1, jnp.ones(experts_T1.shape, jnp.float32), self.num_experts))
 
     def _key(self, ctx: RoutingContext) -> Array:
-        """The one that was given, which is folded with the layer already, or the one of inference."""
-        if ctx.key is not None:
+        """Of this layer: a key that is given is the layer's own already."""
+        if ctx.train:
+            if ctx.key is None:
+                raise ValueError("router 'thor' draws experts: training needs a key, got none")
             return ctx.key
-        return jax.random.fold_in(jax.random.key(self.config.eval_seed), 0 if ctx.layer is None else ctx.layer)
+        layer = 0 if ctx.layer is None else ctx.layer
+        key = jax.random.fold_in(jax.random.key(0), layer) if ctx.key is None else ctx.key
+        return jax.random.fold_in(key, self.config.eval_seed)
 
     def max_active(self) -> int:
         return 1

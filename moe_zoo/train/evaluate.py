@@ -103,9 +103,9 @@ def _totals(model: nnx.Module, batches: Iterable[Mapping[str, Any]], num_domains
     """Sums over the batches by domain ("nats", "scored", "tokens"), and "layers": [(id, {statistic: value})]."""
     graphdef, state = nnx.split(model)
     sums, layers = np.zeros((3, num_domains)), None
-    for batch in batches:
+    for number, batch in enumerate(batches):
         # on the host in float64: float32 counts stop at 2**24
-        step = jax.device_get(_eval_step(graphdef, num_domains, state, batch))
+        step = jax.device_get(_eval_step(graphdef, num_domains, state, batch, np.int32(number)))
         more, layer = jax.tree.map(lambda x: x.astype(np.promote_types(x.dtype, np.float64)), step)
         sums = sums + np.stack(more)
         layers = layer if layers is None else {k: (ids, merge_stats(layers[k][1], s)) for k, (ids, s) in layer.items()}
@@ -113,9 +113,11 @@ def _totals(model: nnx.Module, batches: Iterable[Mapping[str, Any]], num_domains
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _eval_step(graphdef, num_domains, state, batch):
+def _eval_step(graphdef, num_domains, state, batch, number):
     model = nnx.merge(graphdef, state)
-    logits, aux = forward(model, batch, num_domains=num_domains)
+    # for routers that draw at inference too: other draws for every batch, the same in every evaluation
+    key = jax.random.fold_in(jax.random.key(0), number)
+    logits, aux = forward(model, batch, num_domains=num_domains, key=key)
     nll_BS = jnp.where(batch["loss_mask"], cross_entropy(logits, batch["targets"]), 0)
     # (domains, B, S): few domains, so comparing is cheaper than a scatter
     mine = batch["domain"] == jnp.arange(num_domains)[:, None, None]

@@ -203,8 +203,8 @@ def _sparsity_table(found: Mapping[str, Any] | None) -> rich.table.Table | None:
     """Per layer: the share of experts that a token, and a chunk of tokens, leave alone; what the next token reuses."""
     if not found or not found["layers"]:
         return None
-    table = _new_table("Sparsity: experts not needed by a token, by a chunk of tokens; reused by the next token")
-    for name in ("layer", "token", f"chunk of {found['chunk_length']}", "reuse"):
+    table = _new_table("Sparsity: the share of experts that is")
+    for name in ("layer", "idle for a token", f"idle for {found['chunk_length']} in a row", "used again by the next"):
         table.add_column(name, justify="right", no_wrap=True)
     said = lambda value: "-" if value is None else f"{value:.1%}"
     columns = [found[name] for name in ("token", "chunk", "reuse")]

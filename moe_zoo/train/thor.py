@@ -61,8 +61,8 @@ def symmetric_kl(
     """Half of KL(a || b) + KL(b || a) of the softmaxes of two logits, in nats and float32 or wider; 0 where `counts` is
     False.
 
-    Computed for as many places of the sequences at a time as hold `chunk` logits, and again in the backward pass:
-    beside the logits themselves, no array is as large as they are but their gradients.
+    Computed for as many places of the sequences at a time as hold `chunk` logits, and again in the backward pass: of a
+    large vocabulary's only the logits themselves and their gradients are whole.
     """
 
     @jax.checkpoint

@@ -73,7 +73,7 @@ def test_training_without_a_key_is_refused():
         router()(X, context(key=None))
 
 
-def test_draws_at_inference_follow_from_the_seed_and_the_layer_and_a_given_key_goes_before_them():
+def test_draws_at_inference_follow_from_the_seed_the_layer_and_the_key():
     ctx = context(train=False, key=None)
     made = router(64, eval_granularity="token")
     drawn = lambda **changes: np.asarray(experts_of(changes.pop("made", made), dataclasses.replace(ctx, **changes)))
@@ -84,6 +84,8 @@ def test_draws_at_inference_follow_from_the_seed_and_the_layer_and_a_given_key_g
         drawn(layer=jnp.int32(1)),
         drawn(key=jax.random.key(9)),
     )
+    keyed = drawn(key=jax.random.key(9), made=router(64, eval_granularity="token", eval_seed=1))
+    assert (keyed != others[-1]).mean() > 0.8
     for other in others:
         assert (base != other).mean() > 0.8
     # a row that is not packed is a row of one document, whoever says so
