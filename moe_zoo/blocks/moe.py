@@ -143,23 +143,6 @@ def routing_stats(routing: Routing, ctx: RoutingContext) -> dict[str, Stat]:
     return stats
 
 
-def neighbour_stats(active_TE: Bool[Array, "T E"], ctx: RoutingContext) -> dict[str, Stat]:
-    """BlockFFN's statistics of sparsity (`analysis.sparsity`); a row that is too short for one does not have it."""
-    B, S = ctx.batch, ctx.seq
-    active_BSE = active_TE.reshape(B, S, -1)
-    valid_BS = jnp.ones((B, S), bool) if ctx.valid is None else ctx.valid.reshape(B, S)
-    stats = {"token_level_sparsity": Stat.mean(*sparsity.chunk_sparsity(active_BSE, valid_BS, 1))}
-    if S >= sparsity.CHUNK:
-        stats["chunk_level_sparsity"] = Stat.mean(*sparsity.chunk_sparsity(active_BSE, valid_BS))
-    if S > 1:
-        paired_BS = valid_BS[:, :-1] & valid_BS[:, 1:]
-        if ctx.segment_ids is not None:
-            segments_BS = ctx.segment_ids.reshape(B, S)
-            paired_BS &= segments_BS[:, :-1] == segments_BS[:, 1:]
-        stats["expert_reuse"] = Stat.mean(*sparsity.reuse(active_BSE, paired_BS))
-    return stats
-
-
 def visits(decision: Decision, ctx: RoutingContext) -> Float[Array, "T E"] | None:
     """How much of each expert each token takes: whole visits, or a token's share of an expert's slots in Soft MoE."""
     T = ctx.batch * ctx.seq
@@ -175,3 +158,20 @@ def visits(decision: Decision, ctx: RoutingContext) -> Float[Array, "T E"] | Non
     if isinstance(decision, Soft):
         return jax.lax.stop_gradient(decision.combine.sum(-1).reshape(T, -1))
     return None
+
+
+def neighbour_stats(active_TE: Bool[Array, "T E"], ctx: RoutingContext) -> dict[str, Stat]:
+    """BlockFFN's statistics of sparsity (`analysis.sparsity`); a row that is too short for one does not have it."""
+    B, S = ctx.batch, ctx.seq
+    active_BSE = active_TE.reshape(B, S, -1)
+    valid_BS = jnp.ones((B, S), bool) if ctx.valid is None else ctx.valid.reshape(B, S)
+    stats = {"token_level_sparsity": Stat.mean(*sparsity.chunk_sparsity(active_BSE, valid_BS, 1))}
+    if S >= sparsity.CHUNK:
+        stats["chunk_level_sparsity"] = Stat.mean(*sparsity.chunk_sparsity(active_BSE, valid_BS))
+    if S > 1:
+        paired_BS = valid_BS[:, :-1] & valid_BS[:, 1:]
+        if ctx.segment_ids is not None:
+            segments_BS = ctx.segment_ids.reshape(B, S)
+            paired_BS &= segments_BS[:, :-1] == segments_BS[:, 1:]
+        stats["expert_reuse"] = Stat.mean(*sparsity.reuse(active_BSE, paired_BS))
+    return stats
