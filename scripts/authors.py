@@ -29,6 +29,7 @@ from authors_torch import (
     relu,
     sinkhorn,
     smoe_dropout,
+    thor,
     top_p,
 )
 from checkout import Checkout, Missing, torch
@@ -49,6 +50,7 @@ COMPARISONS = {  # name -> function, what it needs
     "top_p": (top_p, "ZhenweiAn/Dynamic_MoE"),
     "sinkhorn": (sinkhorn, "thu-ml/ReMoE"),
     "sparse_ot": (sparse_ot, "google-research/vmoe"),
+    "thor": (thor, "microsoft/Stochastic-Mixture-of-Experts"),
     "hash": (hashed, "facebookresearch/ParlAI"),
 }
 

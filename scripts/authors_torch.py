@@ -24,18 +24,21 @@ from checkout import (
     torch,
 )
 
+from moe_zoo.analysis import chunk_sparsity
 from moe_zoo.core import param
 from moe_zoo.core.aux import Stat
 from moe_zoo.losses.chunk_sparsity import ChunkSparsity, ChunkSparsityConfig
 from moe_zoo.losses.load_balance import load_balance
 from moe_zoo.losses.locality import Locality, LocalityConfig
 from moe_zoo.losses.null_load_balance import null_load_balance
+from moe_zoo.models import ModelAux
 from moe_zoo.routing import ROUTERS
 from moe_zoo.routing.recurrent import GRU
 from moe_zoo.routing.router import Dims
 from moe_zoo.routing.sinkhorn import log_plan
 from moe_zoo.train.adaptive_sparsity import AdaptiveSparsity, AdaptiveSparsityConfig
 from moe_zoo.train.scheduled_loss import ScheduledLoss, ScheduledLossConfig
+from moe_zoo.train.thor import Thor, ThorConfig
 
 
 def deepseek(checkout: Checkout) -> dict[str, float]:
@@ -172,7 +175,7 @@ def relu(remoe: Checkout) -> dict[str, float]:
 
 
 def block_ffn(checkout: Checkout) -> dict[str, float]:
-    """Gates, both losses, their gradients, and the coefficient of the second over 600 steps.
+    """Gates, both losses, their gradients, sparsity, and the coefficient of the second loss over 600 steps.
 
     The first sequence has two documents, the second ends in padding.
     """
@@ -209,6 +212,13 @@ def block_ffn(checkout: Checkout) -> dict[str, float]:
         out |= gates(routing.decision.gates, result[0][0, :, :E])
         out[name] = difference(value, result[place])
         out[f"its gradient ({name})"] = difference(gradient.T, there.moe_router.w_gate.grad)
+    losses.set_stat_act_window_sizes("1,8")
+    losses.stat_window_activation(tensor(routing.decision.gates))
+    _, lengths, needed, places = losses.get_clear_transfer_loss()
+    active_BSE = np.asarray(routing.decision.live()).reshape(B, S, E)
+    for length, mine, every in zip(lengths, needed, places, strict=True):
+        total, count = chunk_sparsity(active_BSE, np.ones((B, S), bool), length)
+        out[f"sparsity of {length}"] = difference(total / count, 1 - mine / every)
     classes = ("BaseValueScheduler", "LinearScheduler", "AdaptiveLinearScheduler")
     schedule = checkout.run("pretrain/cpm/training_utils/value_scheduler.py", *classes, ABC=ABC, bmt=bmt)
     schedule = schedule.AdaptiveLinearScheduler(1.0, 0, 40, 20, max_factor=1.1, min_factor=1.025)
@@ -350,3 +360,44 @@ def hashed(parlai: Checkout) -> dict[str, float]:
     decision = made(X_TD, context(token_ids=jnp.asarray(ids_T))).decision
     y_TD = np.einsum("te,etd->td", decision.dense().gates, numpy(y_ETD))
     return {"output": difference(y_TD, y_BSD.reshape(T, D))}
+
+
+def thor(checkout: Checkout) -> dict[str, float]:
+    """Loss, consistency, and gradients into the logits of both passes, by the authors' training step: over the number
+    of tokens, as their trainer divides. For the model stand the logits of its two passes; the end is padding.
+    """
+    alpha, targets_T, counts_T = 5.0, np.random.default_rng(6).integers(1, V, T), np.arange(T) < T - 9
+    logits = [normal(seed, T, V, scale=2.0) for seed in (7, 8)]
+    file, register = "thor/translation_thor.py", lambda *args, **kwargs: lambda cls: cls
+    stubs = dict.fromkeys(("TranslationTask", "TranslationConfig", "TranslationThorConfig", "AMPOptimizer"), Space)
+    stubs["symmetric_KL_loss"] = checkout.run(file, "symmetric_KL_loss").symmetric_KL_loss
+    cls = checkout.run(file, "TranslationThorTask", register_task=register, **stubs).TranslationThorTask
+    task = cls.__new__(cls)
+    task.cfg = Space(consistency_alpha=alpha)
+    there, inputs = [tensor(z, requires_grad=True) for z in logits], ("src_tokens", "src_lengths", "prev_output_tokens")
+    passes = iter(there)
+    model = Idle(encoder=lambda **how: None, decoder=lambda **how: (next(passes), {}))
+    padded_T = torch.tensor(np.where(counts_T, targets_T, 0))
+    sample = {"target": padded_T, "ntokens": int(counts_T.sum()), "net_input": dict.fromkeys(inputs)}
+    entropy = functools.partial(torch.nn.functional.cross_entropy, ignore_index=0, reduction="sum")
+    compute = lambda model, output, sample, reduce: (entropy(output[0], sample["target"]),) * 2
+    criterion = Space(compute_loss=compute, sentence_avg=False, padding_idx=0)
+    optimizer = type("Optimizer", (), {"backward": lambda self, loss: loss.backward()})()
+    loss, size, log = task.train_step(sample, model, criterion, optimizer, 0)
+
+    def ours(logits):
+        passes, rows = iter(logits), lambda x: jnp.asarray(x).reshape(B, S, *x.shape[1:])
+        decoder = lambda *args, **how: (rows(next(passes)), ModelAux({}, {}), None)
+        batch = {"targets": rows(targets_T), "loss_weights": rows(counts_T / counts_T.sum())}
+        batch |= dict.fromkeys(("tokens", "positions", "segment_ids", "domain"), rows(np.ones(T, np.int32)))
+        how = dict(step=jnp.int32(0), key=jax.random.key(0), fraction=1.0)
+        return Thor(ThorConfig(alpha)).loss(decoder, batch, {}, **how)
+
+    (our_loss, stats), gradients = jax.value_and_grad(ours, has_aux=True)([jnp.asarray(z) for z in logits])
+    said = {name: stat.value() for name, stat in stats["scalars"].items()}
+    return {
+        "loss": difference(our_loss, loss.detach() / size),
+        "reported loss": difference(said["loss"], log["loss"].mean() / size),
+        "consistency": difference(said["consistency"], log["consistency"] / size),
+        "gradients": max(difference(g, z.grad / size) for g, z in zip(gradients, there, strict=True)),
+    }

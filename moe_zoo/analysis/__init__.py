@@ -1,4 +1,4 @@
-"""What the routers did: load, specialization, pictures.
+"""What the routers did: load, specialization, sparsity over neighbours, pictures.
 
 Names are loaded at first use: matplotlib takes half a second that a training run should pay at its end, if at all.
 Statistics of a model on held-out text are measured by `moe_zoo.train.evaluate`; here is what is made of the counts.
@@ -11,6 +11,7 @@ from typing import Any
 
 _HOME = {
     "Specialization": "specialization",
+    "chunk_sparsity": "sparsity",
     "load_entropy": "specialization",
     "load_max_over_mean": "specialization",
     "mutual_information": "specialization",
@@ -19,6 +20,7 @@ _HOME = {
     "plot_layer_load": "routing_plots",
     "plot_loss": "plots",
     "plot_token_routing": "routing_plots",
+    "reuse": "sparsity",
 }
 
 __all__ = sorted(_HOME)

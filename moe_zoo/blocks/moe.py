@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from moe_zoo.analysis import sparsity
 from moe_zoo.core.aux import Aux, Stat
 from moe_zoo.core.context import Routing, RoutingContext
 from moe_zoo.core.decision import Decision, Dense, ExpertChoice, Soft, TokenChoice
@@ -125,7 +126,9 @@ def recorded(routing: Routing) -> dict[str, Any]:
 
 
 def routing_stats(routing: Routing, ctx: RoutingContext) -> dict[str, Stat]:
-    """What every routed layer reports: load per expert, experts per token, router entropy, load per domain."""
+    """What every routed layer reports: load per expert, experts per token, router entropy; outside training load per
+    domain, and where tokens have experts of their own how sparse that is over neighbours.
+    """
     stats = {}
     weight_T = jnp.ones(ctx.batch * ctx.seq, jnp.float32) if ctx.valid is None else ctx.valid.astype(jnp.float32)
     hits_TE = visits(routing.decision, ctx.batch * ctx.seq)
@@ -136,6 +139,8 @@ def routing_stats(routing: Routing, ctx: RoutingContext) -> dict[str, Stat]:
             # (domains, T) @ (T, E): tokens without a domain (-1) match no row
             domain_XT = (ctx.domain == jnp.arange(ctx.num_domains)[:, None]).astype(jnp.float32)
             stats["load_by_domain"] = Stat.sum(domain_XT @ hits_TE)
+        if not ctx.train and not isinstance(routing.decision, Soft):
+            stats |= neighbour_stats(hits_TE > 0, ctx)
     if routing.probs is not None:
         probs_TE = jax.lax.stop_gradient(routing.probs)
         entropy_T = -jnp.sum(probs_TE * jnp.log(jnp.maximum(probs_TE, 1e-30)), -1)
@@ -160,3 +165,20 @@ def visits(decision: Decision, T: int) -> Float[Array, "T E"] | None:
     if isinstance(decision, Soft):
         return jax.lax.stop_gradient(decision.combine.sum(-1).reshape(T, -1))
     return None
+
+
+def neighbour_stats(active_TE: Bool[Array, "T E"], ctx: RoutingContext) -> dict[str, Stat]:
+    """BlockFFN's statistics of sparsity (`analysis.sparsity`); a row that is too short for one does not have it."""
+    B, S = ctx.batch, ctx.seq
+    active_BSE = active_TE.reshape(B, S, -1)
+    valid_BS = jnp.ones((B, S), bool) if ctx.valid is None else ctx.valid.reshape(B, S)
+    stats = {"token_level_sparsity": Stat.mean(*sparsity.chunk_sparsity(active_BSE, valid_BS, 1))}
+    if S >= sparsity.CHUNK:
+        stats["chunk_level_sparsity"] = Stat.mean(*sparsity.chunk_sparsity(active_BSE, valid_BS))
+    if S > 1:
+        paired_BS = valid_BS[:, :-1] & valid_BS[:, 1:]
+        if ctx.segment_ids is not None:
+            segments_BS = ctx.segment_ids.reshape(B, S)
+            paired_BS &= segments_BS[:, :-1] == segments_BS[:, 1:]
+        stats["expert_reuse"] = Stat.mean(*sparsity.reuse(active_BSE, paired_BS))
+    return stats

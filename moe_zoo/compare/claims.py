@@ -27,7 +27,8 @@ class Statistic:
     needs_causal: bool = False
 
 
-#: what claims may name; every finished run has each of them, or None where it does not apply
+#: what claims may name; a finished run has each of them, None where it does not apply; the store also holds runs from
+#: before a statistic was added, which lack it
 STATISTICS: Mapping[str, Statistic] = {
     "test_bits_per_byte": Statistic("loss", "test bits per byte", ".4f", needs_causal=True),
     "load_violation": Statistic("imbalance", "load violation: busiest expert over an even share, minus 1", ".3f"),
@@ -36,6 +37,9 @@ STATISTICS: Mapping[str, Statistic] = {
     "experts_per_token": Statistic("experts per token", "experts per token in training", ".3f"),
     "train_flops_per_token": Statistic("compute", "active FLOPs per token in training, as measured", ".4g"),
     "specialization": Statistic("specialization", "what the expert says of the domain, in bits", ".4f"),
+    "token_sparsity": Statistic("token sparsity", "share of experts that a test token leaves alone", ".4f"),
+    "chunk_sparsity": Statistic("chunk sparsity", "share of experts that 8 test tokens in a row leave alone", ".4f"),
+    "reuse": Statistic("reuse", "share of a test token's experts that the next token uses too", ".4f"),
     "tokens_per_second": Statistic("speed", "tokens per second of training", ",.0f"),
 }
 

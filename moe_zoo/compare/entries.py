@@ -33,17 +33,24 @@ MATCHES = {
 class Scale:
     """`name` is a preset of every config. `test_rows`: evenly spaced windows of the test split that are scored.
     `width_step`: of what a matched width is a multiple, for the hardware's sake. `trains`: whether compare.py runs it.
+    `strict`: refuses what cannot be matched; a trial of a model too small for that says how far it is off.
     """
 
     name: str
     test_rows: int
     width_step: int
     trains: bool = True
+    strict: bool = True
 
 
 SCALES = {
     scale.name: scale
-    for scale in (Scale("tiny", 32, 1), Scale("cpu", 2048, 4), Scale("gpu", 8192, 8), Scale("pod", 8192, 16, False))
+    for scale in (
+        Scale("tiny", 32, 1, strict=False),
+        Scale("cpu", 2048, 4),
+        Scale("gpu", 8192, 8),
+        Scale("pod", 8192, 16, False),
+    )
 }
 
 
@@ -156,7 +163,7 @@ def plan(entry: Entry, scale: Scale, seed: int, *, by: str = "active", source: s
         raise ConfigError(
             f"{entry.path}:{scale.name}: {'; '.join(changed[:4])}: a comparison needs these to be {REFERENCE}'s"
         )
-    match = _match(config, reference, by, scale.width_step)
+    match = _match(config, reference, by, scale.width_step, scale.strict)
     tree = config.to_dict()
     tree["train"]["seed"] = tree["data"]["seed"] = seed
     tree["data"]["source"] = source or tree["data"]["source"]
@@ -167,7 +174,7 @@ def plan(entry: Entry, scale: Scale, seed: int, *, by: str = "active", source: s
     return Plan(entry, scale, seed, config, match, _hash(_learned(config)), _hash(_shared(config)), fits)
 
 
-def _match(config: Config, reference: Config, by: str, step: int, check: bool = True) -> Match:
+def _match(config: Config, reference: Config, by: str, step: int, check: bool) -> Match:
     """The width of an expert that comes closest to the reference's cost; cost is linear in it."""
     key = _width_key(config)
     configured = getattr(config.model, key)
@@ -190,7 +197,9 @@ def _cost(config: Config, width: int | None, by: str) -> float:
 
     changes = {} if width is None else {_width_key(config): width}
     model = Decoder(dataclasses.replace(config.model, **changes))
-    return count_parameters(model)["total"] if by == "total" else train_flops_per_token(model, config.data.seq_len)
+    if by == "total":
+        return count_parameters(model)["total"]
+    return train_flops_per_token(model, config.data.seq_len, passes=config.train.objective.cls.passes)
 
 
 def _width_key(config: Config) -> str:

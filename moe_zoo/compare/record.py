@@ -36,17 +36,18 @@ class Cost:
     seconds: np.ndarray
 
 
-def active_flops(model, seq_len: int, line: Mapping[str, Any]) -> float:
+def active_flops(model, seq_len: int, line: Mapping[str, Any], passes: int = 1) -> float:
     """Active FLOPs per token of one logged step, from the expert rows that its decisions asked for and that were kept.
 
-    Where rows do not follow from choices (Soft MoE fills all slots), from what the router says.
+    Where rows do not follow from choices (Soft MoE fills all slots), from what the router says. `passes`: of the
+    objective.
     """
     rows = {}
     for path, block, ids in model.routed():
         counts = [_rows(line, layer) for layer in ids]
         if block.ffn.router.decision.__name__ != "Soft" and None not in counts:
             rows[path] = float(np.mean(counts))
-    return train_flops_per_token(model, seq_len, rows)
+    return train_flops_per_token(model, seq_len, rows, passes)
 
 
 def _rows(line: Mapping[str, Any], layer: int) -> float | None:
@@ -61,15 +62,15 @@ def clock(device: str) -> str:
     return "processor" if device == "cpu" else "wall"
 
 
-def cost_of(model, seq_len: int, lines: Sequence[Mapping[str, Any]], by: str) -> Cost:
+def cost_of(model, seq_len: int, lines: Sequence[Mapping[str, Any]], by: str, passes: int = 1) -> Cost:
     """Accumulated along the lines of kind "train"; a line stands for the steps since the one before it. `by`: of
-    `clock`.
+    `clock`; `passes`: of the objective.
     """
     step, tokens, seconds = (
         np.asarray([line[name] for line in lines], float)
         for name in ("step", "tokens", {"wall": "seconds", "processor": "processor_seconds"}[by])
     )
-    each = np.asarray([active_flops(model, seq_len, line) for line in lines])
+    each = np.asarray([active_flops(model, seq_len, line, passes) for line in lines])
     return Cost(step, tokens, np.cumsum(each * np.diff(tokens, prepend=0.0)), seconds)
 
 
@@ -136,9 +137,17 @@ def results(cost: Cost, history: Sequence[Mapping[str, Any]], test: Mapping[str,
         "experts_per_token": mean("moe/experts_per_token"),
         "train_flops_per_token": float(cost.flops[-1] / cost.tokens[-1]),
         "specialization": float(np.mean(bits)) if bits and None not in bits else None,
+        "token_sparsity": _known_mean(test["sparsity"]["token"]),
+        "chunk_sparsity": _known_mean(test["sparsity"]["chunk"]),
+        "reuse": _known_mean(test["sparsity"]["reuse"]),
         "tokens_per_second": float(cost.tokens[-1] / cost.seconds[-1]) if cost.seconds[-1] > 0 else None,
     }
     return {name: rounded(value, 6) for name, value in values.items()}
+
+
+def _known_mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 def specialization(test: Mapping[str, Any]) -> dict[str, Any] | None:

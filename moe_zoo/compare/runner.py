@@ -136,9 +136,10 @@ def measure(plan: Plan, workdir: Path, test: dict[str, Any] | None) -> dict[str,
     """What is known afterwards; of a run that failed, the curves up to there."""
     config = plan.config
     history = read_metrics(workdir / "metrics.jsonl")
-    model = Trainer(config, make_mesh(config.mesh), config.train.objective.make()).abstract
+    trainer = Trainer(config, make_mesh(config.mesh), config.train.objective.make())
     lines = [line for line in history if line["kind"] == "train"]
-    cost = record.cost_of(model, config.data.seq_len, lines, record.clock(jax.devices()[0].device_kind))
+    by = record.clock(jax.devices()[0].device_kind)
+    cost = record.cost_of(trainer.abstract, config.data.seq_len, lines, by, trainer.objective.passes)
     found = {"curves": record.curves(history, cost), "results": dict.fromkeys(STATISTICS), "steps": int(cost.step[-1])}
     if test is None:
         return found

@@ -48,7 +48,7 @@ def interval(values: Sequence[float], level: float = 0.95) -> Interval:
 
 def paired(entry: Sequence[Run], baseline: Sequence[Run], statistic: str) -> dict[int, float]:
     """{seed: entry - baseline} over the seeds that both have a value for."""
-    value = lambda run: run["results"][statistic]
+    value = lambda run: run["results"].get(statistic)
     theirs = {run["seed"]: value(run) for run in baseline if value(run) is not None}
     mine = {run["seed"]: value(run) for run in entry if value(run) is not None}
     return {seed: mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())}

@@ -42,7 +42,7 @@ class Row:
 
     def interval(self, statistic: str) -> Interval | None:
         """Over seeds; None if no run has it."""
-        values = [run["results"][statistic] for run in self.finished]
+        values = [run["results"].get(statistic) for run in self.finished]
         return interval([v for v in values if v is not None]) if any(v is not None for v in values) else None
 
 
@@ -121,7 +121,8 @@ def _rows(runs: Sequence[Run], entries: Mapping[str, Entry]) -> list[Row]:
 COLUMNS = (
     ("entry", False), ("test bits per byte", True), ("claim", False), ("difference", True), ("verdict", False),
     ("MFLOP / token", True), ("M params", True), ("active", True), ("minutes", True), ("load violation", True),
-    ("worst layer", True), ("experts / token", True), ("dropped", True), ("seeds", True),
+    ("worst layer", True), ("experts / token", True), ("dropped", True),
+    ("token sparsity", True), ("chunk sparsity", True), ("reuse", True), ("seeds", True),
 )  # fmt: skip
 
 
@@ -144,6 +145,7 @@ def cells(row: Row) -> list[str]:
         _number(row.mean("max_load_violation"), ".2f"),
         _number(row.mean("experts_per_token"), ".2f"),
         _number(row.mean("dropped_fraction"), ".1%"),
+        *(_number(row.mean(name), ".1%") for name in ("token_sparsity", "chunk_sparsity", "reuse")),
         str(len(row.runs)) + (f", {failed} failed" if (failed := len(row.runs) - len(row.finished)) else ""),
     ]
 

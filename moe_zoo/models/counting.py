@@ -32,11 +32,14 @@ def router_parameters(model: Decoder) -> int:
     return sum(v.get_value().size for n, v in P.flat(model).items() if own(n) and not isinstance(v, P.Buffer))
 
 
-def train_flops_per_token(model: Decoder, seq_len: int, rows_per_token: dict[str, float] | None = None) -> float:
+def train_flops_per_token(
+    model: Decoder, seq_len: int, rows_per_token: dict[str, float] | None = None, passes: int = 1
+) -> float:
     """Active FLOPs to train on one token of rows of `seq_len`: forward and twice that for the backward pass.
 
     A token sees (seq_len + 1) / 2 keys on average; recomputation (remat) and the optimizer are not counted.
     `rows_per_token`: as measured, by the path of the stacked block; for other blocks what their routers say.
+    `passes`: how often the objective runs the model on each token (`Objective.passes`).
     """
     rows = {path: block.ffn.router.rows_per_token(seq_len) for path, block, _ in model.routed()}
-    return 3 * model.flops_per_token((seq_len + 1) / 2, {**rows, **(rows_per_token or {})})
+    return passes * 3 * model.flops_per_token((seq_len + 1) / 2, {**rows, **(rows_per_token or {})})

@@ -19,6 +19,7 @@ ROUTERS = Registry(
         "sparse_ot": "moe_zoo.routing.sparse_ot:SparseOT",
         "sparsemixer": "moe_zoo.routing.sparsemixer:SparseMixer",
         "switch": "moe_zoo.routing.switch:Switch",
+        "thor": "moe_zoo.routing.thor:Thor",
         "top_k": "moe_zoo.routing.top_k:TopK",
         "top_p": "moe_zoo.routing.top_p:TopP",
     },

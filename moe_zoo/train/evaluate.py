@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moe_zoo.analysis.sparsity import CHUNK
 from moe_zoo.analysis.specialization import Specialization
 from moe_zoo.core.aux import merge_stats
 from moe_zoo.data import Corpus, Tokenizer, eval_batches
@@ -34,8 +35,8 @@ def evaluate(
 
     Returns {"bits_per_byte": {"overall", "domains"}, "scored" ("text" or "answers"), "loss" (nats per token),
     "loss_by_domain" {domain}, "tokens", "bytes" {domain}, "expert_load" [L][E] shares, "specialization"
-    (`analysis.Specialization.to_dict`; tokens that overlapping windows show twice count twice), "context_length",
-    "min_context"}.
+    (`analysis.Specialization.to_dict`; tokens that overlapping windows show twice count twice), "sparsity"
+    (`sparsity`), "context_length", "min_context"}.
     A document's end counts as one more target, so the model pays for saying where documents stop. Of supervised
     documents the targets are the answers' tokens and their end, and the bytes are the answers' alone.
     """
@@ -67,6 +68,7 @@ def evaluate(
         "bytes": {d: int(size[i]) for i, d in enumerate(corpus.domains)},
         "expert_load": [(c / max(c.sum(), 1)).tolist() for c in counts],
         "specialization": _specialization(corpus.domains, total).to_dict(),
+        "sparsity": sparsity(total["layers"]),
         "context_length": seq_len,
         "min_context": seq_len - (stride or seq_len),
     }
@@ -81,6 +83,17 @@ def specialization(model: nnx.Module, batches: Iterable[Mapping[str, Any]], doma
     return _specialization(domains, _totals(model, batches, len(domains)))
 
 
+def sparsity(layers: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, Any]:
+    """BlockFFN's statistics (`analysis.sparsity`), of layers whose tokens have experts of their own, a number each:
+    {"layers": ids, "token": TLS, "chunk": CLS, "reuse", "chunk_length": of CLS}. None where rows are too short.
+    """
+    rows = [(layer, row) for layer, row in layers if "token_level_sparsity" in row]
+    names = {"token": "token_level_sparsity", "chunk": "chunk_level_sparsity", "reuse": "expert_reuse"}
+    each = lambda name: [float(row[name]) if name in row else None for _, row in rows]
+    found = {key: each(name) for key, name in names.items()}
+    return {"layers": [layer for layer, _ in rows], "chunk_length": CHUNK, **found}
+
+
 def _specialization(domains: Sequence[str], total: dict[str, Any]) -> Specialization:
     load = [(layer, row["load_by_domain"]) for layer, row in total["layers"] if "load_by_domain" in row]
     return Specialization.of(domains, total["tokens"], load)
@@ -90,9 +103,9 @@ def _totals(model: nnx.Module, batches: Iterable[Mapping[str, Any]], num_domains
     """Sums over the batches by domain ("nats", "scored", "tokens"), and "layers": [(id, {statistic: value})]."""
     graphdef, state = nnx.split(model)
     sums, layers = np.zeros((3, num_domains)), None
-    for batch in batches:
+    for number, batch in enumerate(batches):
         # on the host in float64: float32 counts stop at 2**24
-        step = jax.device_get(_eval_step(graphdef, num_domains, state, batch))
+        step = jax.device_get(_eval_step(graphdef, num_domains, state, batch, np.int32(number)))
         more, layer = jax.tree.map(lambda x: x.astype(np.promote_types(x.dtype, np.float64)), step)
         sums = sums + np.stack(more)
         layers = layer if layers is None else {k: (ids, merge_stats(layers[k][1], s)) for k, (ids, s) in layer.items()}
@@ -100,9 +113,11 @@ def _totals(model: nnx.Module, batches: Iterable[Mapping[str, Any]], num_domains
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _eval_step(graphdef, num_domains, state, batch):
+def _eval_step(graphdef, num_domains, state, batch, number):
     model = nnx.merge(graphdef, state)
-    logits, aux = forward(model, batch, num_domains=num_domains)
+    # for routers that draw at inference too: other draws for every batch, the same in every evaluation
+    key = jax.random.fold_in(jax.random.key(0), number)
+    logits, aux = forward(model, batch, num_domains=num_domains, key=key)
     nll_BS = jnp.where(batch["loss_mask"], cross_entropy(logits, batch["targets"]), 0)
     # (domains, B, S): few domains, so comparing is cheaper than a scatter
     mine = batch["domain"] == jnp.arange(num_domains)[:, None, None]

@@ -1,7 +1,7 @@
 """What is minimised. The loop never asks which paper is running: it asks the objective."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ OBJECTIVES = Registry(
         "adaptive_sparsity": "moe_zoo.train.adaptive_sparsity:AdaptiveSparsity",
         "next_token": "moe_zoo.train.objective:NextToken",
         "scheduled_loss": "moe_zoo.train.scheduled_loss:ScheduledLoss",
+        "thor": "moe_zoo.train.thor:Thor",
     },
     base="moe_zoo.train.objective:Objective",
 )
@@ -24,7 +25,9 @@ OBJECTIVES = Registry(
 class Objective:
     """A loss with a state of its own (adaptive coefficients, controllers), updated once per optimizer step."""
 
-    Config: type
+    Config: ClassVar[type]
+    #: how often it runs the model, forward and backward, on every token: what a step costs
+    passes: ClassVar[int] = 1
 
     def __init__(self, config):
         self.config = config

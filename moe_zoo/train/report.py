@@ -44,7 +44,9 @@ def _write(config: Config, workdir: Path, run: dict[str, Any], result: dict[str,
         "train_seconds": run["seconds"],
         "steps": run["step"],
         "parameters": count_parameters(trainer.abstract, trainer.partition.trainable),
-        "flops_per_token": train_flops_per_token(trainer.abstract, config.data.seq_len),
+        "flops_per_token": train_flops_per_token(
+            trainer.abstract, config.data.seq_len, passes=trainer.objective.passes
+        ),
         "versions": {"jax": jax.__version__, "device": jax.devices()[0].device_kind},
     }
     report["pictures"] = draw_pictures(workdir, report)

@@ -31,7 +31,7 @@ def final_table(report: Mapping[str, Any], console: rich.console.Console | None 
             parameters: {"total": int, "active": int (per token), "trainable": int}.
             flops_per_token: active floating-point operations per token.
             expert_load: per MoE layer, the share of the routed tokens that each expert got (sums to 1).
-            specialization: `analysis.Specialization.to_dict`.
+            specialization: `analysis.Specialization.to_dict`. sparsity: `train.evaluate.sparsity`.
             sample: {"prompt": str, "text": str}. pictures: {name: path}.
         console: where to print; standard output by default.
     """
@@ -47,6 +47,7 @@ def final_table(report: Mapping[str, Any], console: rich.console.Console | None 
             width=width,
         ),
         _specialization_table(report.get("specialization")),
+        _sparsity_table(report.get("sparsity")),
         _sample_panel(report.get("sample"), console),
     ]
     for section in sections:
@@ -195,6 +196,24 @@ def _specialization_table(found: Mapping[str, Any] | None) -> rich.table.Table |
         if varies:
             said.append(f"{min(rates[place]):.2f}-{max(rates[place]):.2f}" if rates[place] else "-")
         table.add_row(str(layer), *said, Text(_preferences(found["domains"], found["load"][place])))
+    return table
+
+
+def _sparsity_table(found: Mapping[str, Any] | None) -> rich.table.Table | None:
+    """Per layer: the share of experts that a token, and a chunk of tokens, leave alone; what the next token reuses."""
+    if not found or not found["layers"]:
+        return None
+    table = _new_table("Sparsity: the share of experts that is")
+    for name in ("layer", "idle for a token", f"idle for {found['chunk_length']} in a row", "used again by the next"):
+        table.add_column(name, justify="right", no_wrap=True)
+    said = lambda value: "-" if value is None else f"{value:.1%}"
+    columns = [found[name] for name in ("token", "chunk", "reuse")]
+    for layer, *values in zip(found["layers"], *columns, strict=True):
+        table.add_row(str(layer), *map(said, values))
+    if len(found["layers"]) > 1:
+        known = [[value for value in column if value is not None] for column in columns]
+        table.add_section()
+        table.add_row("mean", *(said(sum(values) / len(values) if values else None) for values in known), style="bold")
     return table
 
 

@@ -66,6 +66,8 @@ def test_a_run_leaves_all_that_the_page_needs(real):
     (run,) = store.read()
     assert run["key"] == plan.key(corpus.fingerprint) and run["entry"] == "remoe" and run["failure"] is None
     assert run["results"].keys() == STATISTICS.keys()
+    token, chunk, reuse = (run["results"][name] for name in ("token_sparsity", "chunk_sparsity", "reuse"))
+    assert 0 <= chunk <= token < 1 and 0 < reuse <= 1
     assert 6 < run["results"]["test_bits_per_byte"] < 9 and run["results"]["dropped_fraction"] == 0
     assert run["curves"]["train"]["step"] == [1, 2] == run["curves"]["validation"]["step"]
     assert np.shape(run["curves"]["load"]["layers"]) == (2, 2, 4)
@@ -89,6 +91,7 @@ def test_compute_is_counted_from_what_was_routed(real):
     dropped = {"moe/layer_00/experts_per_token": 3.0, "moe/layer_01/experts_per_token": 1.0,
                "moe/layer_00/dropped_fraction": 0.5}  # fmt: skip
     assert record.active_flops(model, S, dropped) == train_flops_per_token(model, S, {"segments.0.blocks.0": 1.25})
+    assert record.active_flops(model, S, dropped, passes=2) == 2 * record.active_flops(model, S, dropped)
 
 
 def test_what_is_there_or_somebody_elses_is_not_run_again(real, monkeypatch):
@@ -149,6 +152,9 @@ def full_store(real, tmp_path_factory):
         run["curves"]["validation"]["bits_per_byte"] = [loss + 0.5, loss]
         run["specialization"] = {"domains": ["help_de", "help_fr", "go"], "layers": [0, 1], "bits": [0.2, None],
                                  "normalised": [], "share": {"0": [[0.25] * 4] * 3}}  # fmt: skip
+        if name == "hash":  # made before these statistics were
+            for later in ("token_sparsity", "chunk_sparsity", "reuse"):
+                del run["results"][later]
         run |= changes
         run["key"] = f"{name}-{seed}-{run['config_hash']}-{run['data']['fingerprint']}"
         assert store.append(run)
@@ -191,6 +197,11 @@ def test_verdicts_are_those_of_the_store(full_store, written):
     assert "sees the future" in main.row("soft_moe").verdict.reason or main.row("soft_moe").verdict.decided
     line = next(line for line in markdown.splitlines() if line.startswith("| top_k |"))
     assert "| loss < dense |" in line and "| yes |" in line
+    titles = next(line for line in markdown.splitlines() if "| chunk sparsity |" in line).split(" | ")
+    for name, known in (("top_k", True), ("hash", False)):
+        row = next(line for line in markdown.splitlines() if line.startswith(f"| {name} |")).split(" | ")
+        for title in ("token sparsity", "chunk sparsity", "reuse"):
+            assert row[titles.index(title)].endswith("%" if known else "–")
 
 
 def test_the_page_opens_from_a_disk(written):

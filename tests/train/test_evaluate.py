@@ -97,5 +97,22 @@ def test_load_by_domain_of_every_kind_of_router(corpus, router):
     np.testing.assert_allclose(result["specialization"]["load"], load_LDE, rtol=1e-6)
     shares = load_LDE.sum(1) / load_LDE.sum((1, 2))[:, None]
     np.testing.assert_allclose(result["expert_load"], shares, rtol=1e-5)
+    sparsity = result["sparsity"]
+    if router == "soft":  # every token has a share of every expert
+        assert sparsity["layers"] == sparsity["token"] == sparsity["reuse"] == []
+    else:
+        assert sparsity["layers"] == [1] and sparsity["chunk_length"] == 8
+        assert sparsity["token"][0] == pytest.approx(1 - load_LDE.sum() / (E * tokens.sum()), abs=1e-5)
+        assert 0 <= sparsity["chunk"][0] < sparsity["token"][0] and 0 < sparsity["reuse"][0] < 1
     mean = sum(result["loss_by_domain"][d] * n for d, n in corpus.targets_per_domain().items()) / result["tokens"]
     assert mean == pytest.approx(result["loss"]) and len(set(result["loss_by_domain"].values())) == 3
+
+
+def test_every_batch_has_draws_of_its_own_and_every_evaluation_the_same(corpus):
+    """THOR with one expert per document: over all batches a row meets several, and twice the same ones."""
+    model = tiny_model(vocab_size=TOKENIZER.vocab_size, layers="1*moe", router={"name": "thor"}, losses={})
+    batches = [{name: value[:1] for name, value in b.items()} for b in eval_batches(corpus, TOKENIZER, **SETTINGS)]
+    whole = [b | {"segment_ids": np.ones_like(b["segment_ids"])} for b in batches]
+    first, second = (np.stack(specialization(model, whole, corpus.domains).load) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    assert len(whole) > 4 and (first.sum((0, 1)) > 0).sum() > 1

@@ -53,6 +53,7 @@ ROUTERS = {
     ),
     "sinkhorn": ({"name": "sinkhorn"}, "dropless", ("z_loss",), "next_token"),
     "hash": ({"name": "hash"}, "dropless", (), "next_token"),
+    "thor": ({"name": "thor"}, "dropless", (), "thor"),
     "top_p": (
         {"name": "top_p", "init_std": 0.5, "controller_rate": 0.1}, "dropless",
         ("load_balance", "entropy_loss"), "next_token",

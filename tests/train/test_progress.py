@@ -164,6 +164,13 @@ def _report():
         "specialization": Specialization.of(
             ["code", "prose"], [100, 10], [(3, [[150, 50, 0, 0], [0, 0, 5, 5]]), (7, np.zeros((2, 4)))]
         ).to_dict(),
+        "sparsity": {
+            "layers": [3, 7],
+            "chunk_length": 8,
+            "token": [0.75, 0.5],
+            "chunk": [0.25, None],
+            "reuse": [0.9, 0.1],
+        },
         "sample": {"prompt": "def f(", "text": "def f(x):\n\t[red]return[/red] x\x1b[31m\udc80"},
         "pictures": {"loss": "/" + "deep/" * 30 + "loss.png"},
         "train_seconds": 298.0,
@@ -188,8 +195,13 @@ def test_summary_without_a_terminal_is_plain_and_complete():
     loads = [re.split(r"\s{2,}", line.strip()) for line in text.splitlines() if "▄▄" in line]
     assert loads == [["3", "2.00", "0.00", "▄▄█·"], ["7", "1.00", "1.00", "▄▄▄▄"]]
     told = text[text.index("Domains and experts") :]
+    told = told[: told.index("Sparsity")]
     assert _cells(told, "3 ") == ["3", "1.000", "100.0%", "1.00-2.00", "code 0 3.0x, prose 2 2.0x"]
     assert _cells(told, "7 ") == ["7", "-", "-", "0.00-0.00"]
+    told = text[text.index("Sparsity") :]
+    assert _cells(told, "3 ") == ["3", "75.0%", "25.0%", "90.0%"]
+    assert _cells(told, "7 ") == ["7", "50.0%", "-", "10.0%"]
+    assert _cells(told, "mean ") == ["mean", "62.5%", "25.0%", "50.0%"]
     for part in ("256 tokens", "18,234 tokens/s", "3,123,456 in total", "923,456 active", "5.61M per token", "4m 58s"):
         assert part in text
     assert "def f(x):" in text and "    [red]return[/red] x\\x1b[31m\\udc80" in text
