@@ -4,6 +4,7 @@ B batch, S sequence, T = B * S tokens, D model, V vocabulary, L layers.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -188,11 +189,11 @@ class Decoder(nnx.Module):
         """Whether every router claims that no token depends on later ones; generation makes sense only then."""
         return all(block.ffn.router.causal for _, block, _ in self.routed())
 
-    def from_corpus(self, counts_V: Int[np.ndarray, "V"]) -> dict[str, np.ndarray]:
-        """Initial values by path that follow from how often each token id occurs in the training data."""
+    def from_corpus(self, counts_V: Int[np.ndarray, "V"], domains: Sequence[str]) -> dict[str, np.ndarray]:
+        """Initial values by path that follow from the training data: counts of token ids, names of domains."""
         new = {}
         for path, block, ids in self.routed():
-            for name, value in block.ffn.from_corpus(counts_V).items():
+            for name, value in block.ffn.from_corpus(counts_V, domains).items():
                 new[f"{path}.ffn.{name}"] = np.broadcast_to(value, (len(ids), *value.shape))
         return new
 

@@ -9,6 +9,7 @@ ROUTERS = Registry(
         "expert_choice": "moe_zoo.routing.expert_choice:ExpertChoice",
         "gshard": "moe_zoo.routing.gshard:GShard",
         "hash": "moe_zoo.routing.hashed:Hashed",
+        "hybrid_k": "moe_zoo.routing.hybrid_k:HybridK",
         "null_experts": "moe_zoo.routing.null_experts:NullExperts",
         "noisy_top_k": "moe_zoo.routing.noisy_top_k:NoisyTopK",
         "recurrent": "moe_zoo.routing.recurrent:Recurrent",

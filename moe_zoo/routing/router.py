@@ -1,6 +1,7 @@
 """The contract of a router."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -76,8 +77,10 @@ class Router(nnx.Module):
         """State kept while decoding; None if a token needs nothing of earlier ones."""
         return None
 
-    def from_corpus(self, counts_V: Int[np.ndarray, "V"]) -> dict[str, np.ndarray]:
-        """New values of this layer's variables before the first step, given how often each token id is in the data."""
+    def from_corpus(self, counts_V: Int[np.ndarray, "V"], domains: Sequence[str]) -> dict[str, np.ndarray]:
+        """New values of this layer's variables before the first step, given how often each token id is in the training
+        data, and the names of its domains by their ids.
+        """
         return {}
 
     def after_step(self, stats: dict[str, Stat]) -> dict[str, Array]:

@@ -60,6 +60,7 @@ CASES = {
     "sinkhorn": Case({"name": "sinkhorn", "num_experts_per_tok": 2}),
     "smoe_dropout": Case({"name": "smoe_dropout", "k_min": 1, "k_max": 3, "total_steps": 10}, losses=()),
     "gshard": Case({"name": "gshard"}, dispatch="capacity"),
+    "hybrid_k": Case({"name": "hybrid_k"}),
     "noisy_top_k": Case({"name": "noisy_top_k"}, losses=("importance", "expected_load")),
     "hash": Case({"name": "hash"}, losses=()),
 }
@@ -111,7 +112,7 @@ def context(name: str, batch: int = B, seq: int = S, **changes) -> RoutingContex
     moe, shared = layer(name)
     ids = np.random.default_rng(5).integers(0, 32, batch * seq).astype(np.int32)
     carry = moe.router.init_carry(batch * seq)
-    fixed = dict(token_ids=ids, step=jnp.int32(4), key=jax.random.key(0), carry=carry, shared=shared)
+    fixed = dict(token_ids=ids, domain=ids % 3, step=jnp.int32(4), key=jax.random.key(0), carry=carry, shared=shared)
     return RoutingContext(batch=batch, seq=seq, **{**fixed, **changes})
 
 

@@ -48,6 +48,7 @@ ROUTERS = {
     "soft": ({"name": "soft", "slots_per_expert": 2}, "slots", (), "next_token"),
     "smoe_dropout": ({"name": "smoe_dropout"}, "dropless", (), "next_token"),
     "gshard": ({"name": "gshard"}, "capacity", {"load_balance": {"choices": "first"}}, "next_token"),
+    "hybrid_k": ({"name": "hybrid_k", "init_std": 0.5}, "dropless", (), "next_token"),
     "noisy_top_k": (
         {"name": "noisy_top_k", "init_std": 0.02}, "dropless", ("importance", "expected_load"), "next_token",
     ),
@@ -91,7 +92,7 @@ def batch(B: int = 8, S: int = 16):
     segments[0, -3:] = 0  # padding
     return {
         "tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": segments,
-        "positions": np.tile(np.arange(S, dtype=np.int32), (B, 1)), "domain": np.zeros((B, S), np.int32),
+        "positions": np.tile(np.arange(S, dtype=np.int32), (B, 1)), "domain": segments - 1,
         "loss_mask": segments > 0,
     }  # fmt: skip
 
