@@ -75,7 +75,7 @@ class Case:
         def context(router) -> RoutingContext:
             return RoutingContext(
                 batch=self.batch, seq=self.seq, train=True, step=jnp.int32(0), key=jax.random.key(0), token_ids=ids_T,
-                valid=jnp.ones(T, bool), carry=router.init_carry(T), shared=shared,
+                domain=ids_T % 4, valid=jnp.ones(T, bool), carry=router.init_carry(T), shared=shared,
             )  # fmt: skip
 
         def alone(state, x_TD):

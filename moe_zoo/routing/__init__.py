@@ -10,6 +10,7 @@ ROUTERS = Registry(
         "gshard": "moe_zoo.routing.gshard:GShard",
         "hash": "moe_zoo.routing.hashed:Hashed",
         "hybrid_k": "moe_zoo.routing.hybrid_k:HybridK",
+        "modality_groups": "moe_zoo.routing.modality_groups:ModalityGroups",
         "null_experts": "moe_zoo.routing.null_experts:NullExperts",
         "noisy_top_k": "moe_zoo.routing.noisy_top_k:NoisyTopK",
         "recurrent": "moe_zoo.routing.recurrent:Recurrent",

@@ -61,6 +61,7 @@ CASES = {
     "smoe_dropout": Case({"name": "smoe_dropout", "k_min": 1, "k_max": 3, "total_steps": 10}, losses=()),
     "gshard": Case({"name": "gshard"}, dispatch="capacity"),
     "hybrid_k": Case({"name": "hybrid_k"}),
+    "modality_groups": Case({"name": "modality_groups"}, losses=("z_loss",)),
     "noisy_top_k": Case({"name": "noisy_top_k"}, losses=("importance", "expected_load")),
     "hash": Case({"name": "hash"}, losses=()),
 }
@@ -213,11 +214,12 @@ def test_padding_changes_nothing(name):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     if case.router["name"] in ("expert_choice", "soft", "sparse_ot"):
         return  # capacity and slots follow the padded length
-    short, _, _ = run(name, x[flat], context(name, seq=S - 2, token_ids=ctx.token_ids[flat]))
+    ids = dict(token_ids=ctx.token_ids[flat], domain=ctx.domain[flat])
+    short, _, _ = run(name, x[flat], context(name, seq=S - 2, **ids))
     np.testing.assert_allclose(y[flat], short, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if CASES[n].router["name"] not in ("hash",)])
+@pytest.mark.parametrize("name", [n for n in CASES if CASES[n].router["name"] not in ("hash", "modality_groups")])
 def test_relabelling_experts_relabels_the_decision_and_leaves_the_output(name):
     model = decoder(name)
     order = np.array([2, 0, 3, 1])
@@ -262,7 +264,7 @@ def test_gradient_reaches_trained_parameters_and_no_others(name):
 @pytest.mark.parametrize("name", [n for n in CASES if n not in ("hash", "soft")])
 def test_all_tokens_alike_and_a_single_token_work(name):
     same = np.tile(tokens(1), (T, 1))
-    y, _, _ = run(name, same, context(name, token_ids=np.zeros(T, np.int32)))
+    y, _, _ = run(name, same, context(name, token_ids=np.zeros(T, np.int32), domain=np.zeros(T, np.int32)))
     if name in CAUSAL and "capacity" not in name:
         np.testing.assert_allclose(y, np.tile(y[:1], (T, 1)), atol=1e-5)
     one, _, routing = run(name, tokens(1), context(name, batch=1, seq=1))
@@ -273,7 +275,11 @@ def test_all_tokens_alike_and_a_single_token_work(name):
 @pytest.mark.parametrize("num_experts", [1, E], ids=["one_expert", "all_experts"])
 def test_one_expert_and_all_experts_equal_the_loop(name, num_experts):
     """E = 1, and K = E where there is a K."""
-    K = [k for k in ("num_experts_per_tok", "expected_active", "k_min", "k_max") if k in fields(CASES[name])]
+    K = [
+        k
+        for k in ("num_experts_per_tok", "expected_active", "k_min", "k_max", "num_groups")
+        if k in fields(CASES[name])
+    ]
     settings = {**CASES[name].router, **{k: num_experts for k in K}}
     model = decoder(name, num_experts=num_experts, router=HashableDict(settings))
     moe, shared = first_layer(model)

@@ -49,6 +49,7 @@ ROUTERS = {
     "smoe_dropout": ({"name": "smoe_dropout"}, "dropless", (), "next_token"),
     "gshard": ({"name": "gshard"}, "capacity", {"load_balance": {"choices": "first"}}, "next_token"),
     "hybrid_k": ({"name": "hybrid_k", "init_std": 0.5}, "dropless", (), "next_token"),
+    "modality_groups": ({"name": "modality_groups", "init_std": 0.5}, "dropless", (), "next_token"),
     "noisy_top_k": (
         {"name": "noisy_top_k", "init_std": 0.02}, "dropless", ("importance", "expected_load"), "next_token",
     ),
@@ -60,7 +61,7 @@ ROUTERS = {
     ),
     "sparsemixer": ({"name": "sparsemixer"}, "dropless", (), "next_token"),
 }  # fmt: skip
-COMPETING = ("expert_choice", "relu_budget", "sparse_ot")
+COMPETING = ("expert_choice", "modality_groups", "relu_budget", "sparse_ot")
 # Every router on the mixed mesh and top-k on each axis alone; MOE_ZOO_ALL_MESHES=1 (`make meshes`) tries all on all.
 ALL = os.environ.get("MOE_ZOO_ALL_MESHES") == "1"
 EVERY_ROUTER = [(router, mesh) for router in ROUTERS for mesh in MESHES if ALL or router == "top_k" or mesh == "mixed"]
