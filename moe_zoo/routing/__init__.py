@@ -13,6 +13,7 @@ ROUTERS = Registry(
         "modality_groups": "moe_zoo.routing.modality_groups:ModalityGroups",
         "null_experts": "moe_zoo.routing.null_experts:NullExperts",
         "noisy_top_k": "moe_zoo.routing.noisy_top_k:NoisyTopK",
+        "pre_gate": "moe_zoo.routing.pre_gate:PreGate",
         "recurrent": "moe_zoo.routing.recurrent:Recurrent",
         "relu": "moe_zoo.routing.relu:ReLU",
         "sinkhorn": "moe_zoo.routing.sinkhorn:Sinkhorn",

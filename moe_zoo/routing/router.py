@@ -37,6 +37,24 @@ class CostBound:
     why: str = ""
 
 
+class Shared(nnx.Module):
+    """What the routers of all layers of a model have in common: one module, handed to each as `ctx.shared`."""
+
+    def before_layers(self, ctx: RoutingContext, cache: Any) -> tuple[Any, Any]:
+        """(what the routers get as `ctx.shared`, the new cache): called once per forward, before the first layer. The
+        module itself, unless there is something to compute ahead.
+        """
+        return self, None
+
+    def init_cache(self, batch: int, max_seq: int) -> Any:
+        """State of `before_layers` kept while decoding; None if a token needs nothing of earlier ones."""
+        return None
+
+    def flops_per_token(self, context: float) -> float:
+        """Forward FLOPs of `before_layers` on one token that sees `context` keys on average."""
+        return 0
+
+
 class Router(nnx.Module):
     """Maps tokens to a `Decision`.
 
@@ -65,8 +83,8 @@ class Router(nnx.Module):
         raise NotImplementedError(f"router {type(self).__name__} does not define __call__")
 
     @classmethod
-    def make_shared(cls, config: Any, dims: Dims) -> nnx.Module | None:
-        """A module that the routers of all layers share, handed to each as `ctx.shared`."""
+    def make_shared(cls, config: Any, dims: Dims) -> Shared | None:
+        """The module that the routers of all layers share."""
         return None
 
     def init_carry(self, num_tokens: int) -> Any:

@@ -55,6 +55,7 @@ CASES = {
     "null_experts": Case(
         {"name": "null_experts", "num_null_experts": 1, "picks_per_token": 2}, losses=("null_load_balance", "z_loss")
     ),
+    "pre_gate": Case({"name": "pre_gate", "gate": "prob", "size": 8}),
     "recurrent": Case({"name": "recurrent", "recurrent_size": 8}),
     "soft": Case({"name": "soft", "slots_per_expert": 2}, dispatch="slots", losses=()),
     "sinkhorn": Case({"name": "sinkhorn", "num_experts_per_tok": 2}),
@@ -106,6 +107,7 @@ def first_layer(model: Decoder) -> tuple[MoE, object]:
 
 # One program for each router and shape, shared by the tests.
 call_layer = jax.jit(lambda moe, x, ctx: moe(x, ctx))
+before_layers = jax.jit(lambda shared, ctx: shared.before_layers(ctx, None)[0])
 call_model = jax.jit(lambda model, ids: model(ids, step=jnp.int32(3)))
 
 
@@ -114,7 +116,8 @@ def context(name: str, batch: int = B, seq: int = S, **changes) -> RoutingContex
     ids = np.random.default_rng(5).integers(0, 32, batch * seq).astype(np.int32)
     carry = moe.router.init_carry(batch * seq)
     fixed = dict(token_ids=ids, domain=ids % 3, step=jnp.int32(4), key=jax.random.key(0), carry=carry, shared=shared)
-    return RoutingContext(batch=batch, seq=seq, **{**fixed, **changes})
+    ctx = RoutingContext(batch=batch, seq=seq, **{**fixed, **changes})
+    return ctx if ctx.shared is None else ctx.replace(shared=before_layers(ctx.shared, ctx.replace(shared=None)))
 
 
 def tokens(n: int = T, seed: int = 0):

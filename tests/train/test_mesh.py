@@ -44,6 +44,10 @@ ROUTERS = {
         {"name": "null_experts", "num_null_experts": 6, "init_std": 0.5}, "dropless", ("null_load_balance", "z_loss"),
         "next_token",
     ),
+    "pre_gate": (
+        {"name": "pre_gate", "gate": "prob", "size": 16, "num_attention_heads": 4}, "dropless", ("load_balance",),
+        "next_token",
+    ),
     "recurrent": ({"name": "recurrent", "recurrent_size": 8}, "dropless", ("load_balance",), "next_token"),
     "soft": ({"name": "soft", "slots_per_expert": 2}, "slots", (), "next_token"),
     "smoe_dropout": ({"name": "smoe_dropout"}, "dropless", (), "next_token"),
