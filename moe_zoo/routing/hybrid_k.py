@@ -91,7 +91,9 @@ class HybridK(Router):
 def make_room(experts_TK: Int[Array, "T K"], own_T: Int[Array, "T"]) -> Int[Array, "T K"]:
     """The choices, best first, with `own` in the last place where it is none of them; -1: nothing to make room for."""
     settled_T = (experts_TK == own_T[:, None]).any(-1) | (own_T < 0)
-    return experts_TK.at[:, -1].set(jnp.where(settled_T, experts_TK[:, -1], own_T))
+    # no slice of the choices: XLA on a CPU would then sort all E for them, at up to nine times the time
+    last_K = jnp.arange(experts_TK.shape[1]) == experts_TK.shape[1] - 1
+    return jnp.where(last_K & ~settled_T[:, None], own_T[:, None], experts_TK)
 
 
 def changed(before_TK: Int[Array, "T K"], after_TK: Int[Array, "T K"], ctx: RoutingContext) -> Stat:

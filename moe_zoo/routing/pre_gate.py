@@ -136,7 +136,7 @@ class PreGate(Router):
 
     Config = PreGateConfig
     requires = ("token_ids",)
-    cost = CostBound(60, 12, "a transformer over the ids: measured for one layer, it runs once for all of them")
+    cost = CostBound(25, 6, "a transformer over the ids: measured for one layer, it runs once for all of them")
 
     def __init__(self, config: PreGateConfig, dims: Dims):
         self.config, self.num_experts = config, dims.num_experts
