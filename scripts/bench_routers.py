@@ -62,9 +62,9 @@ class Case:
         bank = FeedForward(
             FeedForward.Config(), num_experts=self.E, hidden_size=self.D, intermediate_size=WIDTH, out_scale=1.0
         )
-        graphdef, state = nnx.split(P.materialize(nnx.Dict(router=cls(config, dims), bank=bank), 0))
         shared = cls.make_shared(config, dims)
-        shared = None if shared is None else P.materialize(shared, 0)
+        parts = {"router": cls(config, dims), "bank": bank} | ({} if shared is None else {"shared": shared})
+        graphdef, state = nnx.split(P.materialize(nnx.Dict(**parts), 0))
         dispatcher, settings = DISPATCH[cls.decision]
         dispatcher = DISPATCHERS.get(dispatcher)
         dispatcher = dispatcher(dispatcher.Config(**settings))
@@ -72,22 +72,24 @@ class Case:
         x_TD = jnp.asarray(rng.standard_normal((T, self.D)), jnp.float32)
         ids_T = jnp.asarray(rng.integers(0, 256, T), jnp.int32)
 
-        def context(router) -> RoutingContext:
-            return RoutingContext(
+        def context(layer) -> RoutingContext:
+            ctx = RoutingContext(
                 batch=self.batch, seq=self.seq, train=True, step=jnp.int32(0), key=jax.random.key(0), token_ids=ids_T,
-                valid=jnp.ones(T, bool), carry=router.init_carry(T), shared=shared,
+                domain=ids_T % 4, valid=jnp.ones(T, bool), carry=layer["router"].init_carry(T),
             )  # fmt: skip
+            return ctx if shared is None else ctx.replace(shared=layer["shared"].before_layers(ctx, None)[0])
 
         def alone(state, x_TD):
-            router = nnx.merge(graphdef, state)["router"]
-            routing = router(x_TD, context(router))
+            layer = nnx.merge(graphdef, state)
+            ctx = context(layer)
+            routing = layer["router"](x_TD, ctx)
             extra = sum(map(jnp.sum, jax.tree.leaves((routing.aux.losses, routing.aux.terms))), jnp.float32(0))
-            return routing.decision.masked(context(router).valid), extra
+            return routing.decision.masked(ctx.valid), extra
 
         def moved(state, x_TD):
             layer = nnx.merge(graphdef, state)
             decision, extra = alone(state, x_TD)
-            return dispatcher(x_TD, decision, layer["bank"], context(layer["router"]))[0], extra
+            return dispatcher(x_TD, decision, layer["bank"], context(layer))[0], extra
 
         def both(f):
             """With gradients, from random ones of all floats that `f` returns."""

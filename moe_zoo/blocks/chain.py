@@ -10,6 +10,7 @@ outer_residual=false`, K / 2 experts each time, raw softmax gates.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -82,8 +83,9 @@ class Chain(MoE):
             aux = aux | Aux(stats={"load_by_iteration": Stat.sum(jnp.stack(loads))})
         return x_BSD, aux, routing
 
-    def from_corpus(self, counts_V: Int[np.ndarray, "V"]) -> dict[str, np.ndarray]:
-        return {path: v for path, router in self._owned() for path, v in _below(path, router.from_corpus(counts_V))}
+    def from_corpus(self, counts_V: Int[np.ndarray, "V"], domains: Sequence[str]) -> dict[str, np.ndarray]:
+        found = [(path, router.from_corpus(counts_V, domains)) for path, router in self._owned()]
+        return {name: value for path, values in found for name, value in _below(path, values)}
 
     def after_step(self, stats: dict[str, Stat]) -> dict[str, Array]:
         """Each router's buffers from its own iteration's load; other statistics are of all iterations together."""

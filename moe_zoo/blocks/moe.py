@@ -1,6 +1,7 @@
 """The routed feed-forward layer: router, dispatcher, bank, and what trains the router."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -94,9 +95,9 @@ class MoE(nnx.Module):
             stats[name] = Stat.average(jax.lax.stop_gradient(raw))
         return Aux(losses=losses, stats=stats)
 
-    def from_corpus(self, counts_V: Int[np.ndarray, "V"]) -> dict[str, np.ndarray]:
+    def from_corpus(self, counts_V: Int[np.ndarray, "V"], domains: Sequence[str]) -> dict[str, np.ndarray]:
         """Values that follow from the training data, keyed by their path below this layer."""
-        return {f"router.{name}": value for name, value in self.router.from_corpus(counts_V).items()}
+        return {f"router.{name}": value for name, value in self.router.from_corpus(counts_V, domains).items()}
 
     def after_step(self, stats: dict[str, Stat]) -> dict[str, Array]:
         """New buffer values, keyed by their path below this layer."""

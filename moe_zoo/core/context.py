@@ -18,9 +18,9 @@ class RoutingContext:
 
     `mesh` is for dispatchers; routers see the global view. `record`: layers hand out what was routed, token by token.
 
-    `carry` runs through the depth, `cache` through decoding time, `shared` is a module of all layers; a router sees its
-    own pytrees, a block all routers' by name. `inputs` are per-layer arrays from outside (`router_bias`, `given`),
-    sliced by the scan beside the parameters.
+    `carry` runs through the depth, `cache` through decoding time, `shared` is a module of all layers, or what it has
+    made before them; a router sees its own pytrees, a block all routers' by name. `inputs` are per-layer arrays from
+    outside (`router_bias`, `given`, `target_scores`), sliced by the scan beside the parameters.
     """
 
     batch: int = dataclasses.field(metadata={"static": True})

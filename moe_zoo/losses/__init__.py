@@ -12,6 +12,7 @@ LOSSES = Registry(
         "load_balance": "moe_zoo.losses.load_balance:LoadBalance",
         "locality": "moe_zoo.losses.locality:Locality",
         "null_load_balance": "moe_zoo.losses.null_load_balance:NullLoadBalance",
+        "route_targets": "moe_zoo.losses.route_targets:RouteTargets",
         "z_loss": "moe_zoo.losses.z_loss:ZLoss",
     },
 )

@@ -4,6 +4,7 @@ B batch, S sequence, T = B * S tokens, D model, V vocabulary, L layers.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ from moe_zoo.layers.mlp import MLP
 from moe_zoo.layers.ngram import NgramEmbedding
 from moe_zoo.layers.norm import NORMS
 from moe_zoo.models.config import ModelConfig
-from moe_zoo.routing.router import Dims
+from moe_zoo.routing.router import Dims, Shared
 
 _UNROLL = 4  # scan(unroll=4) measured 10% less CPU time and 20% less wall time than unroll=1
 _REMAT = {
@@ -125,8 +126,10 @@ class Decoder(nnx.Module):
         ctx = RoutingContext(
             batch=B, seq=S, train=train, num_domains=num_domains, mesh=self.mesh, step=step, key=key, record=record,
             valid=flat(valid), positions=flat(positions), segment_ids=flat(segment_ids),
-            token_ids=flat(tokens), domain=flat(domain), carry=self._init_carry(B * S), shared=dict(self.shared),
+            token_ids=flat(tokens), domain=flat(domain), carry=self._init_carry(B * S),
         )  # fmt: skip
+        shared, shared_cache = self._before_layers(ctx, cache)
+        ctx = ctx.replace(shared=shared)
         dtype = jnp.dtype(self.config.dtype)
         view = View(positions, segment_ids, valid).with_rotary(self._rotary_keys(), dtype)
         x, ngram_cache = self._embed(tokens, positions, cache, dtype)
@@ -138,7 +141,9 @@ class Decoder(nnx.Module):
         if self.config.logits_scaling != 1.0:
             logits = logits / self.config.logits_scaling
         wide = jnp.promote_types(logits.dtype, jnp.float32)
-        new_cache = None if cache is None else {"at": at + S, "ngram": ngram_cache, "segments": state.caches}
+        new_cache = None
+        if cache is not None:
+            new_cache = {"at": at + S, "ngram": ngram_cache, "shared": shared_cache, "segments": state.caches}
         return logits.astype(wide), ModelAux(state.losses, state.layers), new_cache
 
     def set_layers_apart(self) -> None:
@@ -163,7 +168,8 @@ class Decoder(nnx.Module):
 
         segments = [[one(block, segment.repeats) for block in segment.blocks] for segment in self.segments]
         ngram = self.ngram.init_cache(batch) if self.config.ngram.orders else None
-        return {"at": jnp.zeros((), jnp.int32), "ngram": ngram, "segments": segments}
+        shared = {name: module.init_cache(batch, max_seq) for name, module in self.shared.items()}
+        return {"at": jnp.zeros((), jnp.int32), "ngram": ngram, "shared": shared, "segments": segments}
 
     def routed(self):
         """(path, stacked block, layer ids) of every routed block."""
@@ -188,11 +194,11 @@ class Decoder(nnx.Module):
         """Whether every router claims that no token depends on later ones; generation makes sense only then."""
         return all(block.ffn.router.causal for _, block, _ in self.routed())
 
-    def from_corpus(self, counts_V: Int[np.ndarray, "V"]) -> dict[str, np.ndarray]:
-        """Initial values by path that follow from how often each token id occurs in the training data."""
+    def from_corpus(self, counts_V: Int[np.ndarray, "V"], domains: Sequence[str]) -> dict[str, np.ndarray]:
+        """Initial values by path that follow from the training data: counts of token ids, names of domains."""
         new = {}
         for path, block, ids in self.routed():
-            for name, value in block.ffn.from_corpus(counts_V).items():
+            for name, value in block.ffn.from_corpus(counts_V, domains).items():
                 new[f"{path}.ffn.{name}"] = np.broadcast_to(value, (len(ids), *value.shape))
         return new
 
@@ -213,6 +219,14 @@ class Decoder(nnx.Module):
         extra, ngram_cache = self.ngram(tokens, positions, None if cache is None else cache["ngram"], dtype)
         return x + extra, ngram_cache
 
+    def _before_layers(self, ctx: RoutingContext, cache) -> tuple[dict[str, Any], dict[str, Any]]:
+        """By router name: what layers get of what they share, and its caches."""
+        found = {
+            name: module.before_layers(ctx, None if cache is None else cache["shared"][name])
+            for name, module in self.shared.items()
+        }
+        return {name: value for name, (value, _) in found.items()}, {name: new for name, (_, new) in found.items()}
+
     def _rotary_keys(self) -> set[RotaryKey]:
         return {block.mixer.rotary_key for segment in self.segments for block in segment.blocks}
 
@@ -228,13 +242,14 @@ class Decoder(nnx.Module):
         """
         rows = rows_per_token or {}
         flops = 2.0 * self.config.hidden_size * self.config.vocab_size
+        flops += sum(module.flops_per_token(context) for module in self.shared.values())
         for s, segment in enumerate(self.segments):
             for p, block in enumerate(segment.blocks):
                 flops += segment.repeats * block.flops_per_token(context, rows.get(f"segments.{s}.blocks.{p}"))
         return flops
 
 
-def shared_modules(config: ModelConfig) -> dict[str, nnx.Module]:
+def shared_modules(config: ModelConfig) -> dict[str, Shared]:
     """What the routers of all layers share, by router name."""
     found = {}
     for kind in (kind for segment in config.segments() for kind in segment.pattern):

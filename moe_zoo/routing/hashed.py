@@ -9,6 +9,7 @@ load so far.
 
 import dataclasses
 import heapq
+from collections.abc import Sequence
 from typing import Literal
 
 import jax.numpy as jnp
@@ -60,7 +61,7 @@ class Hashed(Router):
         experts_T1 = self.table[...][ctx.token_ids][:, None]
         return Routing(TokenChoice(experts_T1, jnp.ones(experts_T1.shape, jnp.float32), self.num_experts))
 
-    def from_corpus(self, counts_V: Int[np.ndarray, "V"]) -> dict[str, np.ndarray]:
+    def from_corpus(self, counts_V: Int[np.ndarray, "V"], domains: Sequence[str]) -> dict[str, np.ndarray]:
         return {"table": balanced_table(counts_V, self.num_experts)} if self.config.table == "balanced" else {}
 
     def max_active(self) -> int:

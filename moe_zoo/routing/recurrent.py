@@ -14,7 +14,6 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float
 
 from moe_zoo.core.context import Routing, RoutingContext
@@ -22,7 +21,7 @@ from moe_zoo.core.decision import TokenChoice
 from moe_zoo.core.param import Constant, Normal, Uniform, param
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import join, positive
-from moe_zoo.routing.router import CostBound, Dims, Router, at_least_f32, gather_gates, linear_logits
+from moe_zoo.routing.router import CostBound, Dims, Router, Shared, at_least_f32, gather_gates, linear_logits
 from moe_zoo.routing.top_k import select
 
 
@@ -48,7 +47,7 @@ class RecurrentConfig:
             )
 
 
-class GRU(nnx.Module):
+class GRU(Shared):
     """The cell that all layers share. Gates in the order reset, update, candidate."""
 
     def __init__(self, size: int):
@@ -80,7 +79,7 @@ class Recurrent(Router):
         self.kernel = param((p, E), (None, "expert_logits"), Normal(config.init_std))
 
     @classmethod
-    def make_shared(cls, config: RecurrentConfig, dims: Dims) -> nnx.Module:
+    def make_shared(cls, config: RecurrentConfig, dims: Dims) -> GRU:
         return GRU(config.recurrent_size)
 
     def init_carry(self, num_tokens: int) -> Float[Array, "T P"]:

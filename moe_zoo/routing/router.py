@@ -1,6 +1,7 @@
 """The contract of a router."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -36,6 +37,24 @@ class CostBound:
     why: str = ""
 
 
+class Shared(nnx.Module):
+    """What the routers of all layers of a model have in common: one module, handed to each as `ctx.shared`."""
+
+    def before_layers(self, ctx: RoutingContext, cache: Any) -> tuple[Any, Any]:
+        """(what the routers get as `ctx.shared`, the new cache): called once per forward, before the first layer. The
+        module itself, unless there is something to compute ahead.
+        """
+        return self, None
+
+    def init_cache(self, batch: int, max_seq: int) -> Any:
+        """State of `before_layers` kept while decoding; None if a token needs nothing of earlier ones."""
+        return None
+
+    def flops_per_token(self, context: float) -> float:
+        """Forward FLOPs of `before_layers` on one token that sees `context` keys on average."""
+        return 0
+
+
 class Router(nnx.Module):
     """Maps tokens to a `Decision`.
 
@@ -64,8 +83,8 @@ class Router(nnx.Module):
         raise NotImplementedError(f"router {type(self).__name__} does not define __call__")
 
     @classmethod
-    def make_shared(cls, config: Any, dims: Dims) -> nnx.Module | None:
-        """A module that the routers of all layers share, handed to each as `ctx.shared`."""
+    def make_shared(cls, config: Any, dims: Dims) -> Shared | None:
+        """The module that the routers of all layers share."""
         return None
 
     def init_carry(self, num_tokens: int) -> Any:
@@ -76,8 +95,10 @@ class Router(nnx.Module):
         """State kept while decoding; None if a token needs nothing of earlier ones."""
         return None
 
-    def from_corpus(self, counts_V: Int[np.ndarray, "V"]) -> dict[str, np.ndarray]:
-        """New values of this layer's variables before the first step, given how often each token id is in the data."""
+    def from_corpus(self, counts_V: Int[np.ndarray, "V"], domains: Sequence[str]) -> dict[str, np.ndarray]:
+        """New values of this layer's variables before the first step, given how often each token id is in the training
+        data, and the names of its domains by their ids.
+        """
         return {}
 
     def after_step(self, stats: dict[str, Stat]) -> dict[str, Array]:

@@ -86,8 +86,8 @@ def train(
             step = latest
             _go_on(data, watch, meta, checkpoints.path / str(latest) / "meta")
         else:
-            counts = None if begin_from else parts["train"].token_counts(config.model.vocab_size)
-            state = trainer.init_state(counts, begin_from)
+            counts = parts["train"].token_counts(config.model.vocab_size)
+            state = trainer.init_state(counts, begin_from, corpus.domains)
         distributed.main_only(lambda: write_settings(workdir, config, corpus.fingerprint))
         writers = distributed.main_only(lambda: all_writers(workdir, config, step, writers)) or []
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -77,15 +77,21 @@ class Trainer:
         return NamedSharding(self.mesh, PartitionSpec())
 
     def init_state(
-        self, counts_V: np.ndarray | None = None, given: Mapping[str, jax.Array | np.ndarray] | None = None
+        self,
+        counts_V: np.ndarray | None = None,
+        given: Mapping[str, jax.Array | np.ndarray] | None = None,
+        domains: Sequence[str] = (),
     ) -> State:
         """Fresh weights, drawn on the host and placed shard by shard; zero moments.
 
-        `counts_V`: how often each token id occurs in the training data, for routers that ask (`Router.from_corpus`).
+        `counts_V`, `domains`: how often each token id occurs in the training data, and the names of its domains, for
+        routers that ask (`Router.from_corpus`).
         `given`: values by path to begin from instead; raises ConfigError where a shape differs.
         """
-        fitted = {} if counts_V is None else self.abstract.from_corpus(counts_V)
-        given = fitted | dict(given or {})
+        fitted = {} if counts_V is None else self.abstract.from_corpus(counts_V, domains)
+        # given weights go with the tables that they were trained with; a buffer follows the data, whose ids may differ
+        of_data = {path: value for path, value in fitted.items() if path in self.partition.buffers}
+        given = fitted | dict(given or {}) | of_data
         for path in given.keys() & self.shapes.keys():
             if given[path].shape != self.shapes[path].shape:
                 raise ConfigError(

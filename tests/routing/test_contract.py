@@ -56,11 +56,14 @@ CASES = {
     "null_experts": Case(
         {"name": "null_experts", "num_null_experts": 1, "picks_per_token": 2}, losses=("null_load_balance", "z_loss")
     ),
+    "pre_gate": Case({"name": "pre_gate", "gate": "prob", "size": 8}),
     "recurrent": Case({"name": "recurrent", "recurrent_size": 8}),
     "soft": Case({"name": "soft", "slots_per_expert": 2}, dispatch="slots", losses=()),
     "sinkhorn": Case({"name": "sinkhorn", "num_experts_per_tok": 2}),
     "smoe_dropout": Case({"name": "smoe_dropout", "k_min": 1, "k_max": 3, "total_steps": 10}, losses=()),
     "gshard": Case({"name": "gshard"}, dispatch="capacity"),
+    "hybrid_k": Case({"name": "hybrid_k"}),
+    "modality_groups": Case({"name": "modality_groups"}, losses=("z_loss",)),
     "noisy_top_k": Case({"name": "noisy_top_k"}, losses=("importance", "expected_load")),
     "hash": Case({"name": "hash"}, losses=()),
     "thor": Case({"name": "thor"}, losses=(), objective="thor"),
@@ -106,6 +109,7 @@ def first_layer(model: Decoder) -> tuple[MoE, object]:
 
 # One program for each router and shape, shared by the tests.
 call_layer = jax.jit(lambda moe, x, ctx: moe(x, ctx))
+before_layers = jax.jit(lambda shared, ctx: shared.before_layers(ctx, None)[0])
 call_model = jax.jit(lambda model, ids: model(ids, step=jnp.int32(3)))
 
 
@@ -113,8 +117,9 @@ def context(name: str, batch: int = B, seq: int = S, **changes) -> RoutingContex
     moe, shared = layer(name)
     ids = np.random.default_rng(5).integers(0, 32, batch * seq).astype(np.int32)
     carry = moe.router.init_carry(batch * seq)
-    fixed = dict(token_ids=ids, step=jnp.int32(4), key=jax.random.key(0), carry=carry, shared=shared)
-    return RoutingContext(batch=batch, seq=seq, **{**fixed, **changes})
+    fixed = dict(token_ids=ids, domain=ids % 3, step=jnp.int32(4), key=jax.random.key(0), carry=carry, shared=shared)
+    ctx = RoutingContext(batch=batch, seq=seq, **{**fixed, **changes})
+    return ctx if ctx.shared is None else ctx.replace(shared=before_layers(ctx.shared, ctx.replace(shared=None)))
 
 
 def tokens(n: int = T, seed: int = 0):
@@ -214,11 +219,12 @@ def test_padding_changes_nothing(name):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     if case.router["name"] in ("expert_choice", "soft", "sparse_ot"):
         return  # capacity and slots follow the padded length
-    short, _, _ = run(name, x[flat], context(name, seq=S - 2, token_ids=ctx.token_ids[flat]))
+    ids = dict(token_ids=ctx.token_ids[flat], domain=ctx.domain[flat])
+    short, _, _ = run(name, x[flat], context(name, seq=S - 2, **ids))
     np.testing.assert_allclose(y[flat], short, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if CASES[n].router["name"] not in ("hash", "thor")])
+@pytest.mark.parametrize("name", [n for n in CASES if n not in ("hash", "modality_groups", "thor")])
 def test_relabelling_experts_relabels_the_decision_and_leaves_the_output(name):
     model = decoder(name)
     order = np.array([2, 0, 3, 1])
@@ -263,7 +269,7 @@ def test_gradient_reaches_trained_parameters_and_no_others(name):
 @pytest.mark.parametrize("name", [n for n in CASES if n not in ("hash", "soft")])
 def test_all_tokens_alike_and_a_single_token_work(name):
     same = np.tile(tokens(1), (T, 1))
-    y, _, _ = run(name, same, context(name, token_ids=np.zeros(T, np.int32)))
+    y, _, _ = run(name, same, context(name, token_ids=np.zeros(T, np.int32), domain=np.zeros(T, np.int32)))
     if name in CAUSAL and "capacity" not in name and name != "thor":  # thor draws, alike or not
         np.testing.assert_allclose(y, np.tile(y[:1], (T, 1)), atol=1e-5)
     one, _, routing = run(name, tokens(1), context(name, batch=1, seq=1))
@@ -274,7 +280,11 @@ def test_all_tokens_alike_and_a_single_token_work(name):
 @pytest.mark.parametrize("num_experts", [1, E], ids=["one_expert", "all_experts"])
 def test_one_expert_and_all_experts_equal_the_loop(name, num_experts):
     """E = 1, and K = E where there is a K."""
-    K = [k for k in ("num_experts_per_tok", "expected_active", "k_min", "k_max") if k in fields(CASES[name])]
+    K = [
+        k
+        for k in ("num_experts_per_tok", "expected_active", "k_min", "k_max", "num_groups")
+        if k in fields(CASES[name])
+    ]
     settings = {**CASES[name].router, **{k: num_experts for k in K}}
     model = decoder(name, num_experts=num_experts, router=HashableDict(settings))
     moe, shared = first_layer(model)

@@ -44,10 +44,16 @@ ROUTERS = {
         {"name": "null_experts", "num_null_experts": 6, "init_std": 0.5}, "dropless", ("null_load_balance", "z_loss"),
         "next_token",
     ),
+    "pre_gate": (
+        {"name": "pre_gate", "gate": "prob", "size": 16, "num_attention_heads": 4}, "dropless", ("load_balance",),
+        "next_token",
+    ),
     "recurrent": ({"name": "recurrent", "recurrent_size": 8}, "dropless", ("load_balance",), "next_token"),
     "soft": ({"name": "soft", "slots_per_expert": 2}, "slots", (), "next_token"),
     "smoe_dropout": ({"name": "smoe_dropout"}, "dropless", (), "next_token"),
     "gshard": ({"name": "gshard"}, "capacity", {"load_balance": {"choices": "first"}}, "next_token"),
+    "hybrid_k": ({"name": "hybrid_k", "init_std": 0.5}, "dropless", (), "next_token"),
+    "modality_groups": ({"name": "modality_groups", "init_std": 0.5}, "dropless", (), "next_token"),
     "noisy_top_k": (
         {"name": "noisy_top_k", "init_std": 0.02}, "dropless", ("importance", "expected_load"), "next_token",
     ),
@@ -60,7 +66,7 @@ ROUTERS = {
     ),
     "sparsemixer": ({"name": "sparsemixer"}, "dropless", (), "next_token"),
 }  # fmt: skip
-COMPETING = ("expert_choice", "relu_budget", "sparse_ot")
+COMPETING = ("expert_choice", "modality_groups", "relu_budget", "sparse_ot")
 # Every router on the mixed mesh and top-k on each axis alone; MOE_ZOO_ALL_MESHES=1 (`make meshes`) tries all on all.
 ALL = os.environ.get("MOE_ZOO_ALL_MESHES") == "1"
 EVERY_ROUTER = [(router, mesh) for router in ROUTERS for mesh in MESHES if ALL or router == "top_k" or mesh == "mixed"]
@@ -92,7 +98,7 @@ def batch(B: int = 8, S: int = 16):
     segments[0, -3:] = 0  # padding
     return {
         "tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": segments,
-        "positions": np.tile(np.arange(S, dtype=np.int32), (B, 1)), "domain": np.zeros((B, S), np.int32),
+        "positions": np.tile(np.arange(S, dtype=np.int32), (B, 1)), "domain": segments - 1,
         "loss_mask": segments > 0,
     }  # fmt: skip
 
