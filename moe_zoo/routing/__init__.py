@@ -5,6 +5,7 @@ from moe_zoo.core.registry import Registry
 ROUTERS = Registry(
     "router",
     {
+        "attention_aware": "moe_zoo.routing.token_graph:AttentionAware",
         "block_ffn": "moe_zoo.routing.block_ffn:BlockFFN",
         "expert_choice": "moe_zoo.routing.expert_choice:ExpertChoice",
         "gshard": "moe_zoo.routing.gshard:GShard",
@@ -13,6 +14,7 @@ ROUTERS = Registry(
         "noisy_top_k": "moe_zoo.routing.noisy_top_k:NoisyTopK",
         "recurrent": "moe_zoo.routing.recurrent:Recurrent",
         "relu": "moe_zoo.routing.relu:ReLU",
+        "similarity_aware": "moe_zoo.routing.token_graph:SimilarityAware",
         "sinkhorn": "moe_zoo.routing.sinkhorn:Sinkhorn",
         "smoe_dropout": "moe_zoo.routing.smoe_dropout:SMoEDropout",
         "soft": "moe_zoo.routing.soft:Soft",
