@@ -126,7 +126,7 @@ class SimilarityAware(TokenGraph):
     """Tokens mix the router's distributions of earlier tokens by a learned similarity, then take the k best experts."""
 
     Config = SimilarityAwareConfig
-    cost = CostBound(30, 10, "x W_s, and attention of width D over all earlier tokens")
+    cost = CostBound(15, 3.5, "x W_s, and attention of width D over all earlier tokens")
 
     def __init__(self, config: SimilarityAwareConfig, dims: Dims):
         super().__init__(config, dims)
@@ -221,7 +221,7 @@ class AttentionAware(TokenGraph):
 
     Config = AttentionAwareConfig
     requires = ("attention",)
-    cost = CostBound(30, 10, "two passes of one attention head over all earlier tokens, and the entropy of every head")
+    cost = CostBound(15, 3.5, "two passes of an attention head over all earlier tokens")
 
     def __init__(self, config: AttentionAwareConfig, dims: Dims):
         super().__init__(config, dims)

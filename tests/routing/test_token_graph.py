@@ -91,6 +91,7 @@ def check(router, routing, weights, norm=True):
             choice.gates[t], mixed[experts] / (mixed[experts].sum() if norm else 1), rtol=1e-4, atol=1e-6
         )
         moved += experts != best(e[b, i], K)
+    np.testing.assert_allclose(probs[~VALID], e[~VALID], rtol=1e-4)  # padding informs nobody and hears nobody
     assert moved > 0, "some token must choose otherwise than by itself"
     return rows
 
