@@ -304,4 +304,4 @@ def row_entropy(view: AttentionView) -> Stat:
         counts_BS = jnp.ones(mask.shape[:2]) if view.sight.key_valid is None else view.sight.key_valid[:, rows]
         total_N += jnp.where(counts_BS[:, None] > 0, entropy_BNS, 0).sum((0, 2))
         weight += counts_BS.sum()
-    return Stat.mean(total_N, weight)
+    return Stat.mean(total_N, jnp.broadcast_to(weight, total_N.shape))  # layers are stacked in front of both

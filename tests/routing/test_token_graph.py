@@ -250,6 +250,8 @@ def test_the_head_is_the_one_whose_rows_had_the_least_entropy_so_far():
             total[n] += entropy(softmax(np.array([q[b, n, i] @ k[b, n // 2, j] for j in keys])))
     stat = row_entropy(view)
     np.testing.assert_allclose(stat.value(), total / count, rtol=1e-4)
+    stacked = jax.tree.map(lambda a: jnp.stack([a, 2 * a, 3 * a]), stat)  # as the scan over layers does
+    np.testing.assert_allclose(stacked.value(), np.tile(total / count, (3, 1)), rtol=1e-4)
     router = attentive(head_decay=0.75)
     (new,) = router.after_step({"row_entropy": stat}).values()
     np.testing.assert_allclose(new, 0.25 * total / count, rtol=1e-4)
