@@ -289,8 +289,7 @@ def test_no_array_has_a_place_for_every_pair_of_tokens():
 # ------------------------------------------------------------------------------------------------- in a whole decoder
 
 ROUTERS = {
-    "similarity": {"name": "similarity_aware", "informants": "more_certain"},
-    "window": {"name": "similarity_aware", "weights": "uniform", "window": 3},
+    "similarity": {"name": "similarity_aware", "informants": "more_certain", "window": 5},
     "attention": {"name": "attention_aware"},
 }
 
@@ -316,6 +315,18 @@ def test_decoding_behind_left_padding_and_packed_rows_equal_a_row_of_its_own(nam
         parts.append(logits[0])
         at += n
     np.testing.assert_allclose(np.concatenate(parts)[3:], whole, atol=2e-5)
+
+
+def test_the_uniform_control_remembers_too():
+    router = similar(weights="uniform", window=3)
+    whole, cache, parts = route(router, X, context(B * S, batch=B)), router.init_cache(B, 12), []
+    for at in (0, 3, 6):
+        x = X.reshape(B, S, D)[:, at : at + 3].reshape(-1, D)
+        positions = jnp.tile(jnp.arange(at, at + 3), B)
+        part = route(router, x, context(B * 3, batch=B, positions=positions, cache=cache, at=jnp.int32(at)))
+        cache = part.cache
+        parts.append(part.probs.reshape(B, 3, E))
+    np.testing.assert_allclose(np.concatenate(parts, 1).reshape(-1, E), whole.probs, rtol=1e-5)
 
 
 def test_what_cannot_be_is_refused_by_name():
