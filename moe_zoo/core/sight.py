@@ -1,4 +1,4 @@
-"""Which tokens a token may look at: one rule for attention and for routers that mix tokens.
+"""Which tokens a token may look at: the rule of attention, for routers that mix tokens.
 
 B batch, S queries, L keys.
 """
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-# Query rows per block of the parallel form: blocks see only the keys up to their end, which saves half the work.
+# Query rows per block: without a cache blocks see only the keys up to their end, which saves half the work.
 _BLOCK = 128
 
 

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moe_zoo.core.param import fan_in, param
-from moe_zoo.core.sight import Sight
-from moe_zoo.layers.attention import Attention, AttentionConfig, RotaryKey, View
+from moe_zoo.layers.attention import Attention, AttentionConfig, RotaryKey, View, attend
 from moe_zoo.layers.norm import RMSNorm
 from moe_zoo.layers.rope import rotate
 
@@ -61,20 +60,17 @@ class LatentAttention(Attention):
         latent, rotated = self.kv_norm(both[..., : c.kv_lora_rank]), turn(both[:, None, :, c.kv_lora_rank :])[:, 0]
         if cache is None:
             k, v = self._expand(latent, rotated)
-            sight = Sight(view.positions, view.positions, view.segment_ids, view.valid)
+            out = self._parallel(q, k, v, view)
         else:
             valid = jnp.ones(view.positions.shape, bool) if view.valid is None else view.valid
             new = {"latent": latent, "rotated": rotated, "positions": view.positions, "valid": valid}
             write = lambda old, value: jax.lax.dynamic_update_slice_in_dim(old, value.astype(old.dtype), at, 1)
             cache = {name: write(old, new[name]) for name, old in cache.items()}
+            mask_BSL = self._ordered(view.positions, cache["positions"]) & cache["valid"][:, None, :]
             k, v = self._expand(cache["latent"].astype(q.dtype), cache["rotated"].astype(q.dtype))
-            sight = Sight(view.positions, cache["positions"], None, cache["valid"], at)
-        out = self._mix(q, k, v, sight)
+            out = attend(q, k, v, mask_BSL, self.config.softmax_scale)
         out = jnp.einsum("bnsh,nhd->bsd", out, self.o[...].astype(out.dtype))
-        return out, cache, self._seen(q, k, v, out, sight)
-
-    def _sinks(self):
-        return None
+        return out, cache, self._seen(q, k, v, out, view, cache, at)
 
     def _queries(self, x_BSD):
         if not self.config.latent.q_lora_rank:

@@ -11,8 +11,9 @@
 
 The second is a posterior: a head looked at j and u_i is m_j with normal noise; which j was it? Gradients reach W
 through every e_j, W_s and the attention through w (`detach_weights` cuts that). Our reading: no code was released.
-w is never stored for more than a block of queries: p is attention with a token's e as its value, and the squared
-distance is a dot product, u_i m_j - |m_j|^2 / 2, and a term of i alone that the softmax drops.
+w never exists for more than a block of queries, and the backward pass makes it again: p is attention with a token's e
+as its value, and the squared distance is a dot product, u_i m_j - |m_j|^2 / 2, and a term of i alone that the softmax
+drops.
 
 B batch, S tokens of this call, L tokens they may see, N query heads, M key-value heads, H, V head sizes.
 """
@@ -91,7 +92,7 @@ class TokenGraph(Router):
             mask = sight.mask(queries, keys, window)
             mask = (mask if but is None else mask & but(queries, keys)) | sight.itself(queries, keys)
             q, k, v = query_BSH[:, None, queries], key_BLH[:, None, keys], value_BLE[:, None, keys]
-            parts.append(attend(q, k, v, mask, scale)[:, 0])
+            parts.append(jax.checkpoint(attend, static_argnums=4)(q, k, v, mask, scale)[:, 0])
         return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
     def max_active(self) -> int:
