@@ -19,6 +19,7 @@ B batch, S tokens of this call, L tokens they may see, N query heads, M key-valu
 """
 
 import dataclasses
+import functools
 import math
 from typing import Literal
 
@@ -87,12 +88,15 @@ class TokenGraph(Router):
         """
         if self.config.detach_weights:
             query_BSH, key_BLH = jax.lax.stop_gradient((query_BSH, key_BLH))
-        parts = []
-        for queries, keys in sight.blocks():
+
+        def block(queries, keys, query_BSH, key_BLH, value_BLE):
             mask = sight.mask(queries, keys, window)
             mask = (mask if but is None else mask & but(queries, keys)) | sight.itself(queries, keys)
             q, k, v = query_BSH[:, None, queries], key_BLH[:, None, keys], value_BLE[:, None, keys]
-            parts.append(jax.checkpoint(attend, static_argnums=4)(q, k, v, mask, scale)[:, 0])
+            return attend(q, k, v, mask, scale)[:, 0]
+
+        remade = lambda *cut: jax.checkpoint(functools.partial(block, *cut))
+        parts = [remade(*cut)(query_BSH, key_BLH, value_BLE) for cut in sight.blocks()]
         return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
     def max_active(self) -> int:

@@ -282,7 +282,7 @@ def test_no_array_has_a_place_for_every_pair_of_tokens():
                 if hasattr(inner, "jaxpr") or hasattr(inner, "eqns"):
                     yield from sizes(getattr(inner, "jaxpr", inner))
 
-    # nor does the backward pass keep it in parts; (a router without the attention's own)
+    # nor does the backward pass keep one in parts
     kept = jax.eval_shape(lambda x: jax.vjp(lambda x: similar()(x, ctx).probs, x)[1], normal(0, long, D))
     assert sum(leaf.size for leaf in jax.tree.leaves(kept)) < long**2 / 4
     # the attention's own block of queries: all heads
