@@ -24,8 +24,9 @@ from flax import nnx
 from measuring import Timing, compare
 
 from moe_zoo.core import param as P
-from moe_zoo.core.context import RoutingContext
+from moe_zoo.core.context import AttentionView, RoutingContext
 from moe_zoo.core.decision import Dense, ExpertChoice, Soft, TokenChoice
+from moe_zoo.core.sight import Sight
 from moe_zoo.dispatch import DISPATCHERS
 from moe_zoo.experts.feed_forward import FeedForward
 from moe_zoo.routing import ROUTERS
@@ -34,6 +35,7 @@ from moe_zoo.routing.router import Dims
 BASELINE = "top_k"
 VOCABULARY = 264
 WIDTH = 16  # of an expert
+HEADS = 4  # of the attention below
 #: who moves what; rows of decisions with a varying number of experts are budgeted, as in training
 DISPATCH = {
     TokenChoice: ("dropless", {}),
@@ -54,11 +56,19 @@ class Case:
     seq: int
     D: int
 
+    def attention(self, x_TD) -> AttentionView:
+        """The tokens as queries, keys, values and output: what a router costs counts, not what attention does."""
+        x_BSD = x_TD.reshape(self.batch, self.seq, self.D)
+        x_BNSH = x_BSD.reshape(self.batch, self.seq, HEADS, -1).swapaxes(1, 2)
+        places = jnp.broadcast_to(jnp.arange(self.seq), (self.batch, self.seq))
+        o_NHD = jnp.eye(self.D).reshape(HEADS, -1, self.D)
+        return AttentionView(x_BNSH / x_BNSH.shape[-1] ** 0.5, x_BNSH, x_BNSH, o_NHD, x_BSD, Sight(places, places))
+
     def functions(self) -> dict[str, Callable[[], Any]]:
         """{one of WHAT: a call of the compiled function}."""
         cls = ROUTERS.get(self.name)
         config = cls.Config()
-        dims = Dims(self.E, self.D, VOCABULARY)
+        dims = Dims(self.E, self.D, VOCABULARY, HEADS, self.D // HEADS)
         bank = FeedForward(
             FeedForward.Config(), num_experts=self.E, hidden_size=self.D, intermediate_size=WIDTH, out_scale=1.0
         )
@@ -72,8 +82,9 @@ class Case:
         x_TD = jnp.asarray(rng.standard_normal((T, self.D)), jnp.float32)
         ids_T = jnp.asarray(rng.integers(0, 256, T), jnp.int32)
 
-        def context(layer) -> RoutingContext:
+        def context(layer, x_TD) -> RoutingContext:
             ctx = RoutingContext(
+                attention=self.attention(x_TD) if "attention" in cls.requires else None,
                 batch=self.batch, seq=self.seq, train=True, step=jnp.int32(0), key=jax.random.key(0), token_ids=ids_T,
                 domain=ids_T % 4, valid=jnp.ones(T, bool), carry=layer["router"].init_carry(T),
             )  # fmt: skip
@@ -81,7 +92,7 @@ class Case:
 
         def alone(state, x_TD):
             layer = nnx.merge(graphdef, state)
-            ctx = context(layer)
+            ctx = context(layer, x_TD)
             routing = layer["router"](x_TD, ctx)
             extra = sum(map(jnp.sum, jax.tree.leaves((routing.aux.losses, routing.aux.terms))), jnp.float32(0))
             return routing.decision.masked(ctx.valid), extra
@@ -89,7 +100,7 @@ class Case:
         def moved(state, x_TD):
             layer = nnx.merge(graphdef, state)
             decision, extra = alone(state, x_TD)
-            return dispatcher(x_TD, decision, layer["bank"], context(layer))[0], extra
+            return dispatcher(x_TD, decision, layer["bank"], context(layer, x_TD))[0], extra
 
         def both(f):
             """With gradients, from random ones of all floats that `f` returns."""

@@ -10,8 +10,9 @@ import numpy as np
 from flax import nnx
 
 from moe_zoo.core import param as P
-from moe_zoo.core.context import RoutingContext
+from moe_zoo.core.context import AttentionView, RoutingContext
 from moe_zoo.core.schema import build
+from moe_zoo.core.sight import Sight
 from moe_zoo.models import Decoder, ModelConfig
 
 
@@ -195,6 +196,14 @@ def jitted(model, function):
 
 def context(T, *, batch=1, **fields) -> RoutingContext:
     return RoutingContext(batch=batch, seq=T // batch, **fields)
+
+
+def attention_view(batch, seq, D, N=2, valid_T=None) -> AttentionView:
+    """Random heads of width D / N for at most 32 tokens; a shorter sequence has the beginning of a longer one's."""
+    q, k, v = (normal(60 + i, batch, N, 32, D // N)[:, :, :seq] for i in range(3))
+    places = jnp.broadcast_to(jnp.arange(seq), (batch, seq))
+    sight = Sight(places, places, None, None if valid_T is None else jnp.asarray(valid_T).reshape(batch, seq))
+    return AttentionView(q, k, v, normal(63, N, D // N, D), normal(64, batch, 32, D)[:, :seq], sight)
 
 
 def normal(seed, *shape, scale=1.0):

@@ -31,6 +31,11 @@ class Block(nnx.Module):
     def routed(self) -> bool:
         return isinstance(self.ffn, MoE)
 
+    @property
+    def shows_attention(self) -> bool:
+        """Whether the router asks to see what the mixer did."""
+        return self.routed and "attention" in self.ffn.router.requires
+
     def init_cache(self, batch: int, max_seq: int, dtype) -> dict:
         cache = {"mixer": self.mixer.init_cache(batch, max_seq, dtype)}
         if self.routed:
@@ -40,7 +45,8 @@ class Block(nnx.Module):
     def __call__(self, x, view: View, ctx: RoutingContext, cache: dict | None = None, at=None):
         """Returns (x, Aux, cache, carry of the router)."""
         with jax.named_scope("mixer"):
-            y, mixer_cache = self.mixer(
+            mixer = self.mixer.observed if self.shows_attention else self.mixer
+            y, mixer_cache, *attention = mixer(
                 self._before(self.mixer_norm, x), view, None if cache is None else cache["mixer"], at
             )
         x = self._add(x, y, self.mixer_norm)
@@ -51,6 +57,7 @@ class Block(nnx.Module):
                 name, depth = self.ffn.router_name, ctx.carry
                 router_cache = None if cache is None else cache["router"]
                 mine = ctx.replace(cache=router_cache, carry=depth.get(name), shared=ctx.shared.get(name))
+                mine = mine.replace(attention=attention[0] if attention else None)
                 y, aux, routing = self.ffn(self._before(self.ffn_norm, x), mine)
                 router_cache = routing.cache
                 carry = {**depth, name: routing.carry} if name in depth else depth
@@ -72,4 +79,5 @@ class Block(nnx.Module):
 
     def flops_per_token(self, context: float, rows_per_token: float | None = None) -> float:
         ffn = self.ffn.flops_per_token(rows_per_token) if self.routed else self.ffn.flops_per_token()
-        return self.mixer.flops_per_token(context) + ffn
+        looks = self.ffn.router.context_flops(context) if self.routed else 0
+        return self.mixer.flops_per_token(context) + ffn + looks

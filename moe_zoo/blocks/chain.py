@@ -23,7 +23,6 @@ from moe_zoo.core.aux import Aux, Stat, merge_stats
 from moe_zoo.core.context import Routing, RoutingContext
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import join, positive
-from moe_zoo.routing.router import Dims
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +56,9 @@ class Chain(MoE):
                 "of earlier tokens: it has room for one iteration"
             )
         if chain.own_routers:
-            dims = Dims(config.num_experts, hidden_size, config.vocab_size)
+            make = lambda: config.router.make(config.dims(hidden_size))
             # a path ends in `router.NAME`, as that of the first does: patterns for routers find it
-            self.later = nnx.List(nnx.Dict(router=config.router.make(dims)) for _ in range(chain.iterations - 1))
+            self.later = nnx.List(nnx.Dict(router=make()) for _ in range(chain.iterations - 1))
 
     def routers(self) -> list:
         """The router of each iteration."""

@@ -23,7 +23,7 @@ from moe_zoo.routing.router import Dims
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
     """What a routed layer is made of. `shared_size` > 0 adds a shared expert of that width that every token visits,
-    `shared_gate` weights it by sigmoid(x w_s) as Qwen2-MoE does.
+    `shared_gate` weights it by sigmoid(x w_s) as Qwen2-MoE does. `num_heads`, `head_dim`: of the attention below.
     """
 
     num_experts: int
@@ -35,6 +35,12 @@ class MoEConfig:
     losses: tuple[Choice, ...] = ()
     shared_size: int = 0
     shared_gate: bool = False
+    num_heads: int = 0
+    head_dim: int = 0
+
+    def dims(self, hidden_size: int) -> Dims:
+        """What a router is told of the sizes around it."""
+        return Dims(self.num_experts, hidden_size, self.vocab_size, self.num_heads, self.head_dim)
 
 
 class MoE(nnx.Module):
@@ -43,7 +49,7 @@ class MoE(nnx.Module):
     def __init__(self, config: MoEConfig, *, hidden_size: int, out_scale: float):
         D, E = hidden_size, config.num_experts
         self.num_experts, self.hidden_size = E, D
-        self.router = config.router.make(Dims(E, D, config.vocab_size))
+        self.router = config.router.make(config.dims(D))
         self.router_name = config.router.name
         self.experts = config.experts.make(
             num_experts=E, hidden_size=D, intermediate_size=config.intermediate_size, out_scale=out_scale
@@ -75,7 +81,11 @@ class MoE(nnx.Module):
 
     def _route(self, router, x_TD, ctx: RoutingContext) -> Routing:
         if "given" in ctx.inputs:
-            return Routing(ctx.inputs["given"].masked(ctx.valid), carry=ctx.carry, cache=ctx.cache)
+            if ctx.cache is not None:
+                raise ValueError(
+                    f"a given decision leaves router {self.router_name!r} without its memory of the tokens"
+                )
+            return Routing(ctx.inputs["given"].masked(ctx.valid), carry=ctx.carry)
         routing = router(x_TD, ctx)
         return dataclasses.replace(routing, decision=routing.decision.masked(ctx.valid))
 

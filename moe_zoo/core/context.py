@@ -9,6 +9,25 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_zoo.core.aux import Aux
 from moe_zoo.core.decision import Decision
+from moe_zoo.core.sight import Sight
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionView:
+    """What the attention below a routed layer compared and mixed: S tokens of this call over L keys, which are the
+    cache's if there is one. Head n of N has the keys and values of head n // (N / M); scores are q k, `q` being scaled.
+
+    `out`: the sum of all heads' outputs, before bias, norm and residual. `window`: of a sliding window.
+    """
+
+    q: Float[Array, "B N S H"]
+    k: Float[Array, "B M L H"]
+    v: Float[Array, "B M L V"]
+    o: Float[Array, "N V D"]
+    out: Float[Array, "B S D"]
+    sight: Sight
+    window: int | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -19,7 +38,8 @@ class RoutingContext:
     `mesh` is for dispatchers; routers see the global view. `record`: layers hand out what was routed, token by token.
 
     `carry` runs through the depth, `cache` through decoding time, `shared` is a module of all layers, or what it has
-    made before them; a router sees its own pytrees, a block all routers' by name. `inputs` are per-layer arrays from
+    made before them; a router sees its own pytrees, a block all routers' by name. `at`: the place in the caches of this
+    call's first token. `attention`: of the same block, for routers that require it. `inputs` are per-layer arrays from
     outside (`router_bias`, `given`, `target_scores`), sliced by the scan beside the parameters.
     """
 
@@ -41,6 +61,8 @@ class RoutingContext:
     key: Any = None
     carry: Any = dataclasses.field(default_factory=dict)
     cache: Any = None
+    at: Int[Array, ""] | None = None
+    attention: AttentionView | None = None
     shared: Any = dataclasses.field(default_factory=dict)
     inputs: dict[str, Array] = dataclasses.field(default_factory=dict)
 
@@ -49,7 +71,9 @@ class RoutingContext:
 
 
 # Fields of the context that a model can supply; `Router.requires` may name any of them.
-PROVIDABLE = ("valid", "positions", "segment_ids", "token_ids", "domain", "language", "modality", "step", "key")
+PROVIDABLE = (
+    "valid", "positions", "segment_ids", "token_ids", "domain", "language", "modality", "step", "key", "attention",
+)  # fmt: skip
 
 
 @jax.tree_util.register_dataclass

@@ -55,6 +55,16 @@ class Uniform:
         return rng.uniform(-self.bound, self.bound, shape).astype(np.float32)
 
 
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """`scale` times the identity; of a square matrix."""
+
+    scale: float = 1.0
+
+    def __call__(self, rng, shape) -> np.ndarray:
+        return self.scale * np.eye(*shape, dtype=np.float32)
+
+
 def fan_in(size: int, scale: float = 1.0) -> Normal:
     """Normal with std = scale / sqrt(size): keeps the variance of `x @ W` at scale^2 times that of x."""
     return Normal(scale / math.sqrt(size))

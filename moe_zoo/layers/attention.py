@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from moe_zoo.core.context import AttentionView, Sight
 from moe_zoo.core.param import Constant, fan_in, param
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import join, positive
@@ -84,6 +85,12 @@ class AttentionConfig:
                 "of at most the head"
             )
 
+    def query_size(self, hidden_size: int) -> int:
+        """Width of a head's queries and keys."""
+        if self.latent.kv_lora_rank:
+            return self.latent.qk_nope_head_dim + self.latent.qk_rope_head_dim
+        return self.head_dim or hidden_size // self.num_attention_heads
+
 
 RotaryKey = tuple[int, float, RopeScaling]
 
@@ -113,7 +120,7 @@ class Attention(nnx.Module):
     def __init__(self, config: AttentionConfig, *, hidden_size: int, out_scale: float):
         D, N = hidden_size, config.num_attention_heads
         M = config.num_key_value_heads or N
-        H = config.head_dim or D // N
+        H = config.query_size(D)
         self.config, self.dims = config, (D, N, M, H)
         self.q = param((D, N, H), ("embed", "heads", "head_dim"), fan_in(D))
         self.k = param((D, M, H), ("embed", "kv_heads", "head_dim"), fan_in(D))
@@ -149,6 +156,10 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BSD: Float[Array, "B S D"], view: View, cache: dict | None = None, at=None):
         """Returns (output, cache). With a cache, the S new tokens are written at index `at` and see all before them."""
+        return self.observed(x_BSD, view, cache, at)[:2]
+
+    def observed(self, x_BSD: Float[Array, "B S D"], view: View, cache: dict | None = None, at=None):
+        """Returns (output, cache, AttentionView): as a call, with what was compared and mixed."""
         D, N, M, H = self.dims
         B, S, _ = x_BSD.shape
         q_BNSH, k_BMSH, v_BMSH = self._project(x_BSD)
@@ -159,12 +170,21 @@ class Attention(nnx.Module):
         else:
             cache = self._append(cache, k_BMSH, v_BMSH, view, at)
             mask_BSL = self._ordered(view.positions, cache["positions"]) & cache["valid"][:, None, :]
-            out_BNSH = attend(q_BNSH, cache["k"], cache["v"], mask_BSL, self.config.softmax_scale, self._sinks())
+            k_BMSH, v_BMSH = cache["k"], cache["v"]
+            out_BNSH = attend(q_BNSH, k_BMSH, v_BMSH, mask_BSL, self.config.softmax_scale, self._sinks())
         o = self.o[...].astype(x_BSD.dtype).reshape(N * H, D)
-        out = out_BNSH.transpose(0, 2, 1, 3).reshape(B * S, N * H) @ o
+        out = (out_BNSH.transpose(0, 2, 1, 3).reshape(B * S, N * H) @ o).reshape(B, S, D)
+        seen = self._seen(q_BNSH, k_BMSH, v_BMSH, out, view, cache, at)
         if self.config.output_bias:
             out = out + self.o_bias[...].astype(out.dtype)
-        return out.reshape(B, S, D), cache
+        return out, cache, seen
+
+    def _seen(self, q, k, v, out, view: View, cache, at) -> AttentionView:
+        sight = Sight(view.positions, view.positions, view.segment_ids, view.valid)
+        if cache is not None:
+            sight = Sight(view.positions, cache["positions"], None, cache["valid"], at)
+        scale = q.shape[-1] ** -0.5 if self.config.softmax_scale is None else self.config.softmax_scale
+        return AttentionView(q * scale, k, v, self.o[...], out, sight, self.config.sliding_window)
 
     def _project(self, x_BSD):
         """q, k, v by one dot on flat tokens: a CPU core reaches its peak only on wide matrices."""

@@ -24,7 +24,7 @@ class LatentAttention(Attention):
 
     def __init__(self, config: AttentionConfig, *, hidden_size: int, out_scale: float):
         D, N, c = hidden_size, config.num_attention_heads, config.latent
-        H, R = c.qk_nope_head_dim + c.qk_rope_head_dim, c.kv_lora_rank
+        H, R = config.query_size(D), c.kv_lora_rank
         self.config, self.dims = config, (D, N, N, H)
         if c.q_lora_rank:
             self.q_a = param((D, c.q_lora_rank), ("embed", None), fan_in(D))
@@ -51,8 +51,8 @@ class LatentAttention(Attention):
             "valid": jnp.zeros((batch, max_seq), bool),
         }
 
-    def __call__(self, x_BSD: Float[Array, "B S D"], view: View, cache: dict | None = None, at=None):
-        """Returns (output, cache), as `Attention`."""
+    def observed(self, x_BSD: Float[Array, "B S D"], view: View, cache: dict | None = None, at=None):
+        """Returns (output, cache, AttentionView), as `Attention`."""
         c, sin_cos = self.config.latent, view.rotary[self.rotary_key]
         turn = lambda x: rotate(x, sin_cos, self.config.rope_interleaved)
         q = self._queries(x_BSD)
@@ -60,7 +60,8 @@ class LatentAttention(Attention):
         both = x_BSD @ self.kv_a[...].astype(x_BSD.dtype)
         latent, rotated = self.kv_norm(both[..., : c.kv_lora_rank]), turn(both[:, None, :, c.kv_lora_rank :])[:, 0]
         if cache is None:
-            out = self._parallel(q, *self._expand(latent, rotated), view)
+            k, v = self._expand(latent, rotated)
+            out = self._parallel(q, k, v, view)
         else:
             valid = jnp.ones(view.positions.shape, bool) if view.valid is None else view.valid
             new = {"latent": latent, "rotated": rotated, "positions": view.positions, "valid": valid}
@@ -69,7 +70,8 @@ class LatentAttention(Attention):
             mask_BSL = self._ordered(view.positions, cache["positions"]) & cache["valid"][:, None, :]
             k, v = self._expand(cache["latent"].astype(q.dtype), cache["rotated"].astype(q.dtype))
             out = attend(q, k, v, mask_BSL, self.config.softmax_scale)
-        return jnp.einsum("bnsh,nhd->bsd", out, self.o[...].astype(out.dtype)), cache
+        out = jnp.einsum("bnsh,nhd->bsd", out, self.o[...].astype(out.dtype))
+        return out, cache, self._seen(q, k, v, out, view, cache, at)
 
     def _queries(self, x_BSD):
         if not self.config.latent.q_lora_rank:

@@ -162,6 +162,8 @@ class ModelConfig:
             losses=self.losses,
             shared_size=self.shared_expert_size,
             shared_gate=self.shared_expert_gate,
+            num_heads=self.attention.num_attention_heads,
+            head_dim=self.attention.query_size(self.hidden_size),
         )
 
     @property

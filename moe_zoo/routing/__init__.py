@@ -5,6 +5,7 @@ from moe_zoo.core.registry import Registry
 ROUTERS = Registry(
     "router",
     {
+        "attention_aware": "moe_zoo.routing.token_graph:AttentionAware",
         "block_ffn": "moe_zoo.routing.block_ffn:BlockFFN",
         "expert_choice": "moe_zoo.routing.expert_choice:ExpertChoice",
         "gshard": "moe_zoo.routing.gshard:GShard",
@@ -16,6 +17,7 @@ ROUTERS = Registry(
         "pre_gate": "moe_zoo.routing.pre_gate:PreGate",
         "recurrent": "moe_zoo.routing.recurrent:Recurrent",
         "relu": "moe_zoo.routing.relu:ReLU",
+        "similarity_aware": "moe_zoo.routing.token_graph:SimilarityAware",
         "sinkhorn": "moe_zoo.routing.sinkhorn:Sinkhorn",
         "smoe_dropout": "moe_zoo.routing.smoe_dropout:SMoEDropout",
         "soft": "moe_zoo.routing.soft:Soft",

@@ -17,11 +17,13 @@ from moe_zoo.core.decision import TokenChoice
 
 @dataclasses.dataclass(frozen=True)
 class Dims:
-    """The sizes around a router."""
+    """The sizes around a router. `num_heads`, `head_dim`: of the attention below it."""
 
     num_experts: int
     hidden_size: int
     vocab_size: int = 0
+    num_heads: int = 0
+    head_dim: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +122,10 @@ class Router(nnx.Module):
     def flops_per_token(self, hidden_size: int) -> float:
         """Forward FLOPs of deciding on one token, multiply-adds counting two; by default x W."""
         return 2 * hidden_size * self.num_experts
+
+    def context_flops(self, context: float) -> float:
+        """The same of looking at `context` tokens of its sequence on average; a router that looks at none has none."""
+        return 0.0
 
 
 def at_least_f32(x: Array) -> Array:

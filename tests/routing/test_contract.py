@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from naive import attention_view
 
 from moe_zoo.blocks.moe import MoE
 from moe_zoo.core import param as P
@@ -67,6 +68,8 @@ CASES = {
     "noisy_top_k": Case({"name": "noisy_top_k"}, losses=("importance", "expected_load")),
     "hash": Case({"name": "hash"}, losses=()),
     "thor": Case({"name": "thor"}, losses=(), objective="thor"),
+    "similarity_aware": Case({"name": "similarity_aware"}),
+    "attention_aware": Case({"name": "attention_aware"}),
 }
 CAUSAL = [name for name, case in CASES.items() if ROUTERS.get(case.router["name"]).causal]
 
@@ -118,6 +121,8 @@ def context(name: str, batch: int = B, seq: int = S, **changes) -> RoutingContex
     ids = np.random.default_rng(5).integers(0, 32, batch * seq).astype(np.int32)
     carry = moe.router.init_carry(batch * seq)
     fixed = dict(token_ids=ids, domain=ids % 3, step=jnp.int32(4), key=jax.random.key(0), carry=carry, shared=shared)
+    if "attention" in moe.router.requires:
+        fixed["attention"] = attention_view(batch, seq, D, valid_T=changes.get("valid"))
     ctx = RoutingContext(batch=batch, seq=seq, **{**fixed, **changes})
     return ctx if ctx.shared is None else ctx.replace(shared=before_layers(ctx.shared, ctx.replace(shared=None)))
 

@@ -65,6 +65,8 @@ ROUTERS = {
         ("load_balance", "entropy_loss"), "next_token",
     ),
     "sparsemixer": ({"name": "sparsemixer"}, "dropless", (), "next_token"),
+    "similarity_aware": ({"name": "similarity_aware", "init_std": 0.5}, "dropless", ("load_balance",), "next_token"),
+    "attention_aware": ({"name": "attention_aware", "init_std": 0.5}, "dropless", ("load_balance",), "next_token"),
 }  # fmt: skip
 COMPETING = ("expert_choice", "modality_groups", "relu_budget", "sparse_ot")
 # Every router on the mixed mesh and top-k on each axis alone; MOE_ZOO_ALL_MESHES=1 (`make meshes`) tries all on all.
