@@ -1,4 +1,4 @@
-"""Which tokens a token may look at: the rule of attention, for routers that mix tokens.
+"""Which tokens a token may look at: the rule of attention, and of routers that mix tokens.
 
 B batch, S queries, L keys.
 """

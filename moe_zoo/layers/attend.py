@@ -8,13 +8,9 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-# Query rows per block: a block sees only the keys up to its end, which saves half the work.
-_BLOCK = 128
-
-#: positions, segment ids and validity of a sequence's tokens
-Who = tuple[Int[Array, "B S"], Int[Array, "B S"] | None, Bool[Array, "B S"] | None]
+from moe_zoo.core.sight import Sight
 
 
 def attend(
@@ -31,47 +27,40 @@ def attend(
     return _attend(q_BNSH, k_BMLH, v_BMLH, mask_BSL, _scale(q_BNSH, scale), sinks_N)[0]
 
 
-def in_order(query_BS: Int[Array, "B S"], key_BL: Int[Array, "B L"], window: int | None) -> Bool[Array, "B S L"]:
-    """By position: which keys do not lie behind the query, nor `window` or more before it."""
-    distance_BSL = query_BS[:, :, None] - key_BL[:, None, :]
-    mask = distance_BSL >= 0
-    return mask if window is None else mask & (distance_BSL < window)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def attend_causally(
     q_BNSH: Float[Array, "B N S H"],
     k_BMSH: Float[Array, "B M S H"],
     v_BMSH: Float[Array, "B M S V"],
     sinks_N: Float[Array, "N"] | None,
-    who: Who,
+    sight: Sight,
     window: int | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B N S V"]:
-    """`attend` of a sequence to itself: to what comes before in the row and by position, in the query's own segment.
+    """`attend` of a sequence to itself, as far as `sight` goes, in its blocks.
 
     The backward pass makes the weights again, block by block, from the maximum and the sum of each query's scores
     (FlashAttention, arXiv 2205.14135, section 3.1): what is kept does not grow with S^2.
     """
-    return _forward(q_BNSH, k_BMSH, v_BMSH, sinks_N, who, window, scale)[0]
+    return _forward(q_BNSH, k_BMSH, v_BMSH, sinks_N, sight, window, scale)[0]
 
 
-def _forward(q, k, v, sinks, who, window, scale):
+def _forward(q, k, v, sinks, sight, window, scale):
     blocks = [
-        _attend(q[:, :, rows], k[:, :, keys], v[:, :, keys], _mask(who, rows, keys, window), _scale(q, scale), sinks)
-        for rows, keys in _blocks(q.shape[2])
+        _attend(q[:, :, rows], k[:, :, keys], v[:, :, keys], sight.mask(rows, keys, window), _scale(q, scale), sinks)
+        for rows, keys in sight.blocks()
     ]
     out, *softmax = (jnp.concatenate(parts, axis=2) for parts in zip(*blocks, strict=True))
-    return out, (q, k, v, sinks, who, out, *softmax)
+    return out, (q, k, v, sinks, sight, out, *softmax)
 
 
 def _backward(window, scale, kept, g_BNSV):
-    q, k, v, sinks, who, out, highest, inverse = kept
+    q, k, v, sinks, sight, out, highest, inverse = kept
     # what the softmax takes off again: the rows' weighted mean of the gradient of their weights
     mean = jnp.sum(g_BNSV.astype(highest.dtype) * out.astype(highest.dtype), -1)
     dq, dk, dv = [], None, None
-    for rows, keys in reversed(_blocks(q.shape[2])):  # the last block reaches all keys, the others add to its
-        mask, cut = _mask(who, rows, keys, window), lambda x, rows=rows: x[:, :, rows]
+    for rows, keys in reversed(list(sight.blocks())):  # the last block reaches all keys, the others add to its
+        mask, cut = sight.mask(rows, keys, window), lambda x, rows=rows: x[:, :, rows]
         block = tuple(map(cut, (q, highest, inverse, mean, g_BNSV)))
         new_dq, new_dk, new_dv = _block_gradients(block, k[:, :, keys], v[:, :, keys], mask, _scale(q, scale))
         dq.insert(0, new_dq)
@@ -143,23 +132,6 @@ def _scores(q, k_BMLH, mask_BSL):
 
 def _scale(q, scale):
     return 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-
-
-def _blocks(S):
-    """(rows, keys) of each block of queries."""
-    return [(slice(start, min(start + _BLOCK, S)), slice(0, min(start + _BLOCK, S))) for start in range(0, S, _BLOCK)]
-
-
-def _mask(who, rows, keys, window):
-    positions, segment_ids, valid = who
-    # positions restart with each packed document: order within the row must hold as well
-    mask = jnp.arange(rows.start, rows.stop)[:, None] >= jnp.arange(keys.stop)
-    mask = mask & in_order(positions[:, rows], positions[:, keys], window)
-    if segment_ids is not None:
-        mask &= segment_ids[:, rows, None] == segment_ids[:, None, keys]
-    if valid is not None:
-        mask &= valid[:, None, keys]
-    return mask
 
 
 def _add_at_start(whole, part):

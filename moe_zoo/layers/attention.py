@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_zoo.core.context import AttentionView, Sight
+from moe_zoo.core.context import AttentionView
 from moe_zoo.core.param import Constant, fan_in, param
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import join, positive
-from moe_zoo.layers.attend import attend, attend_causally, in_order
+from moe_zoo.core.sight import Sight
+from moe_zoo.layers.attend import attend, attend_causally
 from moe_zoo.layers.norm import RMSNorm
 from moe_zoo.layers.rope import Angles, RopeScaling, angles, rotate
 
@@ -165,24 +166,30 @@ class Attention(nnx.Module):
         q_BNSH, k_BMSH, v_BMSH = self._project(x_BSD)
         sin_cos = view.rotary[self.rotary_key]
         q_BNSH, k_BMSH = (rotate(x, sin_cos, self.config.rope_interleaved) for x in (q_BNSH, k_BMSH))
-        if cache is None:
-            out_BNSH = self._parallel(q_BNSH, k_BMSH, v_BMSH, view)
-        else:
+        if cache is not None:
             cache = self._append(cache, k_BMSH, v_BMSH, view, at)
-            mask_BSL = self._ordered(view.positions, cache["positions"]) & cache["valid"][:, None, :]
             k_BMSH, v_BMSH = cache["k"], cache["v"]
-            out_BNSH = attend(q_BNSH, k_BMSH, v_BMSH, mask_BSL, self.config.softmax_scale, self._sinks())
+        sight = self._sight(view, cache, at)
+        out_BNSH = self._mix(q_BNSH, k_BMSH, v_BMSH, sight)
         o = self.o[...].astype(x_BSD.dtype).reshape(N * H, D)
         out = (out_BNSH.transpose(0, 2, 1, 3).reshape(B * S, N * H) @ o).reshape(B, S, D)
-        seen = self._seen(q_BNSH, k_BMSH, v_BMSH, out, view, cache, at)
+        seen = self._seen(q_BNSH, k_BMSH, v_BMSH, out, sight)
         if self.config.output_bias:
             out = out + self.o_bias[...].astype(out.dtype)
         return out, cache, seen
 
-    def _seen(self, q, k, v, out, view: View, cache, at) -> AttentionView:
-        sight = Sight(view.positions, view.positions, view.segment_ids, view.valid)
-        if cache is not None:
-            sight = Sight(view.positions, cache["positions"], None, cache["valid"], at)
+    def _sight(self, view: View, cache, at) -> Sight:
+        if cache is None:
+            return Sight(view.positions, view.positions, view.segment_ids, view.valid)
+        return Sight(view.positions, cache["positions"], None, cache["valid"], at)
+
+    def _mix(self, q, k, v, sight: Sight):
+        window, scale = self.config.sliding_window, self.config.softmax_scale
+        if sight.first is None:
+            return attend_causally(q, k, v, self._sinks(), sight, window, scale)
+        return attend(q, k, v, sight.mask(slice(None), slice(None), window), scale, self._sinks())
+
+    def _seen(self, q, k, v, out, sight: Sight) -> AttentionView:
         scale = q.shape[-1] ** -0.5 if self.config.softmax_scale is None else self.config.softmax_scale
         return AttentionView(q * scale, k, v, self.o[...], out, sight, self.config.sliding_window)
 
@@ -210,13 +217,6 @@ class Attention(nnx.Module):
         new = {"k": (k_BMSH, 2), "v": (v_BMSH, 2), "positions": (view.positions, 1), "valid": (valid, 1)}
         write = lambda old, value, axis: jax.lax.dynamic_update_slice_in_dim(old, value.astype(old.dtype), at, axis)
         return {name: write(old, *new[name]) for name, old in cache.items()}
-
-    def _ordered(self, query_BS, key_BL):
-        return in_order(query_BS, key_BL, self.config.sliding_window)
-
-    def _parallel(self, q, k, v, view):
-        who = (view.positions, view.segment_ids, view.valid)
-        return attend_causally(q, k, v, self._sinks(), who, self.config.sliding_window, self.config.softmax_scale)
 
     def flops_per_token(self, context: float) -> float:
         """Projections, scores and mixing over `context` visible keys on average. Forward; multiply-adds count two."""

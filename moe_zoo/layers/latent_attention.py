@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moe_zoo.core.param import fan_in, param
-from moe_zoo.layers.attend import attend
 from moe_zoo.layers.attention import Attention, AttentionConfig, RotaryKey, View
 from moe_zoo.layers.norm import RMSNorm
 from moe_zoo.layers.rope import rotate
@@ -59,19 +58,17 @@ class LatentAttention(Attention):
         q = jnp.concatenate([q[..., : c.qk_nope_head_dim], turn(q[..., c.qk_nope_head_dim :])], -1)
         both = x_BSD @ self.kv_a[...].astype(x_BSD.dtype)
         latent, rotated = self.kv_norm(both[..., : c.kv_lora_rank]), turn(both[:, None, :, c.kv_lora_rank :])[:, 0]
-        if cache is None:
-            k, v = self._expand(latent, rotated)
-            out = self._parallel(q, k, v, view)
-        else:
+        if cache is not None:
             valid = jnp.ones(view.positions.shape, bool) if view.valid is None else view.valid
             new = {"latent": latent, "rotated": rotated, "positions": view.positions, "valid": valid}
             write = lambda old, value: jax.lax.dynamic_update_slice_in_dim(old, value.astype(old.dtype), at, 1)
             cache = {name: write(old, new[name]) for name, old in cache.items()}
-            mask_BSL = self._ordered(view.positions, cache["positions"]) & cache["valid"][:, None, :]
-            k, v = self._expand(cache["latent"].astype(q.dtype), cache["rotated"].astype(q.dtype))
-            out = attend(q, k, v, mask_BSL, self.config.softmax_scale)
+            latent, rotated = (cache[name].astype(q.dtype) for name in ("latent", "rotated"))
+        k, v = self._expand(latent, rotated)
+        sight = self._sight(view, cache, at)
+        out = self._mix(q, k, v, sight)
         out = jnp.einsum("bnsh,nhd->bsd", out, self.o[...].astype(out.dtype))
-        return out, cache, self._seen(q, k, v, out, view, cache, at)
+        return out, cache, self._seen(q, k, v, out, sight)
 
     def _queries(self, x_BSD):
         if not self.config.latent.q_lora_rank:

@@ -11,7 +11,8 @@ from naive import normal
 
 from moe_zoo.core import param as P
 from moe_zoo.core.registry import ConfigError
-from moe_zoo.layers.attend import attend, attend_causally, in_order
+from moe_zoo.core.sight import Sight
+from moe_zoo.layers.attend import attend, attend_causally
 from moe_zoo.layers.attention import Attention, AttentionConfig, View
 
 D = 8
@@ -142,15 +143,15 @@ def test_gradients_equal_those_of_the_plain_form(window, sinks, groups):
     valid = (segments > 0) & (jnp.arange(S) >= 3)
     q, k, v = normal(0, 1, 2 * groups, S, H), normal(1, 1, 2, S, H), normal(2, 1, 2, S, 3)
     g, sink = normal(3, 1, 2 * groups, S, 3), normal(4, 2 * groups) if sinks else None
-    mask = jnp.tril(in_order(positions, positions, window)) & (segments[:, :, None] == segments[:, None])
-    mask &= valid[:, None]
+    sight = Sight(positions, positions, segments, valid)
+    mask = sight.mask(slice(0, S), slice(0, S), window)
     assert not mask.any(-1).all()
     seen = mask.any(-1)[:, None, :, None]  # the others average what their block holds: there the forms differ
 
     @jax.jit
     def both(q, k, v, sink):
         plain = lambda q, k, v, sink: jnp.vdot(attend(q, k, v, mask, None, sink), jnp.where(seen, g, 0))
-        ours = lambda *x: jnp.vdot(attend_causally(*x, (positions, segments, valid), window), jnp.where(seen, g, 0))
+        ours = lambda *x: jnp.vdot(attend_causally(*x, sight, window), jnp.where(seen, g, 0))
         which = (0, 1, 2, 3) if sinks else (0, 1, 2)
         return [jax.value_and_grad(f, which)(q, k, v, sink) for f in (plain, ours)]
 
@@ -161,15 +162,16 @@ def test_gradients_equal_those_of_the_plain_form(window, sinks, groups):
 
 def test_a_query_that_may_see_nothing_has_no_gradient_but_of_the_mean():
     q, k, v = normal(0, 1, 1, 3, 4), normal(1, 1, 1, 3, 4), normal(2, 1, 1, 3, 4)
-    who = (jnp.arange(3)[None], None, jnp.zeros((1, 3), bool))
-    dq, dk, dv = jax.grad(lambda *x: attend_causally(*x, None, who).sum(), (0, 1, 2))(q, k, v)
+    sight = Sight(jnp.arange(3)[None], jnp.arange(3)[None], None, jnp.zeros((1, 3), bool))
+    dq, dk, dv = jax.grad(lambda *x: attend_causally(*x, None, sight).sum(), (0, 1, 2))(q, k, v)
     assert not np.asarray(dq).any() and not np.asarray(dk).any()
     np.testing.assert_allclose(dv, np.ones_like(dv), rtol=1e-6)
 
 
 def test_nothing_as_large_as_the_scores_is_kept_for_the_backward_pass():
     q = normal(0, 1, 1, 256, 4).astype(jnp.bfloat16)
-    _, pull = jax.vjp(lambda q: attend_causally(q, q, q, None, (jnp.arange(256)[None], None, None)), q)
+    places = jnp.arange(256)[None]
+    _, pull = jax.vjp(lambda q: attend_causally(q, q, q, None, Sight(places, places)), q)
     assert max(x.size for x in jax.tree.leaves(pull)) <= q.size
     assert pull(q)[0].dtype == jnp.bfloat16
 
