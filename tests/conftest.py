@@ -22,6 +22,7 @@ os.environ["TPU_ACCELERATOR_TYPE"] = "v5litepod-4"
 os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
@@ -29,3 +30,15 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 # jax's own modules are never garbage, and tracing makes many objects: fewer, shorter collections
 gc.freeze()
 gc.set_threshold(20_000, 20, 20)
+
+# every compiled program lies in mappings of its own, of which a process may have 65,530: then compiling aborts
+_MAPPINGS = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_mappings():
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > _MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
