@@ -87,7 +87,8 @@ def curves(group: Group) -> Figure | None:
     rows = [row for row in group.rows if row.finished]
     if not rows:
         return None
-    drawn, panels = figure(PAGE, 4.3, 1, 3, sharey=True)
+    height = max(4.3, 0.25 * (len(rows) + 3))  # all names fit beside the panel
+    drawn, panels = figure(PAGE, height, 1, 3, sharey=True)
     shades = palette(group)
     low, high = _loss_limits([row for row in rows if row.causal] or rows)
     for axes, (name, label, scale) in zip(panels, _AXES, strict=True):
@@ -107,7 +108,7 @@ def curves(group: Group) -> Figure | None:
     title(panels[1], "at equal compute")
     title(panels[2], "at equal time")
     ends = [(_end(row), _named(row, low), shades[row.label]) for row in rows]
-    name_curves(panels[2], ends, gap=0.055)
+    name_curves(panels[2], ends, gap=0.055 * 4.3 / height)
     return drawn
 
 
