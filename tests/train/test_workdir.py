@@ -163,8 +163,8 @@ def test_a_disk_that_takes_no_more_ends_the_run_with_a_line(run, tmp_path):
         capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr[-2000:]
-    # writes that were under way may add a line of their own when the storage gives up
-    assert re.search(r"^error: .*cannot be saved: File too large", done.stderr, re.M), done.stderr[-2000:]
+    # writes that were under way may add lines of their own when the storage gives up, and end one in front of ours
+    assert re.search(r"error: .*cannot be saved: File too large", done.stderr), done.stderr[-2000:]
 
 
 def test_a_checkpoint_opens_on_fewer_devices_with_equal_logits(tmp_path):
