@@ -20,10 +20,9 @@ from moe_zoo.core.aux import Aux, Stat
 from moe_zoo.core.context import Routing, RoutingContext
 from moe_zoo.core.decision import TokenChoice
 from moe_zoo.core.param import Normal, param
-from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import join, positive
 from moe_zoo.routing import by_domain
-from moe_zoo.routing.router import Dims, Router, gather_gates, linear_logits
+from moe_zoo.routing.router import Dims, Router, check_experts_per_tok, gather_gates, linear_logits
 from moe_zoo.routing.top_k import select
 
 
@@ -44,11 +43,7 @@ class HybridKConfig:
 
     def validate_for(self, num_experts: int, path: str) -> None:
         """What can only be checked once the bank's size is known."""
-        if self.num_experts_per_tok > num_experts:
-            raise ConfigError(
-                f"{join(path, 'num_experts_per_tok')}: {self.num_experts_per_tok} experts per token of "
-                f"num_experts={num_experts}; at most {num_experts}"
-            )
+        check_experts_per_tok(self.num_experts_per_tok, num_experts, path)
         by_domain.check(self.families, num_experts, join(path, "families"), "num_experts")
 
 

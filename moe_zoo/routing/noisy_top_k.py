@@ -18,9 +18,8 @@ from moe_zoo.core.aux import Aux
 from moe_zoo.core.context import Routing, RoutingContext
 from moe_zoo.core.decision import TokenChoice
 from moe_zoo.core.param import Constant, Normal, param
-from moe_zoo.core.registry import ConfigError
-from moe_zoo.core.schema import join, positive
-from moe_zoo.routing.router import CostBound, Dims, Router, gather_gates, linear_logits
+from moe_zoo.core.schema import positive
+from moe_zoo.routing.router import CostBound, Dims, Router, check_experts_per_tok, gather_gates, linear_logits
 from moe_zoo.routing.top_k import select
 
 
@@ -40,12 +39,7 @@ class NoisyTopKConfig:
 
     def validate_for(self, num_experts: int, path: str) -> None:
         """What can only be checked once the bank's size is known."""
-        K = self.num_experts_per_tok
-        if K > num_experts:
-            raise ConfigError(
-                f"{join(path, 'num_experts_per_tok')}: {K} experts per token of num_experts={num_experts}; "
-                f"at most {num_experts}"
-            )
+        check_experts_per_tok(self.num_experts_per_tok, num_experts, path)
 
 
 class NoisyTopK(Router):

@@ -19,9 +19,17 @@ from jaxtyping import Array, Float
 from moe_zoo.core.context import Routing, RoutingContext
 from moe_zoo.core.decision import TokenChoice
 from moe_zoo.core.param import Constant, Normal, Uniform, param
-from moe_zoo.core.registry import ConfigError
-from moe_zoo.core.schema import join, positive
-from moe_zoo.routing.router import CostBound, Dims, Router, Shared, at_least_f32, gather_gates, linear_logits
+from moe_zoo.core.schema import positive
+from moe_zoo.routing.router import (
+    CostBound,
+    Dims,
+    Router,
+    Shared,
+    at_least_f32,
+    check_experts_per_tok,
+    gather_gates,
+    linear_logits,
+)
 from moe_zoo.routing.top_k import select
 
 
@@ -40,11 +48,7 @@ class RecurrentConfig:
 
     def validate_for(self, num_experts: int, path: str) -> None:
         """What can only be checked once the bank's size is known."""
-        if self.num_experts_per_tok > num_experts:
-            raise ConfigError(
-                f"{join(path, 'num_experts_per_tok')}: {self.num_experts_per_tok} experts per token of "
-                f"num_experts={num_experts}; at most {num_experts}"
-            )
+        check_experts_per_tok(self.num_experts_per_tok, num_experts, path)
 
 
 class GRU(Shared):

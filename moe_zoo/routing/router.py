@@ -13,6 +13,8 @@ from jaxtyping import Array, Float, Int
 from moe_zoo.core.aux import Stat
 from moe_zoo.core.context import Routing, RoutingContext
 from moe_zoo.core.decision import TokenChoice
+from moe_zoo.core.registry import ConfigError
+from moe_zoo.core.schema import join
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +26,13 @@ class Dims:
     vocab_size: int = 0
     num_heads: int = 0
     head_dim: int = 0
+
+
+def check_experts_per_tok(K: float, num_experts: int, path: str) -> None:
+    """Raises ConfigError if a token cannot have K of the experts; `path`: of the router's settings."""
+    if K > num_experts:
+        where = join(path, "num_experts_per_tok")
+        raise ConfigError(f"{where}: {K} experts per token of num_experts={num_experts}; at most {num_experts}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,9 +23,8 @@ from moe_zoo.core.aux import Aux, Stat
 from moe_zoo.core.context import Routing, RoutingContext
 from moe_zoo.core.decision import TokenChoice
 from moe_zoo.core.param import Normal, param
-from moe_zoo.core.registry import ConfigError
-from moe_zoo.core.schema import join, positive
-from moe_zoo.routing.router import CostBound, Dims, Router, gather_gates, linear_logits
+from moe_zoo.core.schema import positive
+from moe_zoo.routing.router import CostBound, Dims, Router, check_experts_per_tok, gather_gates, linear_logits
 from moe_zoo.routing.top_k import select
 
 _OUT = -1e30  # log of nothing: finite, so that a group of padding alone has no inf - inf
@@ -45,11 +44,7 @@ class SinkhornConfig:
 
     def validate_for(self, num_experts: int, path: str) -> None:
         """What can only be checked once the bank's size is known."""
-        K, E = self.num_experts_per_tok, num_experts
-        if K > E:
-            raise ConfigError(
-                f"{join(path, 'num_experts_per_tok')}: {K} experts per token of num_experts={E}; at most {E}"
-            )
+        check_experts_per_tok(self.num_experts_per_tok, num_experts, path)
 
 
 class Sinkhorn(Router):

@@ -34,8 +34,16 @@ from moe_zoo.core.param import Buffer, Constant, Identity, Normal, param
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import join, positive
 from moe_zoo.core.sight import Sight
-from moe_zoo.layers.attention import attend
-from moe_zoo.routing.router import CostBound, Dims, Router, at_least_f32, gather_gates, linear_logits
+from moe_zoo.layers.attend import attend
+from moe_zoo.routing.router import (
+    CostBound,
+    Dims,
+    Router,
+    at_least_f32,
+    check_experts_per_tok,
+    gather_gates,
+    linear_logits,
+)
 from moe_zoo.routing.top_k import select
 
 
@@ -53,11 +61,7 @@ class TokenGraphConfig:
 
     def validate_for(self, num_experts: int, path: str) -> None:
         """What can only be checked once the bank's size is known."""
-        if self.num_experts_per_tok > num_experts:
-            raise ConfigError(
-                f"{join(path, 'num_experts_per_tok')}: {self.num_experts_per_tok} experts per token of "
-                f"num_experts={num_experts}; at most {num_experts}"
-            )
+        check_experts_per_tok(self.num_experts_per_tok, num_experts, path)
 
 
 class TokenGraph(Router):

@@ -23,7 +23,7 @@ from moe_zoo.core.decision import TokenChoice
 from moe_zoo.core.param import Buffer, Constant, Normal, param
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import join, positive
-from moe_zoo.routing.router import Dims, Router, gather_gates, linear_logits
+from moe_zoo.routing.router import Dims, Router, check_experts_per_tok, gather_gates, linear_logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +60,7 @@ class TopKConfig:
     def validate_for(self, num_experts: int, path: str) -> None:
         """What can only be checked once the bank's size is known."""
         K, E = self.num_experts_per_tok, num_experts
-        if K > E:
-            raise ConfigError(
-                f"{join(path, 'num_experts_per_tok')}: {K} experts per token of num_experts={E}; at most {E}"
-            )
+        check_experts_per_tok(K, E, path)
         if E % self.n_group:
             raise ConfigError(f"{join(path, 'n_group')}: {self.n_group} groups do not divide num_experts={E}")
         if K > self.topk_group * (E // self.n_group):
