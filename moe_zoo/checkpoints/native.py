@@ -8,6 +8,7 @@ workdir/checkpoints/<step>/   params: trainable, frozen, buffers by path
 
 import contextlib
 import logging
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,8 @@ class Checkpoints:
 
 
 def _first_line(error: Exception) -> str:
-    """The system's own words where there are some (`No space left on device`), else the first line."""
+    """The system's own words where it refused something (`No space left on device`), else the first line."""
     text = str(error).strip() or type(error).__name__
-    system = re.search(r": ([^:\[]+) \[os_error_code", text)
-    return system[1] if system else text.splitlines()[0][:300]
+    # the storage appends what it knows in brackets, in any order
+    code = re.search(r"\[os_error_code='(\d+)'", text)
+    return os.strerror(int(code[1])) if code else text.splitlines()[0][:300]

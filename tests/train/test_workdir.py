@@ -147,6 +147,21 @@ def test_a_directory_that_vanishes_ends_the_run_with_a_line(run, tmp_path):
         train(config, workdir, writers=[Remover()])
 
 
+@pytest.mark.parametrize("brackets", ["[os_error_code='27']", "[tensorstore_spec='{\"a\": [1]}'] [os_error_code='27']"])
+def test_what_the_system_refused_is_said_in_its_words(brackets, tmp_path):
+    from moe_zoo.checkpoints.native import Checkpoints
+
+    saved = Checkpoints(tmp_path)
+    with (
+        pytest.raises(CheckpointError, match=r"^4 cannot be saved: File too large$"),
+        saved._named_errors("4 cannot be saved"),
+    ):
+        raise ValueError(
+            f'OUT_OF_RANGE: Error opening "zarr" driver: Failed to write to file 6: File too large {brackets}'
+        )
+    saved.close()
+
+
 @pytest.mark.slow  # a process that imports jax
 def test_a_disk_that_takes_no_more_ends_the_run_with_a_line(run, tmp_path):
     """A limit on file sizes stands for the full disk: writes fail in the same places."""
