@@ -2,7 +2,7 @@
 
 workdir/config.json           every setting, defaults written out
 workdir/checkpoints/<step>/   params: trainable, frozen, buffers by path
-                              train:  optimizer, objective, guard, step
+                              train:  optimizer, objective, guard, step, seed
                               meta:   data position of the last consumed batch, seconds trained, versions
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 PARAMS = ("trainable", "frozen", "buffers")
-_TRAIN = ("opt", "objective", "guard", "step")
+_TRAIN = ("opt", "objective", "guard", "step", "seed")
 
 
 class CheckpointError(ValueError):

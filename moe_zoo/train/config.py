@@ -157,6 +157,8 @@ class TrainConfig:
 
     def validate(self, path: str) -> None:
         positive(self, path, "steps", "minutes", "accumulation")
+        if not 0 <= self.seed < 2**31:
+            raise ConfigError(f"{join(path, 'seed')}: expected a whole number from 0 to 2**31 - 1, got {self.seed}")
         if (self.steps is None) == (self.minutes is None):
             raise ConfigError(f"{path}: set exactly one of steps (got {self.steps}) and minutes (got {self.minutes})")
 

@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
@@ -56,11 +55,6 @@ def judge(
     skipped = state["skipped"] + ~good
     in_a_row = jnp.where(good, 0, state["in_a_row"] + 1)
     return good, {"skipped": skipped, "in_a_row": in_a_row, "counted": counted, "norm": mean.astype(jnp.float32)}
-
-
-def choose(good: Bool[Array, ""], new: Any, old: Any) -> Any:
-    """`new` if the step is taken, else `old`: fuses with the update that made `new`."""
-    return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
 
 def gradient_norms(gradients: Mapping[str, Array], names: Mapping[str, Sequence[str]]) -> dict[str, Array]:

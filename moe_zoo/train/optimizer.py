@@ -32,24 +32,22 @@ def learning_rate(config: OptimConfig, step: Int[Array, ""], progress: Float[Arr
 
 
 def make_optimizer(config: OptimConfig, axes: dict[str, tuple]) -> optax.GradientTransformation:
-    """An optax chain at learning rate 1: every update is linear in the rate, so the step multiplies it in.
+    """An optimizer of optax at learning rate 1: every update is linear in the rate, so the step multiplies it in. The
+    step clips too, by the norm that it has anyway.
 
     `axes`: logical axes of each trained parameter; they tell a matrix from a stacked vector.
     """
     decay = {name: is_matrix(name, a) for name, a in axes.items()}
     wd = config.weight_decay
     if config.name == "adamw":
-        core = optax.adamw(1.0, config.b1, config.b2, config.eps, weight_decay=wd, mask=decay)
-    elif config.name == "lion":
-        core = optax.lion(1.0, config.b1, config.b2, weight_decay=wd, mask=decay)
-    elif config.name == "sgd":
-        core = optax.chain(optax.add_decayed_weights(wd, mask=decay), optax.sgd(1.0, momentum=config.b1))
-    elif config.name == "muon":
-        core = _muon(config, axes, decay)
-    else:
-        core = _optax_optimizer(config, decay)
-    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
-    return optax.chain(clip, core)
+        return optax.adamw(1.0, config.b1, config.b2, config.eps, weight_decay=wd, mask=decay)
+    if config.name == "lion":
+        return optax.lion(1.0, config.b1, config.b2, weight_decay=wd, mask=decay)
+    if config.name == "sgd":
+        return optax.chain(optax.add_decayed_weights(wd, mask=decay), optax.sgd(1.0, momentum=config.b1))
+    if config.name == "muon":
+        return _muon(config, axes, decay)
+    return _optax_optimizer(config, decay)
 
 
 def rate_scales(config: OptimConfig, names) -> dict[str, float]:

@@ -20,7 +20,7 @@ from moe_zoo.train.config import Config
 from moe_zoo.train.objective import Objective
 from moe_zoo.train.optimizer import learning_rate, make_optimizer, opt_shardings, rate_scales
 
-#: {"trainable", "frozen", "buffers": {path: array}, "opt": optax state, "objective", "guard": dict, "step": int32}
+#: {"trainable", "frozen", "buffers": {path: array}, "opt": optax state, "objective", "guard": dict, "step", "seed"}
 State = dict[str, Any]
 
 
@@ -111,6 +111,8 @@ class Trainer:
         state["objective"] = jax.jit(self.objective.init_state, out_shardings=self.replicated)()
         state["guard"] = jax.jit(guard.init, out_shardings=self.replicated)()
         state["step"] = distributed.put(np.zeros((), np.int32), self.replicated)
+        # not a constant of the program: runs that differ in their seed share what XLA compiled
+        state["seed"] = distributed.put(np.asarray(self.config.train.seed, np.int32), self.replicated)
         return state
 
     def abstract_state(self) -> State:
@@ -121,7 +123,7 @@ class Trainer:
         state["opt"] = jax.eval_shape(self.tx.init, state["trainable"])
         state["objective"] = jax.eval_shape(self.objective.init_state)
         state["guard"] = jax.eval_shape(guard.init)
-        state["step"] = jax.ShapeDtypeStruct((), jnp.int32)
+        state["step"] = state["seed"] = jax.ShapeDtypeStruct((), jnp.int32)
         shaped = lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where)
         return jax.tree.map(shaped, state, self.state_shardings)
 
@@ -137,13 +139,13 @@ class Trainer:
         groups["opt"] = opt_shardings(self.tx, trained, self.shardings, self.replicated)
         groups["objective"] = jax.tree.map(lambda _: self.replicated, jax.eval_shape(self.objective.init_state))
         groups["guard"] = jax.tree.map(lambda _: self.replicated, jax.eval_shape(guard.init))
-        groups["step"] = self.replicated
+        groups["step"] = groups["seed"] = self.replicated
         return groups
 
     def _train_step(self, state: State, batch, progress):
         """(state, batch {name: [B, S]}, progress in [0, 1]) -> (state, statistics)."""
         step = state["step"]
-        key = jax.random.fold_in(jax.random.key(self.config.train.seed), step)
+        key = jax.random.fold_in(jax.random.key(state["seed"]), step)
         batch = dict(batch)
         weights = batch.pop("loss_mask").astype(jnp.float32)
         batch["loss_weights"] = weights / jnp.maximum(weights.sum(), 1)
@@ -152,17 +154,11 @@ class Trainer:
         norm = guard.global_norm(norms)
         good, watch = guard.judge(self.config.train.guard, state["guard"], stats["scalars"]["loss"].value(), norm)
         rate = learning_rate(self.config.optim, step, progress)
-        updates, opt = self.tx.update(gradients, state["opt"], state["trainable"])
-        move = lambda p, u, scale: p + (rate * scale).astype(p.dtype) * u.astype(p.dtype)
-        trainable = jax.tree.map(move, state["trainable"], updates, self.rate_scales)
-        moved = {
-            "trainable": trainable,
-            "buffers": state["buffers"] | self.model(state).after_step(stats["layers"]),
-            "opt": opt,
-            "objective": self.objective.update(state["objective"], stats),
-        }
-        new = self._choose(good, moved, {name: state[name] for name in moved})
-        new |= {"frozen": state["frozen"], "guard": watch, "step": step + 1}
+        change = lambda old, gradients, stats: self._moved(state | old, gradients, stats, norm, rate)
+        # a branch and no choice per array: the arrays that a step may change are then changed in place
+        old = {name: state[name] for name in ("trainable", "buffers", "opt", "objective")}
+        new = jax.lax.cond(good, change, lambda old, *_: old, old, gradients, stats)
+        new |= {"frozen": state["frozen"], "guard": watch, "step": step + 1, "seed": state["seed"]}
         stats["scalars"] = {k: s.value() for k, s in stats["scalars"].items()} | {
             "grad_norm": norm,
             "learning_rate": rate,
@@ -172,15 +168,19 @@ class Trainer:
         stats["gradient_norms"] = norms
         return new, stats
 
-    def _choose(self, good, moved, old):
-        """`moved` if the step is good, else `old`. On one device moments wait for the weights that are made of them:
-        XLA writes over an array in place only where it knows that nothing reads the old one any more, else it copies.
-        """
-        weights = guard.choose(good, moved["trainable"], old["trainable"])
-        if self.mesh.size == 1:
-            for array in jax.tree.leaves(weights):
-                good &= ~(array.ravel()[0] > jnp.inf)  # always true, which XLA does not see
-        return guard.choose(good, moved, old) | {"trainable": weights}
+    def _moved(self, state, gradients, stats, norm, rate):
+        """What a good step makes of the arrays that it may change. `norm` of all gradients, for clipping."""
+        if (most := self.config.optim.clip_norm) is not None:
+            factor = jnp.minimum(1, most / norm)
+            gradients = jax.tree.map(lambda g: (g * factor).astype(g.dtype), gradients)
+        updates, opt = self.tx.update(gradients, state["opt"], state["trainable"])
+        move = lambda p, u, scale: p + (rate * scale).astype(p.dtype) * u.astype(p.dtype)
+        return {
+            "trainable": jax.tree.map(move, state["trainable"], updates, self.rate_scales),
+            "buffers": state["buffers"] | self.model(state).after_step(stats["layers"]),
+            "opt": opt,
+            "objective": self.objective.update(state["objective"], stats),
+        }
 
     def _gradients(self, state, batch, step, key):
         """Sums of gradients and statistics over the micro-batches."""

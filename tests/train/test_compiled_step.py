@@ -11,15 +11,27 @@ from moe_zoo.train.config import load_config
 from moe_zoo.train.step import Trainer
 
 
-@pytest.fixture(scope="module")
-def text():
-    config = load_config("quickstart:tiny", [("optim.name", "adamw")])
+def lowered(seed=0):
+    config = load_config("quickstart:tiny", [("optim.name", "adamw"), ("train.seed", str(seed))])
     trainer = Trainer(config, make_mesh(config.mesh, jax.devices()[:1]), config.train.objective.make())
     rows = config.data.batch_size, config.data.seq_len
     names = ("tokens", "targets", "loss_mask", "segment_ids", "positions", "domain")
     batch = {name: jax.ShapeDtypeStruct(rows, np.int32) for name in names}
-    step = trainer.train_step.lower(trainer.abstract_state(), batch, np.float32(0))
+    return trainer.train_step.lower(trainer.abstract_state(), batch, np.float32(0))
+
+
+@pytest.fixture(scope="module")
+def step():
+    return lowered()
+
+
+@pytest.fixture(scope="module")
+def text(step):
     return step.compile().as_text()
+
+
+def test_runs_that_differ_in_their_seed_share_what_is_compiled(step):
+    assert lowered(seed=7).as_text() == step.as_text()
 
 
 def test_angles_are_computed_once(text):
@@ -28,8 +40,11 @@ def test_angles_are_computed_once(text):
     assert len(re.findall(r" cosine\(", text)) == 2  # the learning rate's is the other
 
 
-def test_moments_are_written_in_place(text):
-    """A copy first, of twice the weights' memory, is what XLA makes if it may."""
-    experts = re.findall(r" copy\(%?(state__opt\S*experts\S*)\)", text)
-    assert not experts
-    assert "state__opt" in text and "ffn_experts_w_up" in text
+def test_weights_and_moments_are_written_in_place(text):
+    """In the branch of a good step: one array is made for each that changes, and none is copied first."""
+    branch = re.search(r'branch_computations=\{%?([\w.]+), %?([\w.]+)\}.*_train_step\)/cond"', text)
+    taken = re.search(rf"^%?{re.escape(branch[2])} \([^\n]*\{{\n(.*?)^\}}", text, re.S | re.M)[1]
+    shape = "f32[2,4,32,32]"  # three matrices of the experts, with two moments each
+    made = [line.strip() for line in taken.splitlines() if f"= {shape}" in line and " get-tuple-element(" not in line]
+    assert len(made) == 9, made
+    assert all(" fusion(" in line for line in made), made
