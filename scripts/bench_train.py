@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_zoo.cli import huge_pages
+from moe_zoo.cli import allocator
 
 ROOT = Path(__file__).resolve().parents[1]
 #: the decoder of the comparison
@@ -108,8 +108,10 @@ CONTENDERS: dict[str, Callable[[], Callable[[], None]]] = {
 }
 
 
-def worker(step: Callable[[], Any]) -> None:
+def worker(make: Callable[[], Callable[[], Any]]) -> None:
     """Answers each number n on stdin with the CPU and wall seconds of n steps, one JSON line."""
+    allocator.keep_memory()
+    step = make()
     for _ in range(2):
         step()
     print(json.dumps({"ready": True}), flush=True)
@@ -128,8 +130,8 @@ class Contender:
 
     def __init__(self, name: str, script: str = __file__, *arguments: Any):
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-        if name != "transformers":  # as scripts/train.py sets it for itself; transformers gains nothing by it
-            environment = huge_pages.environment(environment) or environment
+        if name != "transformers":  # as scripts/train.py does for itself; transformers gains nothing by it
+            environment = allocator.environment(environment) or environment
         command = [sys.executable, script, "--worker", name, *map(str, arguments)]
         self.name = name
         self.process = subprocess.Popen(
@@ -259,4 +261,4 @@ def add_startup(subparsers: Any) -> None:
 
 
 if __name__ == "__main__":
-    worker(CONTENDERS[sys.argv[2]]())
+    worker(CONTENDERS[sys.argv[2]])

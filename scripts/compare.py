@@ -1,9 +1,9 @@
 """Which idea is better at equal cost. `--help` says how; the work is in moe_zoo/cli/compare.py."""
 
-from moe_zoo.cli import huge_pages
+from moe_zoo.cli import allocator
 
 if __name__ == "__main__":
-    huge_pages.use()
+    allocator.use()
 
 from moe_zoo.cli.compare import main
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_zoo.cli import common
+from moe_zoo.cli import allocator, common
 
 #: where a prepared corpus is looked for
 PREPARED = "runs/corpus"
@@ -22,6 +22,7 @@ PREPARED = "runs/corpus"
 def compare(argv: Sequence[str]) -> None:
     """Does what the flags ask for, in this order: list, train, page, cards."""
     arguments = parse(argv)
+    allocator.keep_memory()
 
     from moe_zoo.compare.entries import MATCHES, SCALES, load_entries, pick
     from moe_zoo.compare.store import Store

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from moe_zoo.cli import common
+from moe_zoo.cli import allocator, common
 from moe_zoo.train import peers
 from moe_zoo.train.peers import PeersConfig
 
@@ -54,6 +54,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]
 
 def train_and_report(arguments: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> dict[str, Any] | None:
     """The work of one process."""
+    allocator.keep_memory()
     # settings first: a mistake in them must not wait for anything heavier
     from moe_zoo.train.config import differences, load_config
 
