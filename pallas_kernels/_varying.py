@@ -26,10 +26,13 @@ def same_varying(*operands: Any) -> tuple[Any, ...]:
     return jax.tree.map(lambda x: _cast(x, axes), operands)
 
 
-def zeros_like_varying(shape: tuple[int, ...], dtype: Any, like: jax.Array, *, negative: bool = False) -> jax.Array:
+def zeros_like_varying(
+    shape: tuple[int, ...], dtype: Any, like: jax.Array, *, own: tuple[jax.Array, int] | None = None
+) -> jax.Array:
     """Zeros that vary over the same mesh axes as `like`: fit for the carry of a loop which mixes `like` in.
 
-    Two equal constants of one shape become one buffer, of which XLA then copies one per loop carry. `negative` gives
-    -0.0: another constant, so that a pair of arrays needs no copy.
+    XLA makes one buffer of all equal constants of one shape, and copies it for each loop that writes into it. `own`: a
+    count (which is never negative, and XLA does not know that) and a number that no other array of this count has.
     """
-    return _cast(jnp.full(shape, -0.0 if negative else 0.0, dtype), _axes(like))
+    zero = jnp.zeros((), dtype) if own is None else (own[0] < -own[1]).astype(dtype)
+    return _cast(jnp.broadcast_to(zero, shape), _axes(like))

@@ -52,9 +52,9 @@ def forward(
 ) -> tuple[Array, Array | None, Array | None]:
     """(y, gate, up): the pre-activations of the live rows, None if not to be saved."""
     R, (E, _, F) = x_RD.shape[0], w_up_EDF.shape
-    zeros = lambda width, **how: _varying.zeros_like_varying((R, width), x_RD.dtype, x_RD, **how)
-    gate_RF = zeros(F) if save and w_gate_EDF is not None else None
-    out = (zeros(x_RD.shape[1]), gate_RF, zeros(F, negative=True) if save else None)
+    zeros = lambda width, n: _varying.zeros_like_varying((R, width), x_RD.dtype, x_RD, own=(sizes_L[0], n))
+    gate_RF = zeros(F, 1) if save and w_gate_EDF is not None else None
+    out = (zeros(x_RD.shape[1], 0), gate_RF, zeros(F, 2) if save else None)
     if R == 0:
         return out
     starts_E, ends_E = _groups.group_bounds(sizes_L, offset, E, R)
@@ -97,17 +97,16 @@ def backward(
     """
     R, E, acc = x_RD.shape[0], w_up_EDF.shape[0], _checks.accumulator(x_RD.dtype)
     weights = _Weights(w_gate_EDF, w_up_EDF, w_down_EFD)
-    zeros = lambda shape, dtype, **how: _varying.zeros_like_varying(shape, dtype, x_RD, **how)
+    zeros = lambda shape, dtype, n: _varying.zeros_like_varying(shape, dtype, x_RD, own=(sizes_L[0], n))
     trained = _Weights(*(None if isinstance(w, Quantized) else w for w in weights))
-    dx_RD, dw = zeros(x_RD.shape, x_RD.dtype), _map(lambda w: zeros(w.shape, w.dtype), trained)
-    if dw.up_DF is not None:
-        dw = dw._replace(up_DF=zeros(w_up_EDF.shape, x_RD.dtype, negative=True))
-    outs = (dx_RD, None if scale_R is None else zeros((R, 1), acc))
+    dx_RD = zeros(x_RD.shape, x_RD.dtype, 3)
+    dw = _Weights(*(None if w is None else zeros(w.shape, w.dtype, n) for n, w in enumerate(trained, 4)))
+    outs = (dx_RD, None if scale_R is None else zeros((R, 1), acc, 7))
     scale_R1 = None if scale_R is None else scale_R[:, None]
     if R == 0:
         return (dx_RD, *dw, scale_R)
     # The sums of the expert at hand. What they hold when the next one begins is never read.
-    sums = _map(lambda w: zeros(w.shape[1:], acc), trained)
+    sums = _Weights(*(None if w is None else zeros(w.shape[1:], acc, n) for n, w in enumerate(trained, 8)))
     starts_E, ends_E = _groups.group_bounds(sizes_L, offset, E, R)
     sizes = _tiles.tile_sizes(R, E)
 
