@@ -58,26 +58,31 @@ def _backward(window, scale, kept, g_BNSV):
     q, k, v, sinks, sight, out, highest, inverse = kept
     # what the softmax takes off again: the rows' weighted mean of the gradient of their weights
     mean = jnp.sum(g_BNSV.astype(highest.dtype) * out.astype(highest.dtype), -1)
-    dq, dk, dv = [], None, None
+    dq, dk_BMHS, dv_BMVS = [], None, None
     for rows, keys in reversed(list(sight.blocks())):  # the last block reaches all keys, the others add to its
         mask, cut = sight.mask(rows, keys, window), lambda x, rows=rows: x[:, :, rows]
         block = tuple(map(cut, (q, highest, inverse, mean, g_BNSV)))
         new_dq, new_dk, new_dv = _block_gradients(block, k[:, :, keys], v[:, :, keys], mask, _scale(q, scale))
         dq.insert(0, new_dq)
-        dk = new_dk if dk is None else _add_at_start(dk, new_dk)
-        dv = new_dv if dv is None else _add_at_start(dv, new_dv)
+        dk_BMHS = new_dk if dk_BMHS is None else _add_at_start(dk_BMHS, new_dk)
+        dv_BMVS = new_dv if dv_BMVS is None else _add_at_start(dv_BMVS, new_dv)
     d_sinks = None
     if sinks is not None:
         weight = jnp.exp(sinks.astype(highest.dtype)[:, None] - highest) * inverse
         d_sinks = -jnp.sum(weight * mean, (0, 2)).astype(sinks.dtype)
-    return jnp.concatenate(dq, axis=2).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), d_sinks, None
+    back = lambda x, like: jnp.swapaxes(x, 2, 3).astype(like.dtype)
+    return jnp.concatenate(dq, axis=2).astype(q.dtype), back(dk_BMHS, k), back(dv_BMVS, v), d_sinks, None
 
 
 attend_causally.defvjp(_forward, _backward)
 
 
 def _block_gradients(block, k_BMLH, v_BMLV, mask_BSL, scale):
-    """dq, dk, dv of one block of queries."""
+    """dq [B, N, S, H] of one block of queries; dk and dv of its keys, transposed: [B, M, H, L] and [B, M, V, L].
+
+    The other way round the product would contract the first dim of the scores, which XLA does outside its fast library
+    on a CPU, at half the speed. So it is with the transposes that this needs, if XLA may fold them into the product.
+    """
     q, highest, inverse, mean, g = (_stack(x, k_BMLH.shape[1]) for x in block)
     exp = jnp.exp(_scores(q * scale, k_BMLH, mask_BSL) - highest[..., None])
     weights = exp * inverse[..., None]
@@ -85,8 +90,9 @@ def _block_gradients(block, k_BMLH, v_BMLV, mask_BSL, scale):
     # a query that may see nothing weighs all alike, whatever its scores are
     d_scores = jnp.where(_stacked(mask_BSL, q), weights * (d_weights - mean[..., None]), 0).astype(q.dtype)
     dq = jnp.einsum("bmsl,bmlh->bmsh", d_scores, k_BMLH.astype(q.dtype)) * scale
-    dk = jnp.einsum("bmsl,bmsh->bmlh", d_scores, q) * scale
-    dv = jnp.einsum("bmsl,bmsv->bmlv", weights.astype(g.dtype), g)
+    q_BMHS, g_BMVS = jax.lax.optimization_barrier((jnp.swapaxes(q * scale, 2, 3), jnp.swapaxes(g, 2, 3)))
+    dk = jnp.einsum("bmhs,bmsl->bmhl", q_BMHS, d_scores)
+    dv = jnp.einsum("bmvs,bmsl->bmvl", g_BMVS, weights.astype(g.dtype))
     return dq.reshape(block[0].shape), dk, dv
 
 
@@ -135,5 +141,5 @@ def _scale(q, scale):
 
 
 def _add_at_start(whole, part):
-    added = jax.lax.slice_in_dim(whole, 0, part.shape[2], axis=2) + part
-    return jax.lax.dynamic_update_slice_in_dim(whole, added, 0, axis=2)
+    added = jax.lax.slice_in_dim(whole, 0, part.shape[3], axis=3) + part
+    return jax.lax.dynamic_update_slice_in_dim(whole, added, 0, axis=3)
