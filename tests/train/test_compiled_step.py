@@ -10,9 +10,11 @@ from moe_zoo.sharding import make_mesh
 from moe_zoo.train.config import load_config
 from moe_zoo.train.step import Trainer
 
+pytestmark = pytest.mark.usefixtures("unrolled")
+
 
 @pytest.fixture(scope="module")
-def text():
+def text(unrolled):
     config = load_config("quickstart:tiny", [("optim.name", "adamw")])
     trainer = Trainer(config, make_mesh(config.mesh, jax.devices()[:1]), config.train.objective.make())
     rows = config.data.batch_size, config.data.seq_len

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -175,9 +176,16 @@ def command(text, workdir, *extra):
     ]  # fmt: skip
 
 
+def environment():
+    """Of a process with one device, which finds the programs that another one has compiled."""
+    return os.environ | {
+        "PYTHONPATH": str(ROOT), "XLA_FLAGS": re.sub(r"--xla_force\S+", "", os.environ["XLA_FLAGS"]),
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+    }  # fmt: skip
+
+
 def run(*arguments, **kwargs):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-    return subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=120, **kwargs)
+    return subprocess.run(arguments, capture_output=True, text=True, env=environment(), timeout=120, **kwargs)
 
 
 @pytest.mark.slow  # five processes that import jax
@@ -188,7 +196,7 @@ def test_command_line_trains_is_stopped_resumes_samples_and_evaluates(text, tmp_
         command(text, workdir, *steps),
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
+        env=environment(),
     )
     metrics = workdir / "metrics.jsonl"
     deadline = time.monotonic() + 90
