@@ -264,10 +264,10 @@ def test_gradient_reaches_trained_parameters_and_no_others(name):
         logits, aux, _ = whole(ids, train=True, step=jnp.int32(9), key=jax.random.key(0))
         return jnp.mean(jnp.sin(logits)) + aux.total_loss()
 
-    for path, g in gradient(trained).items():
-        assert bool(jnp.isfinite(g).all()), path
+    for path, g in jax.device_get(gradient(trained)).items():
+        assert np.isfinite(g).all(), path
         if "ffn" in path or "shared" in path:
-            assert float(jnp.abs(g).max()) > 0, f"no gradient reaches {path}"
+            assert np.abs(g).max() > 0, f"no gradient reaches {path}"
     frozen = {n for n in fixed if ".router." in n}
     assert all(
         isinstance(P.flat(model)[n], P.Frozen | P.Buffer) for n in frozen
