@@ -24,10 +24,10 @@ os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-from moe_zoo.models import decoder  # noqa: E402
-
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+from moe_zoo.models import decoder  # noqa: E402
 
 # Layers are scanned one by one instead of four at a time: most tiny models have two, and compile in two thirds of the
 # time. Where the program itself is tested, the fixture below puts back what users get.
