@@ -29,8 +29,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 from moe_zoo.models import decoder  # noqa: E402
 
-# Layers are scanned one by one instead of four at a time: most tiny models have two, and compile in two thirds of the
-# time. Where the program itself is tested, the fixture below puts back what users get.
+# Layers are scanned one by one instead of four at a time: most tiny models have two, and their programs become smaller.
+# Where the program itself is tested, the fixture below puts back what users get.
 UNROLL, decoder._UNROLL = decoder._UNROLL, 1
 
 # jax's own modules are never garbage, and tracing makes many objects: fewer, shorter collections
@@ -39,7 +39,7 @@ gc.set_threshold(20_000, 20, 20)
 
 # The workers take file by file: the longest ones first, or one worker would still be in one when all else is done.
 _LONGEST = ("train/test_mesh.py", "routing/test_contract.py", "train/test_configs.py", "train/test_distributed.py",
-            "train/test_fuzz.py", "train/test_resume.py", "notebooks/test_notebooks.py")  # fmt: skip
+            "train/test_resume.py", "notebooks/test_notebooks.py")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
