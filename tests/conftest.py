@@ -27,12 +27,36 @@ import pytest  # noqa: E402
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
+from moe_zoo.models import decoder  # noqa: E402
+
+# Layers are scanned one by one instead of four at a time: most tiny models have two, and their programs become smaller.
+# Where the program itself is tested, the fixture below puts back what users get.
+UNROLL, decoder._UNROLL = decoder._UNROLL, 1
+
 # jax's own modules are never garbage, and tracing makes many objects: fewer, shorter collections
 gc.freeze()
 gc.set_threshold(20_000, 20, 20)
 
+# The workers take file by file: the longest ones first, or one worker would still be in one when all else is done.
+_LONGEST = ("train/test_mesh.py", "routing/test_contract.py", "train/test_configs.py", "train/test_distributed.py",
+            "train/test_resume.py", "notebooks/test_notebooks.py")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    places = {Path(__file__).parent / name: place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
 # every compiled program lies in mappings of its own, of which a process may have 65,530: then compiling aborts
 _MAPPINGS = 20_000
+
+
+@pytest.fixture(scope="module")
+def unrolled():
+    """Layers are unrolled as outside of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder, "_UNROLL", UNROLL)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -199,6 +199,7 @@ def test_routed_layer_is_a_loop_over_tokens_plus_the_gated_shared_expert():
     np.testing.assert_allclose(np.asarray(y).reshape(-1, 16), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("unrolled")
 def test_segments_do_not_change_what_is_computed():
     """Five layers: scanned in a real loop with a remainder, and as one and two pairs."""
     outputs = []

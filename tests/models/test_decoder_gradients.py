@@ -49,6 +49,7 @@ def test_recomputation_changes_no_gradient(compiled, remat):
         assert np.abs(grad).max() > 1e-6, name
 
 
+@pytest.mark.usefixtures("unrolled")
 def test_recomputing_blocks_saves_memory_in_short_segments_too():
     """Two layers fit into one unrolled body; there, too, only one layer's activations may be alive at once."""
     tokens, bytes_used = jnp.zeros((2, 96), jnp.int32), {}

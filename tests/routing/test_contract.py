@@ -114,16 +114,19 @@ def first_layer(model: Decoder) -> tuple[MoE, object]:
 call_layer = jax.jit(lambda moe, x, ctx: moe(x, ctx))
 before_layers = jax.jit(lambda shared, ctx: shared.before_layers(ctx, None)[0])
 call_model = jax.jit(lambda model, ids: model(ids, step=jnp.int32(3)))
+call_cached = jax.jit(lambda model, ids, cache: model(ids, cache=cache, step=jnp.int32(3))[::2])
 
 
 def context(name: str, batch: int = B, seq: int = S, **changes) -> RoutingContext:
+    """Of tokens that are all valid, said by a mask: with and without padding it is one program."""
     moe, shared = layer(name)
     ids = np.random.default_rng(5).integers(0, 32, batch * seq).astype(np.int32)
-    carry = moe.router.init_carry(batch * seq)
+    carry, valid = moe.router.init_carry(batch * seq), np.ones(batch * seq, bool)
     fixed = dict(token_ids=ids, domain=ids % 3, step=jnp.int32(4), key=jax.random.key(0), carry=carry, shared=shared)
+    given = {**fixed, "valid": valid, **changes}
     if "attention" in moe.router.requires:
-        fixed["attention"] = attention_view(batch, seq, D, valid_T=changes.get("valid"))
-    ctx = RoutingContext(batch=batch, seq=seq, **{**fixed, **changes})
+        given = {"attention": attention_view(batch, seq, D, valid_T=given["valid"]), **given}
+    ctx = RoutingContext(batch=batch, seq=seq, **given)
     return ctx if ctx.shared is None else ctx.replace(shared=before_layers(ctx.shared, ctx.replace(shared=None)))
 
 
@@ -186,7 +189,7 @@ def test_layer_equals_a_loop_over_tokens_and_experts(name):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("train", [False, True])
 def test_gates_are_finite_and_weigh_at_least_one_expert_per_used_token(name, train):
-    _, aux, routing = run(name, tokens(), context(name, train=train))
+    _, aux, routing = run(name, tokens(), context(name, **(dict(train=True, valid=None) if train else {})))
     decision = routing.decision
     if isinstance(decision, TokenChoice):
         assert decision.experts.dtype == jnp.int32
@@ -225,7 +228,7 @@ def test_padding_changes_nothing(name):
     if case.router["name"] in ("expert_choice", "soft", "sparse_ot"):
         return  # capacity and slots follow the padded length
     ids = dict(token_ids=ctx.token_ids[flat], domain=ctx.domain[flat])
-    short, _, _ = run(name, x[flat], context(name, seq=S - 2, **ids))
+    short, _, _ = run(name, x[flat], context(name, seq=S - 2, valid=None, **ids))
     np.testing.assert_allclose(y[flat], short, atol=1e-5)
 
 
@@ -247,8 +250,9 @@ def test_relabelling_experts_relabels_the_decision_and_leaves_the_output(name):
     np.testing.assert_allclose(np.asarray(load(aux))[:, order], load(moved_aux), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["expert_choice_sequence", "relu_everywhere"])
 def test_gradient_reaches_trained_parameters_and_no_others(name):
+    """What tests/train/test_mesh.py, where every router is, has not."""
     model = decoder(name)
     ids = jnp.asarray(np.random.default_rng(1).integers(0, 32, (4, 8)), jnp.int32)
     trained = {n: v.get_value() for n, v in P.flat(model).items() if not isinstance(v, P.Buffer | P.Frozen)}
@@ -261,10 +265,10 @@ def test_gradient_reaches_trained_parameters_and_no_others(name):
         logits, aux, _ = whole(ids, train=True, step=jnp.int32(9), key=jax.random.key(0))
         return jnp.mean(jnp.sin(logits)) + aux.total_loss()
 
-    for path, g in gradient(trained).items():
-        assert bool(jnp.isfinite(g).all()), path
+    for path, g in jax.device_get(gradient(trained)).items():
+        assert np.isfinite(g).all(), path
         if "ffn" in path or "shared" in path:
-            assert float(jnp.abs(g).max()) > 0, f"no gradient reaches {path}"
+            assert np.abs(g).max() > 0, f"no gradient reaches {path}"
     frozen = {n for n in fixed if ".router." in n}
     assert all(
         isinstance(P.flat(model)[n], P.Frozen | P.Buffer) for n in frozen
@@ -334,14 +338,12 @@ def test_causality_is_as_claimed(name):
 @pytest.mark.parametrize("name", CAUSAL)
 def test_cached_decoding_equals_the_parallel_form(name):
     model = decoder(name)
-    ids = np.random.default_rng(3).integers(0, 32, (2, 7)).astype(np.int32)
-    whole = jax.jit(lambda t: model(t)[0])(ids)
-    step = jax.jit(lambda t, cache: model(t, cache=cache)[::2])
-    cache, parts = model.init_cache(2, 8), []
-    for chunk in (ids[:, :4], ids[:, 4:5], ids[:, 5:6], ids[:, 6:]):
-        logits, cache = step(chunk, cache)
+    ids = np.random.default_rng(3).integers(0, 32, (B, 2 * S)).astype(np.int32)
+    cache, parts = model.init_cache(B, 2 * S + 1), []
+    for chunk in np.split(ids, [2 * S - 3, 2 * S - 2, 2 * S - 1], axis=1):
+        logits, cache = call_cached(model, chunk, cache)
         parts.append(logits)
-    np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=2e-5)
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), call_model(model, ids)[0], atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["top_k", "relu", "expert_choice_sequence", "soft"])
@@ -359,22 +361,12 @@ def test_recorded_decisions_of_every_type_played_back_give_the_same_logits(name)
             np.testing.assert_array_equal(one, whole[layer])
 
 
-def train_settings(name: str):
-    case = CASES[name]
-    config = load_config("quickstart:tiny", [("optim.warmup_steps", "0")])
-    return dataclasses.replace(
-        config,
-        model=model_config(name, vocab_size=264),
-        train=load_config("quickstart:tiny", [("train.objective.name", case.objective)]).train,
-    )
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_it_trains_in_one_compilation_and_nan_shows(name):
-    """Loss falls over a few steps of one program; poisoned weights reach the metrics and are named."""
-    from moe_zoo.train.metrics import first_non_finite, flatten
-
-    config = train_settings(name)
+@pytest.mark.parametrize("name", ["relu_everywhere"])
+def test_it_trains(name):
+    """What no config of the zoo has: every router trains in tests/train/test_configs.py."""
+    case, config = CASES[name], load_config("quickstart:tiny", [("optim.warmup_steps", "0")])
+    objective = load_config("quickstart:tiny", [("train.objective.name", case.objective)]).train
+    config = dataclasses.replace(config, model=model_config(name, vocab_size=264), train=objective)
     trainer = Trainer(config, make_mesh(devices=jax.devices()[:1]), config.train.objective.make())
     state, losses = trainer.init_state(), []
     rows = (np.arange(33) * 7 + np.arange(8)[:, None]) % 40
@@ -387,12 +379,6 @@ def test_it_trains_in_one_compilation_and_nan_shows(name):
         state, stats = trainer.train_step(state, batch, np.float32(0))
         losses.append(float(stats["scalars"]["loss"]))
     assert losses[-1] < losses[0] - 0.1, losses
-    assert trainer.train_step._cache_size() == 1
-    ids = {path: ids for path, _, ids in trainer.abstract.routed()}
-    assert first_non_finite(flatten(jax.device_get(stats), ids, 1.0)) is None
-    state["trainable"]["segments.0.blocks.0.ffn.experts.w_up"] *= np.nan
-    _, stats = trainer.train_step(state, batch, np.float32(0))
-    assert first_non_finite(flatten(jax.device_get(stats), ids, 1.0)) == "loss"
 
 
 def test_a_loss_or_dispatcher_that_does_not_fit_the_router_is_an_error():

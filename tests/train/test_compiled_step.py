@@ -10,6 +10,8 @@ from moe_zoo.sharding import make_mesh
 from moe_zoo.train.config import load_config
 from moe_zoo.train.step import Trainer
 
+pytestmark = pytest.mark.usefixtures("unrolled")
+
 
 def lowered(seed=0):
     config = load_config("quickstart:tiny", [("optim.name", "adamw"), ("train.seed", str(seed))])
@@ -21,7 +23,7 @@ def lowered(seed=0):
 
 
 @pytest.fixture(scope="module")
-def step():
+def step(unrolled):
     return lowered()
 
 

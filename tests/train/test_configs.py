@@ -8,8 +8,10 @@ import jax
 import numpy as np
 import pytest
 
+from moe_zoo.routing import ROUTERS
 from moe_zoo.sharding import make_mesh
 from moe_zoo.train.config import extend, load_config
+from moe_zoo.train.metrics import first_non_finite, flatten
 from moe_zoo.train.step import Trainer
 
 FILES = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
@@ -26,7 +28,8 @@ def test_config_says_what_it_is_for(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-def test_tiny_preset_trains(path):
+def test_tiny_preset_trains_in_one_compilation_and_nan_shows(path):
+    """Loss falls over a few steps of one program; poisoned weights reach the metrics and are named."""
     config = load_config(f"{path}:tiny")
     trainer = Trainer(config, make_mesh(devices=jax.devices()[:1]), config.train.objective.make())
     state = trainer.init_state()
@@ -43,6 +46,17 @@ def test_tiny_preset_trains(path):
         state, stats = trainer.train_step(state, batch, np.float32(0))
         losses.append(float(stats["scalars"]["loss"]))
     assert losses[0] == pytest.approx(math.log(264), abs=0.6) and losses[-1] < losses[0] - 1, losses
+    assert trainer.train_step._cache_size() == 1
+    ids = {path: ids for path, _, ids in trainer.abstract.routed()}
+    assert first_non_finite(flatten(jax.device_get(stats), ids, 1.0)) is None
+    poisoned = next(name for name in state["trainable"] if name.endswith("w_up"))
+    state["trainable"][poisoned] *= np.nan
+    _, stats = trainer.train_step(state, batch, np.float32(0))
+    assert first_non_finite(flatten(jax.device_get(stats), ids, 1.0)) == "loss"
+
+
+def test_every_router_is_one_configs():
+    assert {load_config(f"{path}:tiny").model.router.name for path in FILES} == set(ROUTERS.names())
 
 
 def test_extend_replaces_a_section_whose_name_changes_and_merges_others():

@@ -15,15 +15,17 @@ from moe_zoo.train.step import Trainer
 
 
 class Poisoned(NextToken):
-    """The loss times a factor at one step."""
+    """The loss times a factor at some steps, {step: factor}."""
 
-    def __init__(self, at: int, factor: float):
+    def __init__(self, factors: dict[int, float]):
         super().__init__(NextTokenConfig())
-        self.at, self.factor = at, factor
+        self.factors = factors
 
     def loss(self, model, batch, ostate, *, step, **kwargs):
         loss, stats = super().loss(model, batch, ostate, step=step, **kwargs)
-        return loss * jnp.where(step == self.at, self.factor, 1.0), stats
+        for at, factor in self.factors.items():
+            loss = loss * jnp.where(step == at, factor, 1.0)
+        return loss, stats
 
 
 def run(objective, steps, *settings):
@@ -51,21 +53,30 @@ def unchanged(a, b) -> bool:
     return all(jax.tree.leaves(same))
 
 
-@pytest.mark.parametrize("factor, settings", [(np.nan, ()), (np.inf, ()), (1e3, ("10", "3"))])
-def test_a_poisoned_step_changes_nothing_and_training_goes_on(factor, settings):
-    settings = zip(("train.guard.spike", "train.guard.memory"), settings)
-    _, seen = run(Poisoned(4, factor), 7, *settings)
+@pytest.fixture(scope="module")
+def unwatched():
+    """A run in which spikes pass: one at step 1, nan at step 4, infinity at step 6."""
+    return run(Poisoned({1: 1e3, 4: np.nan, 6: np.inf}), 9)
+
+
+def check(seen, skipped: tuple[int, ...]):
+    """Exactly these steps changed nothing and were counted, and training went on."""
     states = [state for state, _, _ in seen]
-    assert [unchanged(a, b) for a, b in zip(states, states[1:])] == [False, False, False, True, False, False]
-    assert [int(line["skipped_steps"]) for _, line, _ in seen] == [0, 0, 0, 0, 1, 1, 1]
-    assert [int(line["skipped_in_a_row"]) for _, line, _ in seen] == [0, 0, 0, 0, 1, 0, 0]
-    assert seen[-1][1]["loss"] < seen[0][1]["loss"] and int(states[-1]["step"]) == 7
+    bad = [step in skipped for step in range(len(seen))]
+    assert [unchanged(a, b) for a, b in zip(states, states[1:])] == bad[1:]
+    assert [int(line["skipped_steps"]) for _, line, _ in seen] == np.cumsum(bad).tolist()
+    assert [int(line["skipped_in_a_row"]) for _, line, _ in seen] == [int(x) for x in bad]
+    assert seen[-1][1]["loss"] < seen[0][1]["loss"] and int(states[-1]["step"]) == len(seen)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(states[-1]))
 
 
-def test_a_spike_passes_where_spikes_are_not_watched():
-    _, seen = run(Poisoned(4, 1e3), 6)
-    assert int(seen[-1][1]["skipped_steps"]) == 0 and not unchanged(seen[3][0], seen[4][0])
+def test_poisoned_steps_change_nothing_training_goes_on_and_a_spike_passes_unwatched(unwatched):
+    check(unwatched[1], skipped=(4, 6))
+
+
+def test_a_spike_changes_nothing_where_spikes_are_watched():
+    _, seen = run(Poisoned({4: 1e3}), 7, ("train.guard.spike", "10"), ("train.guard.memory", "3"))
+    check(seen, skipped=(4,))
 
 
 def test_the_mean_norm_is_of_the_steps_that_were_taken():
@@ -79,8 +90,8 @@ def test_the_mean_norm_is_of_the_steps_that_were_taken():
     assert float(state["norm"]) == pytest.approx((mean + 2) / 2)
 
 
-def test_gradient_norms_are_per_layer_and_the_explanation_names_the_worst_with_its_layer():
-    trainer, seen = run(Poisoned(1, np.nan), 2)
+def test_gradient_norms_are_per_layer_and_the_explanation_names_the_worst_with_its_layer(unwatched):
+    trainer, seen = unwatched
     _, line, host = seen[0]
     total = np.sqrt(sum(np.sum(np.square(n)) for n in host["gradient_norms"].values()))
     assert total == pytest.approx(line["grad_norm"], rel=1e-5)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,8 +56,15 @@ def without_times(path):
     return [{k: v for k, v in line.items() if k not in timed} for line in read_metrics(path)]
 
 
-def test_stopped_twice_equals_never_stopped_bitwise(text, tmp_path):
-    whole = train(config(text), tmp_path / "whole")
+@pytest.fixture(scope="module")
+def finished(text, tmp_path_factory):
+    """(the run that nothing stopped, its directory)."""
+    folder = tmp_path_factory.mktemp("whole")
+    return train(config(text), folder), folder
+
+
+def test_stopped_twice_equals_never_stopped_bitwise(text, finished, tmp_path):
+    whole, folder = finished
     assert whole["finished"] and whole["step"] == 12
     # step 5 is saved on the way out; 10 lies behind the checkpoint of 8, with metrics of 9 and 10 already written
     assert train(config(text), tmp_path / "parts", stop_at=5)["step"] == 5
@@ -65,17 +74,17 @@ def test_stopped_twice_equals_never_stopped_bitwise(text, tmp_path):
     assert a.keys() == b.keys() and len(a) > 30
     for name in a:
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
-    assert without_times(tmp_path / "whole/metrics.jsonl") == without_times(tmp_path / "parts/metrics.jsonl")
+    assert without_times(folder / "metrics.jsonl") == without_times(tmp_path / "parts/metrics.jsonl")
     assert [line["step"] for line in read_metrics(tmp_path / "parts/metrics.jsonl") if line["kind"] == "train"] == list(
         range(1, 13)
     )
 
 
-def test_a_finished_run_trains_no_further_and_loads(text, tmp_path):
-    done = train(config(text), tmp_path)
-    again = train(config(text), tmp_path)
+def test_a_finished_run_trains_no_further_and_loads(text, finished):
+    done, folder = finished
+    again = train(config(text), folder)
     assert again["step"] == 12 and again["finished"]
-    loaded = moe_zoo.load(tmp_path)
+    loaded = moe_zoo.load(folder)
     for name, value in P.arrays(loaded.model).items():
         np.testing.assert_array_equal(value, {**done["state"]["trainable"], **done["state"]["buffers"]}[name])
     ids = np.arange(20).reshape(2, 10)
@@ -84,8 +93,8 @@ def test_a_finished_run_trains_no_further_and_loads(text, tmp_path):
     assert isinstance(loaded.generate("router", 5)[0], str)
 
 
-def test_other_settings_in_the_same_directory_are_refused_and_nothing_is_touched(text, tmp_path):
-    train(config(text), tmp_path, stop_at=2)
+def test_other_settings_in_the_same_directory_are_refused_and_nothing_is_touched(text, finished, tmp_path):
+    shutil.copytree(finished[1], tmp_path, dirs_exist_ok=True)
     before = sorted((p.name, p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file())
     with pytest.raises(ConfigError, match=r"optim.learning_rate: 0.003 -> 0.001.*--overwrite"):
         train(config(text, ("optim.learning_rate", "1e-3")), tmp_path)
@@ -115,16 +124,16 @@ def test_divergence_stops_with_the_step_and_what_to_try(text, tmp_path):
         train(wild, tmp_path)
 
 
-def test_a_run_begins_from_the_weights_of_another(text, tmp_path):
+def test_a_run_begins_from_the_weights_of_another(text, finished, tmp_path):
     """All given: the first loss is the other's last. Another router's parameters are drawn; the base keeps its own."""
-    first = train(config(text), tmp_path / "first")
-    given = P.arrays(moe_zoo.load(tmp_path / "first").model)
+    first, folder = finished
+    given = P.arrays(moe_zoo.load(folder).model)
     still = [("optim.learning_rate", "1e-30"), ("optim.weight_decay", "0")]
     same = train(config(text, *still), tmp_path / "same", begin_from=given, stop_at=2)
     for path, value in same["state"]["trainable"].items():
         np.testing.assert_allclose(value, first["state"]["trainable"][path], atol=1e-7)
     router = ("model.router.name", "recurrent")
-    settings, rest = begin_from(str(tmp_path / "first"), [router])
+    settings, rest = begin_from(str(folder), [router])
     assert settings["model"]["router"]["name"] == "top_k" and settings["data"] == {"tokenizer": "bytes"}
     other = train(config(text, router, *still), tmp_path / "other", begin_from=rest, stop_at=1)
     fresh = other["state"]["trainable"].keys() - rest.keys()
@@ -175,9 +184,16 @@ def command(text, workdir, *extra):
     ]  # fmt: skip
 
 
+def environment():
+    """Of a process with one device, which finds the programs that another one has compiled."""
+    return os.environ | {
+        "PYTHONPATH": str(ROOT), "XLA_FLAGS": re.sub(r"--xla_force\S+", "", os.environ["XLA_FLAGS"]),
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+    }  # fmt: skip
+
+
 def run(*arguments, **kwargs):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-    return subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=120, **kwargs)
+    return subprocess.run(arguments, capture_output=True, text=True, env=environment(), timeout=120, **kwargs)
 
 
 @pytest.mark.slow  # five processes that import jax
@@ -188,7 +204,7 @@ def test_command_line_trains_is_stopped_resumes_samples_and_evaluates(text, tmp_
         command(text, workdir, *steps),
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
+        env=environment(),
     )
     metrics = workdir / "metrics.jsonl"
     deadline = time.monotonic() + 90

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import struct
 
 import jax
@@ -62,21 +63,27 @@ def test_random_numbers_come_back_bit_by_bit(name, tmp_path):
         assert np.isfinite(loaded(np.arange(6)[None]).logits).all()
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A small Mixtral in one file."""
-    _, config = small("Mixtral-8x7B")
-    hf.save(tmp_path, random(config), config)
-    return tmp_path
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A small Mixtral, in one file and in several."""
+    folder, (_, config) = tmp_path_factory.mktemp("saved"), small("Mixtral-8x7B")
+    model = random(config)
+    hf.save(folder / "one", model, config)
+    writing.save(folder / "several", model, config, shard_bytes=8000)
+    assert len(list((folder / "several").glob("*.safetensors"))) > 2
+    return folder
 
 
 @pytest.fixture
-def shards(tmp_path):
-    """The same in several files."""
-    _, config = small("Mixtral-8x7B")
-    writing.save(tmp_path, random(config), config, shard_bytes=8000)
-    assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    return tmp_path
+def folder(saved, tmp_path):
+    """It in one file, to be damaged."""
+    return shutil.copytree(saved / "one", tmp_path, dirs_exist_ok=True)
+
+
+@pytest.fixture
+def shards(saved, tmp_path):
+    """It in several files."""
+    return shutil.copytree(saved / "several", tmp_path, dirs_exist_ok=True)
 
 
 def refused(path, *words):
