@@ -88,8 +88,6 @@ class LatentAttention(Attention):
         """Projections, scores and mixing over `context` visible keys on average. Forward; multiply-adds count two."""
         D, N, _, H = self.dims
         c = self.config.latent
-        if self.config.sliding_window is not None:
-            context = min(context, self.config.sliding_window)
         queries = c.q_lora_rank * (D + N * H) if c.q_lora_rank else D * N * H
         keys = D * (c.kv_lora_rank + c.qk_rope_head_dim) + c.kv_lora_rank * N * (c.qk_nope_head_dim + c.v_head_dim)
-        return 2 * (queries + keys + N * c.v_head_dim * D) + 2 * N * (H + c.v_head_dim) * context
+        return 2 * (queries + keys + N * c.v_head_dim * D) + 2 * N * (H + c.v_head_dim) * self._visible(context)

@@ -37,8 +37,9 @@ class ModelConfig:
     """A decoder-only language model. Numbers carry Hugging Face's names.
 
     `intermediate_size` is the width of dense blocks, `moe_intermediate_size` of one routed expert. `shared_expert_size`
-    adds an always-active expert. `norm_placement` "post" norms what a branch adds instead of what it sees (OLMo 2);
-    embeddings and residual branches are multiplied, logits divided by the three numbers that Granite has for it.
+    adds an always-active expert. `norm_placement` "post" norms what a branch adds instead of what it sees (OLMo 2),
+    "both" both; embeddings and residual branches are multiplied, logits divided by the three numbers that Granite has
+    for it.
     `chain` repeats the routed layer on its own output (Chain-of-Experts).
     `dtype` is the compute type; parameters, router, softmax and losses are float32. `remat`: what the backward pass
     recomputes: nothing ("none"), all but matrix products ("dots"), or whole blocks ("block").
@@ -62,7 +63,7 @@ class ModelConfig:
     losses: tuple[Choice, ...] = choices(LOSSES, {"load_balance": {"coef": 0.01}, "z_loss": {"coef": 0.001}})
     norm: NormKind = "rms"
     norm_eps: float = 1e-6
-    norm_placement: Literal["pre", "post"] = "pre"
+    norm_placement: Literal["pre", "post", "both"] = "pre"
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0

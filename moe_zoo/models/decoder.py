@@ -274,14 +274,15 @@ def make_block(config: ModelConfig, kind: str, whole: ModelConfig) -> Block:
             raise ConfigError(f"model.router: {config.router.name!r} needs {missing}, which this model cannot provide")
     else:
         ffn = MLP(config.mlp, hidden_size=D, intermediate_size=config.intermediate_size, out_scale=out_scale)
-    norm = NORMS[config.norm]
+    norm = lambda: NORMS[config.norm](D, config.norm_eps)
     mixer = LatentAttention if config.attention.latent.kv_lora_rank else Attention
     return Block(
         mixer=mixer(config.attention, hidden_size=D, out_scale=out_scale),
         ffn=ffn,
-        mixer_norm=norm(D, config.norm_eps),
-        ffn_norm=norm(D, config.norm_eps),
+        mixer_norm=norm(),
+        ffn_norm=norm(),
         placement=config.norm_placement,
+        after=(norm(), norm()) if config.norm_placement == "both" else (),
         multiplier=config.residual_multiplier,
     )
 

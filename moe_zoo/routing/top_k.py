@@ -92,8 +92,10 @@ class TopK(Router):
         bias_E = self.correction[...] if c.correction_bias else None
         if "router_bias" in ctx.inputs:
             bias_E = ctx.inputs["router_bias"] + (0 if bias_E is None else bias_E)
+        plain = bias_E is None and c.n_group == 1
         experts_TK = select(
-            scores_TE,
+            # by logits where that is the same order: scores near 0 or 1 cannot be told apart
+            logits_TE if plain else scores_TE,
             c.num_experts_per_tok,
             bias_E,
             n_group=c.n_group,

@@ -100,7 +100,8 @@ class Family:
     """One family of published models. `layer` and `whole`: our per-layer (whole) parameter name -> where it is stored.
 
     `unused`: patterns of tensors that are in the files but in no model of ours. `extra_layers`: layers behind the last
-    predict tokens further ahead; they are left out. `unpack` makes tensors of what is stored as several.
+    predict tokens further ahead; they are left out. `unpack` makes tensors of what is stored as several. `written_as`:
+    the family that such models are saved as, where not all of the files is read.
     """
 
     model_type: str
@@ -114,6 +115,7 @@ class Family:
     extra_layers: bool = False
     unpack: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda tensors: tensors
     prefix: str = "model.layers.{layer}."
+    written_as: "Family | None" = None
 
     def read(self, given: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
         """config.json -> ModelConfig. Raises CheckpointError naming the key."""
@@ -163,6 +165,7 @@ def essential(config: ModelConfig) -> dict[str, Any]:
         values = {key: value for key, value in values.items() if not key.startswith("attention.latent.")}
     if config.attention.qk_norm == "none" and not config.attention.latent.kv_lora_rank:
         values.pop("attention.norm_eps")
+    values["gate_on"] = getattr(config.dispatch.config, "gate_on", "output")
     if not config.ngram.orders:
         values = {key: value for key, value in values.items() if not key.startswith("ngram.")}
     return {k: v for k, v in values.items() if not any(k == s or k.startswith(f"{s}.") for s in skipped)}
