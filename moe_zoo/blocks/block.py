@@ -52,23 +52,12 @@ class Block(nnx.Module):
 
     def __call__(self, x, view: View, ctx: RoutingContext, cache: dict | None = None, at=None):
         """Returns (x, Aux, cache, carry of the router)."""
-        with jax.named_scope("mixer"):
-            mixer = self.mixer.observed if self.shows_attention else self.mixer
-            y, mixer_cache, *attention = mixer(
-                self._before(self.mixer_norm, x), view, None if cache is None else cache["mixer"], at
-            )
-        x = self._add(x, self._after("mixer", y))
+        x, mixer_cache, attention = self._mix(x, view, cache, at)
         with jax.named_scope("ffn"):
             if not self.routed:
                 y, aux, carry, router_cache = self.ffn(self._before(self.ffn_norm, x)), Aux(), ctx.carry, None
             else:
-                name, depth = self.ffn.router_name, ctx.carry
-                router_cache = None if cache is None else cache["router"]
-                mine = ctx.replace(cache=router_cache, carry=depth.get(name), shared=ctx.shared.get(name))
-                mine = mine.replace(attention=attention[0] if attention else None)
-                y, aux, routing = self.ffn(self._before(self.ffn_norm, x), mine)
-                router_cache = routing.cache
-                carry = {**depth, name: routing.carry} if name in depth else depth
+                y, aux, router_cache, carry = self._route(self._before(self.ffn_norm, x), ctx, cache, attention)
             if self.outer_residual:
                 x = self._add(x, self._after("ffn", y))
             else:
@@ -77,6 +66,23 @@ class Block(nnx.Module):
             return x, aux, None, carry
         new = {"mixer": mixer_cache, "router": router_cache} if self.routed else {"mixer": mixer_cache}
         return x, aux, new, carry
+
+    def _mix(self, x, view: View, cache, at):
+        """(x with the mixer's branch, the mixer's cache, what it compared if the router asks for it)."""
+        with jax.named_scope("mixer"):
+            mixer = self.mixer.observed if self.shows_attention else self.mixer
+            y, mixer_cache, *attention = mixer(
+                self._before(self.mixer_norm, x), view, None if cache is None else cache["mixer"], at
+            )
+        return self._add(x, self._after("mixer", y)), mixer_cache, attention[0] if attention else None
+
+    def _route(self, x, ctx: RoutingContext, cache, attention):
+        """(experts' output, Aux, the router's cache, carry of all routers)."""
+        name, depth = self.ffn.router_name, ctx.carry
+        router_cache = None if cache is None else cache["router"]
+        mine = ctx.replace(cache=router_cache, carry=depth.get(name), shared=ctx.shared.get(name), attention=attention)
+        y, aux, routing = self.ffn(x, mine)
+        return y, aux, routing.cache, {**depth, name: routing.carry} if name in depth else depth
 
     def _before(self, norm, x):
         return x if self.placement == "post" else norm(x)

@@ -44,7 +44,7 @@ class MoEConfig:
 
 
 class MoE(nnx.Module):
-    """y_t = sum_k gate_tk Expert_{e_tk}(x_t) (+ shared expert)."""
+    """y_t = sum_k gate_tk Expert_{e_tk}(x_t) (+ shared expert) (+ copy_t x_t, of a router with zero experts)."""
 
     def __init__(self, config: MoEConfig, *, hidden_size: int, out_scale: float):
         D, E = hidden_size, config.num_experts
@@ -74,6 +74,8 @@ class MoE(nnx.Module):
         y_TD, moved = self.dispatch(x_TD, routing.decision, self.experts, ctx)
         if hasattr(self, "shared"):
             y_TD = y_TD + self._shared(x_TD)
+        if routing.copy is not None:
+            y_TD = y_TD + x_TD * routing.copy[:, None].astype(x_TD.dtype)
         aux = routing.aux | self._losses(routing, ctx) | Aux(stats=moved) | Aux(stats=routing_stats(routing, ctx))
         if ctx.record:
             aux = aux | Aux(terms=recorded(routing))

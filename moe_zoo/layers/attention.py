@@ -26,7 +26,7 @@ from moe_zoo.layers.rope import Angles, RopeScaling, angles, rotate
 @dataclasses.dataclass(frozen=True)
 class LatentConfig:
     """Multi-head latent attention (`layers/latent_attention.py`); `kv_lora_rank` 0: none. `q_lora_rank` 0: queries
-    straight from the hidden state.
+    straight from the hidden state. Queries and the latent are multiplied by `q_scale`, `kv_scale` (LongCat-Flash).
     """
 
     kv_lora_rank: int = 0
@@ -34,9 +34,11 @@ class LatentConfig:
     qk_nope_head_dim: int = 128
     qk_rope_head_dim: int = 64
     v_head_dim: int = 128
+    q_scale: float = 1.0
+    kv_scale: float = 1.0
 
     def validate(self, path: str) -> None:
-        positive(self, path, "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        positive(self, path, "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "q_scale", "kv_scale")
         positive(self, path, "kv_lora_rank", "q_lora_rank", zero=True)
         if self.qk_rope_head_dim % 2:
             raise ConfigError(f"{join(path, 'qk_rope_head_dim')}: {self.qk_rope_head_dim} is odd; rotation needs pairs")

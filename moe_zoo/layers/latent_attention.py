@@ -54,10 +54,11 @@ class LatentAttention(Attention):
         """Returns (output, cache, AttentionView), as `Attention`."""
         c, sin_cos = self.config.latent, view.rotary[self.rotary_key]
         turn = lambda x: rotate(x, sin_cos, self.config.rope_interleaved)
-        q = self._queries(x_BSD)
+        q = self._queries(x_BSD) * c.q_scale
         q = jnp.concatenate([q[..., : c.qk_nope_head_dim], turn(q[..., c.qk_nope_head_dim :])], -1)
         both = x_BSD @ self.kv_a[...].astype(x_BSD.dtype)
-        latent, rotated = self.kv_norm(both[..., : c.kv_lora_rank]), turn(both[:, None, :, c.kv_lora_rank :])[:, 0]
+        latent = self.kv_norm(both[..., : c.kv_lora_rank]) * c.kv_scale
+        rotated = turn(both[:, None, :, c.kv_lora_rank :])[:, 0]
         if cache is not None:
             valid = jnp.ones(view.positions.shape, bool) if view.valid is None else view.valid
             new = {"latent": latent, "rotated": rotated, "positions": view.positions, "valid": valid}

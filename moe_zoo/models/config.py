@@ -2,6 +2,7 @@
 
     layers = "1*dense 26*moe"       DeepSeek-V2-Lite: one dense block, then 26 routed ones
     layers = "6*(dense moe)"        a routed block every second layer
+    layers = "28*shortcut"          LongCat-Flash: experts beside two dense blocks (`blocks/shortcut.py`)
     layers = "12*(moe:local moe)"   `local` is a variant: the same settings but for what `variants.local` changes
 
 Every `n*...` becomes one segment, scanned n times.
@@ -25,7 +26,7 @@ from moe_zoo.layers.norm import NormKind
 from moe_zoo.losses import LOSSES
 from moe_zoo.routing import ROUTERS
 
-KINDS = ("dense", "moe")
+KINDS = ("dense", "moe", "shortcut")
 _WHOLE_MODEL = (
     "vocab_size", "hidden_size", "layers", "ngram", "tie_word_embeddings", "lm_head_bias", "embedding_multiplier",
     "logits_scaling", "dtype", "remat", "variants",
@@ -94,7 +95,7 @@ class ModelConfig:
             raise ConfigError(f"{join(path, 'lm_head_bias')}: needs tie_word_embeddings=false")
         self._validate_attention(path)
         kinds = [kind for segment in self.segments(path) for kind in segment.pattern]
-        if any(kind.partition(":")[0] == "moe" for kind in kinds):
+        if any(is_routed(kind) for kind in kinds):
             self._validate_routing(path)
         for kind in kinds:
             self.variant(kind, path)
@@ -170,6 +171,11 @@ class ModelConfig:
     @property
     def num_layers(self) -> int:
         return sum(len(s.pattern) * s.repeats for s in self.segments())
+
+
+def is_routed(kind: str) -> bool:
+    """Whether blocks of this kind have experts."""
+    return kind.partition(":")[0] != "dense"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -152,7 +152,7 @@ class Family:
 def essential(config: ModelConfig) -> dict[str, Any]:
     """Dotted path -> value of all settings that change what the model computes."""
     kinds = {kind.partition(":")[0] for segment in config.segments() for kind in segment.pattern}
-    skipped = _NO_MATTER + (() if "dense" in kinds else _DENSE_ONLY) + (() if "moe" in kinds else _MOE_ONLY)
+    skipped = _NO_MATTER + (_DENSE_ONLY if kinds == {"moe"} else ()) + (_MOE_ONLY if kinds == {"dense"} else ())
     values = flatten(to_dict(config))
     values["layers"] = " ".join(expand(config))
     values["attention.num_key_value_heads"] = (

@@ -168,6 +168,14 @@ TINY = {
             rope_parameters=LLAMA3,
         ),
     ),
+    "longcat_flash": (
+        "LongcatFlashConfig",
+        dict(
+            num_hidden_layers=4, ffn_hidden_size=40, expert_ffn_hidden_size=24, n_routed_experts=6, zero_expert_num=3,
+            moe_topk=4, q_lora_rank=12, num_key_value_heads=4, head_dim=4, routed_scaling_factor=2.0,
+            rope_parameters={"rope_type": "default", "rope_theta": 500.0}, **LATENT,
+        ),
+    ),
     "phimoe": (
         "PhimoeConfig",
         dict(
@@ -202,7 +210,9 @@ def tiny(name: str, seed: int = 0):
                 p.copy_(1 + 0.3 * torch.randn_like(p))
             elif path.endswith("bias") or p.ndim == 1:
                 p.copy_(0.3 * torch.randn_like(p))
-            elif path.endswith(("gate.weight", "router.weight", "router.layer.weight", "gate.wg.weight")):
+            elif path.endswith(
+                ("gate.weight", "router.weight", "router.layer.weight", "gate.wg.weight", "classifier.weight")
+            ):
                 p.copy_(torch.randn_like(p))
             else:
                 p.mul_(5)

@@ -222,6 +222,16 @@ RELEASED = {
         ),
         107_769_861_120, 17.2e9,
     ),
+    "LongCat-Flash": (
+        dict(
+            architectures=["LongcatFlashForCausalLM"], vocab_size=131072, hidden_size=6144, num_layers=28,
+            num_attention_heads=64, ffn_hidden_size=12288, expert_ffn_hidden_size=2048, n_routed_experts=512,
+            zero_expert_num=256, zero_expert_type="identity", moe_topk=12, q_lora_rank=1536, kv_lora_rank=512,
+            qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, routed_scaling_factor=6.0,
+            rope_theta=10000000.0,
+        ),
+        560_664_980_480, None,
+    ),
     "MiniMax-M2": (
         dict(
             architectures=["MiniMaxM2ForCausalLM"], vocab_size=200064, hidden_size=3072, num_hidden_layers=62,

@@ -27,7 +27,8 @@ SMALLER = dict(
     rotary_dim=2, rope_scaling=None, num_dense_layers=1, n_group=2, topk_group=1, global_attn_every_n_layers=3,
     sliding_window_pattern="LLG", moe_topk=2, num_shared_expert=1, intermediate_size_mlp=20, no_rope_layer_interval=3,
     attention_chunk_size=4, d_model=16, n_heads=4, n_layers=3, attn_config=dict(kv_n_heads=2, clip_qkv=8),
-    ffn_config=dict(ffn_hidden_size=8, moe_num_experts=4, moe_top_k=2),
+    ffn_config=dict(ffn_hidden_size=8, moe_num_experts=4, moe_top_k=2), num_layers=2, ffn_hidden_size=20,
+    expert_ffn_hidden_size=8, zero_expert_num=3,
 )  # fmt: skip
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -39,7 +40,7 @@ def small(name):
     if "kv_lora_rank" in given:
         given |= dict(kv_lora_rank=6, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=4, n_group=2, topk_group=1)
         given["q_lora_rank"] = given["q_lora_rank"] and 5
-    if "moe_topk" in given:
+    if "num_shared_expert" in given:
         given["moe_intermediate_size"] = given["intermediate_size"]
     near = 4 if {"global_attn_every_n_layers", "sliding_window_pattern"} & given.keys() else None
     given |= {k: 4 for k in EXPERTS if k in given} | {"num_experts_per_tok": 2, "sliding_window": near}
@@ -87,6 +88,26 @@ def test_what_transformers_has_no_class_for_agrees_with_an_independent_reference
     assert written.tensors.keys() == expected.keys()
     for path, array in expected.items():
         np.testing.assert_array_equal(written[path], array)
+
+
+def test_the_text_model_is_taken_out_of_one_that_also_sees_and_written_alone(tmp_path):
+    _, config = small("Llama-4-Scout, text")
+    model = random(config)
+    hf.save(tmp_path / "text", model, config)
+    given = json.loads((tmp_path / "text/config.json").read_text())
+    given = {"architectures": ["Llama4ForConditionalGeneration"], "model_type": "llama4", "text_config": given}
+    files = safetensors.Files(safetensors.read_folder(tmp_path / "text"))
+    tensors = {f"language_model.{name}": files[name] for name in files.tensors}
+    tensors["vision_model.patch_embedding.linear.weight"] = np.ones((3, 4), np.float32)
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole/config.json").write_text(json.dumps(given))
+    listed = [(name, array.dtype, array.shape) for name, array in tensors.items()]
+    safetensors.write(tmp_path / "whole/model.safetensors", listed, tensors.get)
+    loaded = moe_zoo.load(tmp_path / "whole")
+    before, after = P.arrays(model), P.arrays(loaded.model)
+    assert before.keys() == after.keys() and all(np.array_equal(before[name], after[name]) for name in before)
+    moe_zoo.save_hf(loaded, tmp_path / "out")
+    assert (tmp_path / "out/config.json").read_bytes() == (tmp_path / "text/config.json").read_bytes()
 
 
 @pytest.fixture
@@ -197,6 +218,8 @@ def test_integers_are_no_weights(folder):
         (dict(rope_parameters={"rope_type": "dynamic"}), ["dynamic", "yarn"]),
         (dict(architectures=["MixtralForCausalLN"]), ["MixtralForCausalLN", "did you mean 'MixtralForCausalLM'"]),
         (dict(architectures=[]), ["architectures"]),
+        (dict(architectures=["Glm4MoeLiteForCausalLM"]), ["Glm4MoeLite", "transformers has", "nearest is Glm4MoeFor"]),
+        (dict(architectures=["NllbMoeForConditionalGeneration"]), ["NllbMoe", "transformers has", "nothing"]),
     ],
 )
 def test_numbers_that_contradict_the_tensors_are_named(folder, changes, words):

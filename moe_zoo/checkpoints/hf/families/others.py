@@ -45,7 +45,6 @@ OTHERS = {
     "LagunaForCausalLM": "Qwen2MoeForCausalLM",
     "LaraMiniForCausalLM": "Qwen3MoeForCausalLM",
     "Lfm2MoeForCausalLM": "Qwen2MoeForCausalLM",
-    "LongcatFlashForCausalLM": "DeepseekV3ForCausalLM",
     "MellumForCausalLM": "Qwen3MoeForCausalLM",
     "MiMoV2FlashForCausalLM": "DeepseekV3ForCausalLM",
     "MiniMaxForCausalLM": "MixtralForCausalLM",
