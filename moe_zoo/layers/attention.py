@@ -45,6 +45,23 @@ class LatentConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class HeadExpertsConfig:
+    """Mixture of attention heads (`layers/head_experts.py`); `num_experts` 0: none."""
+
+    num_experts: int = 0
+    num_experts_per_tok: int = 2
+
+    def validate(self, path: str) -> None:
+        positive(self, path, "num_experts_per_tok")
+        positive(self, path, "num_experts", zero=True)
+        if self.num_experts and self.num_experts_per_tok > self.num_experts:
+            raise ConfigError(
+                f"{join(path, 'num_experts_per_tok')}: {self.num_experts_per_tok} of num_experts={self.num_experts}; "
+                f"at most {self.num_experts}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionConfig:
     """`head_dim` None: hidden_size / num_attention_heads. `qk_norm`: RMSNorm of q and k, per "head" (Qwen3) or over
     the "full" width before the split into heads (OLMoE), or per head without weights ("unscaled", Llama 4);
@@ -79,6 +96,7 @@ class AttentionConfig:
     temperature_floor: int = 8192
     norm_eps: float = 1e-6
     latent: LatentConfig = LatentConfig()
+    experts: HeadExpertsConfig = HeadExpertsConfig()
 
     def validate(self, path: str) -> None:
         positive(self, path, "num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window", "rope_theta")
@@ -92,14 +110,29 @@ class AttentionConfig:
             )
         if self.head_dim is not None and self.head_dim % 2:
             raise ConfigError(f"{join(path, 'head_dim')}: {self.head_dim} is odd; rotary positions need pairs")
-        if self.latent.kv_lora_rank and (given := [name for name in _NOT_LATENT if getattr(self, name) != _OFF[name]]):
-            raise ConfigError(f"{join(path, 'latent')}: goes without {', '.join(given)}")
+        given = [name for name in _PLAIN_ONLY if getattr(self, name) != _OFF[name]]
+        for name, there in (("latent", self.latent.kv_lora_rank), ("experts", self.experts.num_experts)):
+            if there and given:
+                raise ConfigError(f"{join(path, name)}: goes without {', '.join(given)}")
+        self._validate_experts(path)
         if self.qk_norm_after_rope and self.qk_norm in ("none", "full"):
             raise ConfigError(f"{join(path, 'qk_norm_after_rope')}: needs qk_norm per head, got {self.qk_norm!r}")
         if self.rotary_dim is not None and (self.rotary_dim % 2 or self.rotary_dim > (self.head_dim or math.inf)):
             raise ConfigError(
                 f"{join(path, 'rotary_dim')}: {self.rotary_dim} of head_dim={self.head_dim}; expected an even number "
                 "of at most the head"
+            )
+
+    def _validate_experts(self, path: str) -> None:
+        K = self.experts.num_experts_per_tok
+        if not self.experts.num_experts:
+            return
+        if self.latent.kv_lora_rank:
+            raise ConfigError(f"{join(path, 'experts')}: goes without latent attention")
+        if self.num_attention_heads != K * (self.num_key_value_heads or 0):
+            raise ConfigError(
+                f"{join(path, 'num_attention_heads')}: {self.num_attention_heads}; {K} experts per token with "
+                f"num_key_value_heads={self.num_key_value_heads} are another number"
             )
 
     def query_size(self, hidden_size: int) -> int:
@@ -109,8 +142,8 @@ class AttentionConfig:
         return self.head_dim or hidden_size // self.num_attention_heads
 
 
-#: what latent attention has no place for
-_NOT_LATENT = ("qk_norm", "qkv_bias", "output_bias", "clip_qkv", "output_gate", "sinks")
+#: what only plain attention has a place for
+_PLAIN_ONLY = ("qk_norm", "qkv_bias", "output_bias", "clip_qkv", "output_gate", "sinks")
 _OFF = {field.name: field.default for field in dataclasses.fields(AttentionConfig)}
 
 RotaryKey = tuple[int, float, RopeScaling]
@@ -170,6 +203,11 @@ class Attention(nnx.Module):
         """Which angles it turns by; None for none."""
         c = self.config
         return None if c.rotary_dim == 0 else (c.rotary_dim or self.dims[3], c.rope_theta, c.rope_scaling)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Of variables that a token uses only in part, which part."""
+        return {}
 
     def init_cache(self, batch: int, max_seq: int, dtype) -> dict:
         """Keys, values and who they are, for `max_seq` tokens."""

@@ -38,9 +38,9 @@ class ModelConfig:
     """A decoder-only language model. Numbers carry Hugging Face's names.
 
     `intermediate_size` is the width of dense blocks, `moe_intermediate_size` of one routed expert. `shared_expert_size`
-    adds an always-active expert. `norm_placement` "post" norms what a branch adds instead of what it sees (OLMo 2),
-    "both" both; embeddings and residual branches are multiplied, logits divided by the three numbers that Granite has
-    for it.
+    adds an always-active expert, `expert_sum_bias` a bias behind the sum of all (JetMoE). `norm_placement` "post" norms
+    what a branch adds instead of what it sees (OLMo 2), "both" both; embeddings and residual branches are multiplied,
+    logits divided by the three numbers that Granite has for it.
     `chain` repeats the routed layer on its own output (Chain-of-Experts).
     `dtype` is the compute type; parameters, router, softmax and losses are float32. `remat`: what the backward pass
     recomputes: nothing ("none"), all but matrix products ("dots"), or whole blocks ("block").
@@ -54,6 +54,7 @@ class ModelConfig:
     num_experts: int = 8
     shared_expert_size: int = 0
     shared_expert_gate: bool = False
+    expert_sum_bias: bool = False
     ngram: NgramConfig = NgramConfig()
     attention: AttentionConfig = AttentionConfig()
     mlp: FeedForwardConfig = FeedForwardConfig()
@@ -164,6 +165,7 @@ class ModelConfig:
             losses=self.losses,
             shared_size=self.shared_expert_size,
             shared_gate=self.shared_expert_gate,
+            sum_bias=self.expert_sum_bias,
             num_heads=self.attention.num_attention_heads,
             head_dim=self.attention.query_size(self.hidden_size),
         )

@@ -22,8 +22,9 @@ from moe_zoo.core.aux import Aux, Stat, is_stat
 from moe_zoo.core.context import PROVIDABLE, RoutingContext
 from moe_zoo.core.param import stack
 from moe_zoo.core.registry import ConfigError
-from moe_zoo.layers.attention import Attention, RotaryKey, View
+from moe_zoo.layers.attention import Attention, AttentionConfig, RotaryKey, View
 from moe_zoo.layers.embedding import Embedding, Head
+from moe_zoo.layers.head_experts import HeadExperts
 from moe_zoo.layers.latent_attention import LatentAttention
 from moe_zoo.layers.mlp import MLP
 from moe_zoo.layers.ngram import NgramEmbedding
@@ -274,10 +275,17 @@ def make_block(config: ModelConfig, kind: str, whole: ModelConfig) -> Block:
         missing = [name for name in ffn.router.requires if name not in PROVIDABLE]
         if missing:
             raise ConfigError(f"model.router: {config.router.name!r} needs {missing}, which this model cannot provide")
+        if "attention" in ffn.router.requires and (
+            config.attention.experts.num_experts or config.attention.output_gate
+        ):
+            raise ConfigError(
+                f"model.router: {config.router.name!r} looks at attention, which is not there for it with experts or a "
+                "gate in it"
+            )
     else:
         ffn = dense()
     norm = lambda: NORMS[config.norm](D, config.norm_eps)
-    mixer = LatentAttention if config.attention.latent.kv_lora_rank else Attention
+    mixer = mixer_class(config.attention)
     parts = lambda ffn: dict(
         mixer=mixer(config.attention, hidden_size=D, out_scale=out_scale),
         ffn=ffn,
@@ -290,6 +298,13 @@ def make_block(config: ModelConfig, kind: str, whole: ModelConfig) -> Block:
     if kind.partition(":")[0] == "shortcut":
         return Shortcut(dense=dense(), second=Block(**parts(dense())), **parts(ffn))
     return Block(**parts(ffn))
+
+
+def mixer_class(config: AttentionConfig) -> type[Attention]:
+    """Which kind of attention the settings ask for."""
+    if config.experts.num_experts:
+        return HeadExperts
+    return LatentAttention if config.latent.kv_lora_rank else Attention
 
 
 def _positions(shape, segment_ids, valid) -> Int[Array, "B S"]:

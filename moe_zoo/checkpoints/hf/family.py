@@ -163,6 +163,8 @@ def essential(config: ModelConfig) -> dict[str, Any]:
     )
     if not config.attention.latent.kv_lora_rank:
         values = {key: value for key, value in values.items() if not key.startswith("attention.latent.")}
+    if not config.attention.experts.num_experts:
+        values = {key: value for key, value in values.items() if not key.startswith("attention.experts.")}
     if config.attention.qk_norm == "none" and not config.attention.latent.kv_lora_rank:
         values.pop("attention.norm_eps")
     values["gate_on"] = getattr(config.dispatch.config, "gate_on", "output")

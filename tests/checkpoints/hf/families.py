@@ -176,6 +176,10 @@ TINY = {
             rope_parameters={"rope_type": "default", "rope_theta": 500.0}, **LATENT,
         ),
     ),
+    "jetmoe": (
+        "JetMoeConfig",
+        dict(intermediate_size=24, num_local_experts=6, num_experts_per_tok=2, kv_channels=8, rms_norm_eps=1e-2),
+    ),
     "phimoe": (
         "PhimoeConfig",
         dict(

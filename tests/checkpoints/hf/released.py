@@ -232,6 +232,14 @@ RELEASED = {
         ),
         560_664_980_480, None,
     ),
+    "JetMoE-8B": (
+        dict(
+            architectures=["JetMoeForCausalLM"], vocab_size=32000, hidden_size=2048, num_hidden_layers=24,
+            num_key_value_heads=16, kv_channels=128, intermediate_size=5632, num_local_experts=8,
+            num_experts_per_tok=2, rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=True,
+        ),
+        8_522_237_952, 2.33e9,
+    ),
     "MiniMax-M2": (
         dict(
             architectures=["MiniMaxM2ForCausalLM"], vocab_size=200064, hidden_size=3072, num_hidden_layers=62,

@@ -28,7 +28,7 @@ SMALLER = dict(
     sliding_window_pattern="LLG", moe_topk=2, num_shared_expert=1, intermediate_size_mlp=20, no_rope_layer_interval=3,
     attention_chunk_size=4, d_model=16, n_heads=4, n_layers=3, attn_config=dict(kv_n_heads=2, clip_qkv=8),
     ffn_config=dict(ffn_hidden_size=8, moe_num_experts=4, moe_top_k=2), num_layers=2, ffn_hidden_size=20,
-    expert_ffn_hidden_size=8, zero_expert_num=3,
+    expert_ffn_hidden_size=8, zero_expert_num=3, kv_channels=4,
 )  # fmt: skip
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 

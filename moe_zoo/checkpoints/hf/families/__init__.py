@@ -12,7 +12,7 @@ from moe_zoo.core.registry import nearest
 MODULES = (
     "olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "granite_moe", "minimax_m2", "glm4_moe", "dots1", "ernie4_5_moe",
     "phimoe", "gpt_oss", "deepseek_v2", "deepseek_v3", "flex_olmo", "dbrx", "hunyuan_moe", "afmoe", "exaone_moe",
-    "bailing_moe", "llama4", "longcat_flash", "llama", "mistral", "qwen2", "qwen3", "olmo2",
+    "bailing_moe", "llama4", "longcat_flash", "jetmoe", "llama", "mistral", "qwen2", "qwen3", "olmo2",
 )  # fmt: skip
 
 

@@ -39,7 +39,6 @@ OTHERS = {
     "Inkling2LoopForCausalLM": "Qwen3MoeForCausalLM",
     "Inkling2LoopForConditionalGeneration": "Qwen3MoeForCausalLM",
     "JambaForCausalLM": "MixtralForCausalLM",
-    "JetMoeForCausalLM": "MixtralForCausalLM",
     "KimiLinearForCausalLM": "DeepseekV3ForCausalLM",
     "Kolibri1ForCausalLM": "Qwen3MoeForCausalLM",
     "LagunaForCausalLM": "Qwen2MoeForCausalLM",
