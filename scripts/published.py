@@ -71,39 +71,42 @@ def measure(name: str) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        (expected, ids, valid) = (_reference if name in reference.TINY else _transformers)(name, folder)
+        expected, ids, mask, counts = (_reference if name in reference.TINY else _transformers)(name, folder)
         loaded = moe_zoo.load(folder)
-        apart = np.abs(np.asarray(loaded(ids, valid.astype(int)).logits) - expected)[valid].max()
+        whole = np.asarray(loaded(ids, mask).logits)
+        apart = np.abs(whole - expected)[counts].max()
         moe_zoo.save_hf(loaded, folder / "out")
-        text = np.random.default_rng(1).integers(3, 96, (4, 12))
-        whole = np.asarray(loaded(text).logits)
-        cache, rows = loaded.model.init_cache(4, 12), []
-        for part in (text[:, :9], text[:, 9:10], text[:, 10:11], text[:, 11:]):
+        # the first text has no padding
+        S = ids.shape[1]
+        cache, rows = loaded.model.init_cache(1, S), []
+        for part in (ids[:1, : S - 2], ids[:1, S - 2 : S - 1], ids[:1, S - 1 :]):
             logits, _, cache = loaded.model(part, cache=cache)
             rows.append(logits)
         mesh = make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2), jax.devices()[:8])
-        many = moe_zoo.load(folder, mesh=mesh)(text).logits
-        near = lambda a: bool(np.abs(np.asarray(a) - whole).max() < APART)
+        four = lambda rows: np.resize(rows, (4, S))
+        many = np.asarray(moe_zoo.load(folder, mesh=mesh)(four(ids), four(mask)).logits)[: len(ids)]
+        valid = mask.astype(bool)
         return {
             "class": json.loads((folder / "config.json").read_text())["architectures"][0],
             "import": bool(apart < APART),
             "export": _same(folder, folder / "out"),
-            "cache": near(np.concatenate(rows, 1)),
-            "sharding": near(many),
+            "cache": bool(np.abs(np.concatenate(rows, 1) - whole[:1]).max() < APART),
+            "sharding": bool(np.abs(many - whole)[valid].max() < APART),
             "apart": float(apart),
         }
 
 
 def _transformers(name: str, folder: Path):
-    """Saves their model; (its logits, ids, which of them count)."""
+    """Saves their model; (its logits, ids, mask, which logits count)."""
     import test_parity
     from families import tiny
 
     theirs = tiny(name)
     theirs.save_pretrained(folder)
-    valid = test_parity.MASK.astype(bool)
-    valid[1] &= name not in test_parity.COUNTS_PADDING
-    return test_parity.forward(theirs, test_parity.IDS, test_parity.MASK)[0], test_parity.IDS, valid
+    ids, mask = test_parity.IDS, test_parity.MASK
+    counts = mask.astype(bool)
+    counts[1] &= name not in test_parity.COUNTS_PADDING
+    return test_parity.forward(theirs, ids, mask)[0], ids, mask, counts
 
 
 def _reference(name: str, folder: Path):
@@ -111,7 +114,7 @@ def _reference(name: str, folder: Path):
 
     reference.save(name, folder)
     ids = np.random.default_rng(1).integers(3, 96, 9)
-    return reference.logits(name, ids)[0][None], ids[None], np.ones((1, 9), bool)
+    return reference.logits(name, ids)[0][None], ids[None], np.ones((1, 9), int), np.ones((1, 9), bool)
 
 
 def _same(one: Path, other: Path) -> bool:

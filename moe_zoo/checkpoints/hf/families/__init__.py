@@ -11,8 +11,8 @@ from moe_zoo.core.registry import nearest
 #: files of this folder; where one config fits several families the first is taken
 MODULES = (
     "olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "granite_moe", "minimax_m2", "glm4_moe", "dots1", "ernie4_5_moe",
-    "phimoe", "gpt_oss", "deepseek_v2", "deepseek_v3", "flex_olmo", "dbrx", "hunyuan_moe", "afmoe", "exaone_moe",
-    "bailing_moe", "llama4", "longcat_flash", "jetmoe", "llama", "mistral", "qwen2", "qwen3", "olmo2",
+    "phimoe", "gpt_oss", "deepseek_v2", "deepseek_v3", "flex_olmo", "dbrx", "hunyuan_moe", "llama4", "longcat_flash",
+    "jetmoe", "llama", "mistral", "qwen2", "qwen3", "olmo2", "afmoe", "exaone_moe", "bailing_moe",
 )  # fmt: skip
 
 
