@@ -210,7 +210,7 @@ def tiny(name: str, seed: int = 0):
                 p.copy_(torch.randn_like(p))
             elif "correction_bias" in path:
                 p.copy_(0.2 * torch.randn_like(p))
-            elif "norm" in path and path.endswith("weight"):
+            elif "norm" in path and p.ndim == 1 and path.endswith("weight"):
                 p.copy_(1 + 0.3 * torch.randn_like(p))
             elif path.endswith("bias") or p.ndim == 1:
                 p.copy_(0.3 * torch.randn_like(p))

@@ -95,7 +95,7 @@ def test_logits_routes_and_gates_are_theirs_with_padding_on_either_side(pair):
         valid[1] = False
     np.testing.assert_allclose(np.asarray(out.logits)[valid], logits[valid], rtol=0, atol=2e-4)
     stats, flat = out.aux.stats, valid.reshape(-1)
-    assert len(routed) == len(stats.get("router_logits", ())) == sum("moe" in k for k in kinds(ours))
+    assert len(routed) == len(stats.get("router_logits", ())) == sum("dense" not in k for k in kinds(ours))
     for i, (their_logits, their_gates) in enumerate(routed):
         ours_at, gates, experts = (np.asarray(stats[f"router_{k}"][i]) for k in ("logits", "gates", "experts"))
         np.testing.assert_allclose(ours_at[flat], their_logits[flat], rtol=0, atol=2e-4)
