@@ -1,4 +1,7 @@
-"""The residual block: x + mixer(norm(x)), then x + ffn(norm(x)); post-norm: x + norm(mixer(x)), x + norm(ffn(x))."""
+"""The residual block: x + mixer(norm(x)), then x + ffn(norm(x)); post-norm: x + norm(mixer(x)), x + norm(ffn(x)).
+
+With both there is a second norm per branch: x + after(mixer(norm(x))).
+"""
 
 import jax
 from flax import nnx
@@ -13,14 +16,19 @@ from moe_zoo.layers.attention import View
 class Block(nnx.Module):
     """A mixer over the sequence and a feed-forward part over the tokens, routed or dense.
 
-    `placement`: norms before the branches ("pre") or behind them, inside the residual ("post", as in OLMo 2).
+    `placement`: norms before the branches ("pre"), behind them, inside the residual ("post", as in OLMo 2), or "both",
+    where `after` has the two behind, of the mixer and of the feed-forward part (AFMoE).
     `multiplier`: what a branch is multiplied by before it is added (Granite).
     """
 
-    def __init__(self, *, mixer, ffn, mixer_norm, ffn_norm, placement: str = "pre", multiplier: float = 1.0):
+    def __init__(
+        self, *, mixer, ffn, mixer_norm, ffn_norm, placement: str = "pre", after: tuple = (), multiplier: float = 1.0
+    ):
         self.placement, self.multiplier = placement, multiplier
         self.mixer, self.ffn = mixer, ffn
         self.mixer_norm, self.ffn_norm = mixer_norm, ffn_norm
+        if placement == "both":
+            self.mixer_post_norm, self.ffn_post_norm = after
 
     @property
     def outer_residual(self) -> bool:
@@ -44,37 +52,48 @@ class Block(nnx.Module):
 
     def __call__(self, x, view: View, ctx: RoutingContext, cache: dict | None = None, at=None):
         """Returns (x, Aux, cache, carry of the router)."""
-        with jax.named_scope("mixer"):
-            mixer = self.mixer.observed if self.shows_attention else self.mixer
-            y, mixer_cache, *attention = mixer(
-                self._before(self.mixer_norm, x), view, None if cache is None else cache["mixer"], at
-            )
-        x = self._add(x, y, self.mixer_norm)
+        x, mixer_cache, attention = self._mix(x, view, cache, at)
         with jax.named_scope("ffn"):
             if not self.routed:
                 y, aux, carry, router_cache = self.ffn(self._before(self.ffn_norm, x)), Aux(), ctx.carry, None
             else:
-                name, depth = self.ffn.router_name, ctx.carry
-                router_cache = None if cache is None else cache["router"]
-                mine = ctx.replace(cache=router_cache, carry=depth.get(name), shared=ctx.shared.get(name))
-                mine = mine.replace(attention=attention[0] if attention else None)
-                y, aux, routing = self.ffn(self._before(self.ffn_norm, x), mine)
-                router_cache = routing.cache
-                carry = {**depth, name: routing.carry} if name in depth else depth
+                y, aux, router_cache, carry = self._route(self._before(self.ffn_norm, x), ctx, cache, attention)
             if self.outer_residual:
-                x = self._add(x, y, self.ffn_norm)
+                x = self._add(x, self._after("ffn", y))
             else:
-                x = y if self.placement == "pre" else self.ffn_norm(y)
+                x = self._after("ffn", y)
         if cache is None:
             return x, aux, None, carry
         new = {"mixer": mixer_cache, "router": router_cache} if self.routed else {"mixer": mixer_cache}
         return x, aux, new, carry
 
-    def _before(self, norm, x):
-        return norm(x) if self.placement == "pre" else x
+    def _mix(self, x, view: View, cache, at):
+        """(x with the mixer's branch, the mixer's cache, what it compared if the router asks for it)."""
+        with jax.named_scope("mixer"):
+            mixer = self.mixer.observed if self.shows_attention else self.mixer
+            y, mixer_cache, *attention = mixer(
+                self._before(self.mixer_norm, x), view, None if cache is None else cache["mixer"], at
+            )
+        return self._add(x, self._after("mixer", y)), mixer_cache, attention[0] if attention else None
 
-    def _add(self, x, y, norm):
-        y = y if self.placement == "pre" else norm(y)
+    def _route(self, x, ctx: RoutingContext, cache, attention):
+        """(experts' output, Aux, the router's cache, carry of all routers)."""
+        name, depth = self.ffn.router_name, ctx.carry
+        router_cache = None if cache is None else cache["router"]
+        mine = ctx.replace(cache=router_cache, carry=depth.get(name), shared=ctx.shared.get(name), attention=attention)
+        y, aux, routing = self.ffn(x, mine)
+        return y, aux, routing.cache, {**depth, name: routing.carry} if name in depth else depth
+
+    def _before(self, norm, x):
+        return x if self.placement == "post" else norm(x)
+
+    def _after(self, branch: str, y):
+        """What a branch returns, as it is or normed."""
+        names = {"pre": None, "post": f"{branch}_norm", "both": f"{branch}_post_norm"}
+        name = names[self.placement]
+        return y if name is None else getattr(self, name)(y)
+
+    def _add(self, x, y):
         return x + y if self.multiplier == 1.0 else x + y * self.multiplier
 
     def flops_per_token(self, context: float, rows_per_token: float | None = None) -> float:

@@ -14,7 +14,7 @@ from moe_zoo.analysis import sparsity
 from moe_zoo.core.aux import Aux, Stat
 from moe_zoo.core.context import Routing, RoutingContext
 from moe_zoo.core.decision import Decision, Dense, ExpertChoice, Soft, TokenChoice
-from moe_zoo.core.param import fan_in, param
+from moe_zoo.core.param import Constant, fan_in, param
 from moe_zoo.core.schema import Choice
 from moe_zoo.layers.mlp import MLP, FeedForwardConfig
 from moe_zoo.routing.router import Dims
@@ -23,7 +23,8 @@ from moe_zoo.routing.router import Dims
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
     """What a routed layer is made of. `shared_size` > 0 adds a shared expert of that width that every token visits,
-    `shared_gate` weights it by sigmoid(x w_s) as Qwen2-MoE does. `num_heads`, `head_dim`: of the attention below.
+    `shared_gate` weights it by sigmoid(x w_s) as Qwen2-MoE does. `sum_bias`: one behind the sum of experts (JetMoE).
+    `num_heads`, `head_dim`: of the attention below.
     """
 
     num_experts: int
@@ -35,6 +36,7 @@ class MoEConfig:
     losses: tuple[Choice, ...] = ()
     shared_size: int = 0
     shared_gate: bool = False
+    sum_bias: bool = False
     num_heads: int = 0
     head_dim: int = 0
 
@@ -44,7 +46,7 @@ class MoEConfig:
 
 
 class MoE(nnx.Module):
-    """y_t = sum_k gate_tk Expert_{e_tk}(x_t) (+ shared expert)."""
+    """y_t = sum_k gate_tk Expert_{e_tk}(x_t) (+ shared expert) (+ copy_t x_t, of a router with zero experts)."""
 
     def __init__(self, config: MoEConfig, *, hidden_size: int, out_scale: float):
         D, E = hidden_size, config.num_experts
@@ -62,6 +64,8 @@ class MoE(nnx.Module):
             )
         if config.shared_gate:
             self.shared_gate = param((D, 1), ("embed", None), fan_in(D))
+        if config.sum_bias:
+            self.sum_bias = param((D,), ("embed",), Constant(0.0))
 
     def __call__(self, x_BSD: Float[Array, "B S D"], ctx: RoutingContext) -> tuple[Float[Array, "B S D"], Aux, Routing]:
         return self.once(self.router, x_BSD, ctx)
@@ -74,6 +78,10 @@ class MoE(nnx.Module):
         y_TD, moved = self.dispatch(x_TD, routing.decision, self.experts, ctx)
         if hasattr(self, "shared"):
             y_TD = y_TD + self._shared(x_TD)
+        if hasattr(self, "sum_bias"):
+            y_TD = y_TD + self.sum_bias[...].astype(y_TD.dtype)
+        if routing.copy is not None:
+            y_TD = y_TD + x_TD * routing.copy[:, None].astype(x_TD.dtype)
         aux = routing.aux | self._losses(routing, ctx) | Aux(stats=moved) | Aux(stats=routing_stats(routing, ctx))
         if ctx.record:
             aux = aux | Aux(terms=recorded(routing))

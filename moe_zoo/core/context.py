@@ -81,12 +81,14 @@ PROVIDABLE = (
 class Routing:
     """A decision, and what losses and analysis need to know about how it was reached.
 
-    `logits` and `probs` are float32 and the ones before any balancing bias; None for routers that have none.
+    `logits` and `probs` are float32 and the ones before any balancing bias; None for routers that have none. `copy`:
+    how much of the token itself is added to what its experts return.
     """
 
     decision: Decision
     logits: Float[Array, "T E"] | None = None
     probs: Float[Array, "T E"] | None = None
+    copy: Float[Array, "T"] | None = None
     carry: Any = None
     cache: Any = None
     aux: Aux = dataclasses.field(default_factory=Aux)

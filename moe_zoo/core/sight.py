@@ -20,7 +20,8 @@ class Sight:
     """S queries over L keys: those at or before them, of their own segment, that are valid.
 
     `first` None: the keys are the queries' own tokens. Otherwise keys are the L places of a cache, the queries' own
-    tokens those from `first` on; places not written yet are not valid.
+    tokens those from `first` on; places not written yet are not valid. `chunk` c: only tokens whose position is in the
+    same run of c.
     """
 
     positions: Int[Array, "B S"]
@@ -28,6 +29,7 @@ class Sight:
     segment_ids: Int[Array, "B S"] | None = None
     key_valid: Bool[Array, "B L"] | None = None
     first: Int[Array, ""] | None = None
+    chunk: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     def blocks(self) -> Iterator[tuple[slice, slice]]:
         """(queries, the keys that these may see) until all queries had their turn."""
@@ -44,6 +46,9 @@ class Sight:
             mask &= jnp.arange(self.positions.shape[1])[queries, None] >= jnp.arange(self.key_positions.shape[1])[keys]
         if window is not None:
             mask &= distance < window
+        if self.chunk is not None:
+            run = lambda positions: positions // self.chunk
+            mask &= run(self.positions[:, queries, None]) == run(self.key_positions[:, None, keys])
         if self.segment_ids is not None:
             mask &= self.segment_ids[:, queries, None] == self.segment_ids[:, None, keys]
         if self.key_valid is not None:

@@ -19,14 +19,14 @@ from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import join, positive
 from moe_zoo.core.sight import Sight
 from moe_zoo.layers.attend import attend, attend_causally
-from moe_zoo.layers.norm import RMSNorm
+from moe_zoo.layers.norm import RMSNorm, rms
 from moe_zoo.layers.rope import Angles, RopeScaling, angles, rotate
 
 
 @dataclasses.dataclass(frozen=True)
 class LatentConfig:
     """Multi-head latent attention (`layers/latent_attention.py`); `kv_lora_rank` 0: none. `q_lora_rank` 0: queries
-    straight from the hidden state.
+    straight from the hidden state. Queries and the latent are multiplied by `q_scale`, `kv_scale` (LongCat-Flash).
     """
 
     kv_lora_rank: int = 0
@@ -34,42 +34,74 @@ class LatentConfig:
     qk_nope_head_dim: int = 128
     qk_rope_head_dim: int = 64
     v_head_dim: int = 128
+    q_scale: float = 1.0
+    kv_scale: float = 1.0
 
     def validate(self, path: str) -> None:
-        positive(self, path, "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        positive(self, path, "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "q_scale", "kv_scale")
         positive(self, path, "kv_lora_rank", "q_lora_rank", zero=True)
         if self.qk_rope_head_dim % 2:
             raise ConfigError(f"{join(path, 'qk_rope_head_dim')}: {self.qk_rope_head_dim} is odd; rotation needs pairs")
 
 
 @dataclasses.dataclass(frozen=True)
+class HeadExpertsConfig:
+    """Mixture of attention heads (`layers/head_experts.py`); `num_experts` 0: none."""
+
+    num_experts: int = 0
+    num_experts_per_tok: int = 2
+
+    def validate(self, path: str) -> None:
+        positive(self, path, "num_experts_per_tok")
+        positive(self, path, "num_experts", zero=True)
+        if self.num_experts and self.num_experts_per_tok > self.num_experts:
+            raise ConfigError(
+                f"{join(path, 'num_experts_per_tok')}: {self.num_experts_per_tok} of num_experts={self.num_experts}; "
+                f"at most {self.num_experts}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionConfig:
     """`head_dim` None: hidden_size / num_attention_heads. `qk_norm`: RMSNorm of q and k, per "head" (Qwen3) or over
-    the "full" width before the split into heads (OLMoE). `sliding_window` w: a query sees itself and the w - 1 tokens
-    before it. `qkv_bias`, `output_bias`: biases of the projections. `rotary_dim`: how much of a head is rotated, None
-    for all; `rope_interleaved`: in pairs (2i, 2i + 1). `softmax_scale` multiplies the scores, None: 1/sqrt(head_dim).
-    `sinks`: one learned logit per head beside the keys, which takes weight and adds nothing (gpt-oss).
+    the "full" width before the split into heads (OLMoE), or per head without weights ("unscaled", Llama 4);
+    `qk_norm_after_rope`: once rotated. `sliding_window` w: a query sees itself and the w - 1 tokens before it.
+    `chunk_size` c: only tokens of its own run of c positions. `qkv_bias`, `output_bias`: biases of the projections.
+    `clip_qkv` c: queries, keys and values are cut to [-c, c] (DBRX). `output_gate`: what heads return is multiplied by
+    sigmoid(x W_g) (AFMoE). `rotary_dim`: how much of a head is rotated, None for all, 0 for nothing (no positions);
+    `rope_interleaved`: in pairs (2i, 2i + 1). `softmax_scale` multiplies the scores, None: 1/sqrt(head_dim);
+    `temperature_scale` s: besides, those of the query at position p by 1 + s log(1 + floor((p + 1) /
+    temperature_floor)) (arXiv 2501.19399, as in Llama 4). `sinks`: one learned logit per head beside the keys, which
+    takes weight and adds nothing (gpt-oss).
     """
 
     num_attention_heads: int = 4
     num_key_value_heads: int | None = None
     head_dim: int | None = None
-    qk_norm: Literal["none", "head", "full"] = "none"
+    qk_norm: Literal["none", "head", "full", "unscaled"] = "none"
+    qk_norm_after_rope: bool = False
     sliding_window: int | None = None
+    chunk_size: int | None = None
     qkv_bias: bool = False
     output_bias: bool = False
+    clip_qkv: float | None = None
+    output_gate: bool = False
     sinks: bool = False
     rope_theta: float = 10_000.0
     rotary_dim: int | None = None
     rope_interleaved: bool = False
     rope_scaling: RopeScaling = RopeScaling()
     softmax_scale: float | None = None
+    temperature_scale: float = 0.0
+    temperature_floor: int = 8192
     norm_eps: float = 1e-6
     latent: LatentConfig = LatentConfig()
+    experts: HeadExpertsConfig = HeadExpertsConfig()
 
     def validate(self, path: str) -> None:
         positive(self, path, "num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window", "rope_theta")
-        positive(self, path, "rotary_dim", "softmax_scale")
+        positive(self, path, "chunk_size", "clip_qkv", "softmax_scale", "temperature_floor")
+        positive(self, path, "rotary_dim", "temperature_scale", zero=True)
         kv = self.num_key_value_heads
         if kv is not None and self.num_attention_heads % kv:
             raise ConfigError(
@@ -78,12 +110,29 @@ class AttentionConfig:
             )
         if self.head_dim is not None and self.head_dim % 2:
             raise ConfigError(f"{join(path, 'head_dim')}: {self.head_dim} is odd; rotary positions need pairs")
-        if self.latent.kv_lora_rank and (self.qk_norm != "none" or self.qkv_bias or self.output_bias or self.sinks):
-            raise ConfigError(f"{join(path, 'latent')}: goes with no qk_norm, biases or sinks")
+        given = [name for name in _PLAIN_ONLY if getattr(self, name) != _OFF[name]]
+        for name, there in (("latent", self.latent.kv_lora_rank), ("experts", self.experts.num_experts)):
+            if there and given:
+                raise ConfigError(f"{join(path, name)}: goes without {', '.join(given)}")
+        self._validate_experts(path)
+        if self.qk_norm_after_rope and self.qk_norm in ("none", "full"):
+            raise ConfigError(f"{join(path, 'qk_norm_after_rope')}: needs qk_norm per head, got {self.qk_norm!r}")
         if self.rotary_dim is not None and (self.rotary_dim % 2 or self.rotary_dim > (self.head_dim or math.inf)):
             raise ConfigError(
                 f"{join(path, 'rotary_dim')}: {self.rotary_dim} of head_dim={self.head_dim}; expected an even number "
                 "of at most the head"
+            )
+
+    def _validate_experts(self, path: str) -> None:
+        K = self.experts.num_experts_per_tok
+        if not self.experts.num_experts:
+            return
+        if self.latent.kv_lora_rank:
+            raise ConfigError(f"{join(path, 'experts')}: goes without latent attention")
+        if self.num_attention_heads != K * (self.num_key_value_heads or 0):
+            raise ConfigError(
+                f"{join(path, 'num_attention_heads')}: {self.num_attention_heads}; {K} experts per token with "
+                f"num_key_value_heads={self.num_key_value_heads} are another number"
             )
 
     def query_size(self, hidden_size: int) -> int:
@@ -92,6 +141,10 @@ class AttentionConfig:
             return self.latent.qk_nope_head_dim + self.latent.qk_rope_head_dim
         return self.head_dim or hidden_size // self.num_attention_heads
 
+
+#: what only plain attention has a place for
+_PLAIN_ONLY = ("qk_norm", "qkv_bias", "output_bias", "clip_qkv", "output_gate", "sinks")
+_OFF = {field.name: field.default for field in dataclasses.fields(AttentionConfig)}
 
 RotaryKey = tuple[int, float, RopeScaling]
 
@@ -109,8 +162,10 @@ class View:
     valid: Bool[Array, "B S"] | None = None
     rotary: dict["RotaryKey", Angles] = dataclasses.field(default_factory=dict)
 
-    def with_rotary(self, keys: Iterable["RotaryKey"], dtype) -> "View":
-        return dataclasses.replace(self, rotary={key: angles(self.positions, *key, dtype) for key in keys})
+    def with_rotary(self, keys: Iterable["RotaryKey | None"], dtype) -> "View":
+        """With the angles of all `keys`; None is a mixer without."""
+        made = {key: angles(self.positions, *key, dtype) for key in keys if key is not None}
+        return dataclasses.replace(self, rotary=made)
 
 
 class Attention(nnx.Module):
@@ -136,14 +191,23 @@ class Attention(nnx.Module):
             self.o_bias = param((D,), ("embed",), Constant(0.0))
         if config.sinks:
             self.sinks = param((N,), ("heads",), Constant(0.0))
-        if config.qk_norm != "none":
+        if config.output_gate:
+            self.gate = param((D, N, H), ("embed", "heads", "head_dim"), fan_in(D))
+        if config.qk_norm in ("head", "full"):
             full = config.qk_norm == "full"
             self.q_norm = RMSNorm(N * H if full else H, config.norm_eps, axis="qk_norm")
             self.k_norm = RMSNorm(M * H if full else H, config.norm_eps, axis="qk_norm")
 
     @property
-    def rotary_key(self) -> RotaryKey:
-        return self.config.rotary_dim or self.dims[3], self.config.rope_theta, self.config.rope_scaling
+    def rotary_key(self) -> RotaryKey | None:
+        """Which angles it turns by; None for none."""
+        c = self.config
+        return None if c.rotary_dim == 0 else (c.rotary_dim or self.dims[3], c.rope_theta, c.rope_scaling)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Of variables that a token uses only in part, which part."""
+        return {}
 
     def init_cache(self, batch: int, max_seq: int, dtype) -> dict:
         """Keys, values and who they are, for `max_seq` tokens."""
@@ -164,13 +228,15 @@ class Attention(nnx.Module):
         D, N, M, H = self.dims
         B, S, _ = x_BSD.shape
         q_BNSH, k_BMSH, v_BMSH = self._project(x_BSD)
-        sin_cos = view.rotary[self.rotary_key]
-        q_BNSH, k_BMSH = (rotate(x, sin_cos, self.config.rope_interleaved) for x in (q_BNSH, k_BMSH))
+        q_BNSH, k_BMSH = self._position(q_BNSH, k_BMSH, view)
         if cache is not None:
             cache = self._append(cache, k_BMSH, v_BMSH, view, at)
             k_BMSH, v_BMSH = cache["k"], cache["v"]
         sight = self._sight(view, cache, at)
         out_BNSH = self._mix(q_BNSH, k_BMSH, v_BMSH, sight)
+        if self.config.output_gate:
+            gate_BNSH = jnp.einsum("bsd,dnh->bnsh", x_BSD, self.gate[...].astype(x_BSD.dtype))
+            out_BNSH = out_BNSH * jax.nn.sigmoid(gate_BNSH)
         o = self.o[...].astype(x_BSD.dtype).reshape(N * H, D)
         out = (out_BNSH.transpose(0, 2, 1, 3).reshape(B * S, N * H) @ o).reshape(B, S, D)
         seen = self._seen(q_BNSH, k_BMSH, v_BMSH, out, sight)
@@ -179,9 +245,10 @@ class Attention(nnx.Module):
         return out, cache, seen
 
     def _sight(self, view: View, cache, at) -> Sight:
+        chunk = self.config.chunk_size
         if cache is None:
-            return Sight(view.positions, view.positions, view.segment_ids, view.valid)
-        return Sight(view.positions, cache["positions"], None, cache["valid"], at)
+            return Sight(view.positions, view.positions, view.segment_ids, view.valid, chunk=chunk)
+        return Sight(view.positions, cache["positions"], None, cache["valid"], at, chunk)
 
     def _mix(self, q, k, v, sight: Sight):
         window, scale = self.config.sliding_window, self.config.softmax_scale
@@ -201,13 +268,34 @@ class Attention(nnx.Module):
         qkv = x_BSD.reshape(B * S, D) @ w
         if self.config.qkv_bias:
             qkv = qkv + jnp.concatenate([b[...] for b in (self.q_bias, self.k_bias, self.v_bias)]).astype(qkv.dtype)
+        if self.config.clip_qkv is not None:
+            qkv = jnp.clip(qkv, -self.config.clip_qkv, self.config.clip_qkv)
         q, k, v = jnp.split(qkv, [N * H, (N + M) * H], axis=-1)
         if self.config.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (t.reshape(B, S, -1, H).transpose(0, 2, 1, 3) for t in (q, k, v))
+        return (t.reshape(B, S, -1, H).transpose(0, 2, 1, 3) for t in (q, k, v))
+
+    def _position(self, q, k, view: View):
+        """q, k normed per head and rotated, in the model's order; queries at the temperature of their position."""
+        c = self.config
+        if not c.qk_norm_after_rope:
+            q, k = self._norm_heads(q, k)
+        if self.rotary_key is not None:
+            sin_cos = view.rotary[self.rotary_key]
+            q, k = (rotate(x, sin_cos, c.rope_interleaved) for x in (q, k))
+        if c.qk_norm_after_rope:
+            q, k = self._norm_heads(q, k)
+        if c.temperature_scale:
+            steps = jnp.floor((view.positions.astype(jnp.float32) + 1) / c.temperature_floor)
+            q = (q * (1 + c.temperature_scale * jnp.log1p(steps))[:, None, :, None]).astype(q.dtype)
+        return q, k
+
+    def _norm_heads(self, q, k):
         if self.config.qk_norm == "head":
-            q, k = self.q_norm(q), self.k_norm(k)
-        return q, k, v
+            return self.q_norm(q), self.k_norm(k)
+        if self.config.qk_norm == "unscaled":
+            return (rms(x, self.config.norm_eps).astype(x.dtype) for x in (q, k))
+        return q, k
 
     def _sinks(self):
         return self.sinks[...] if self.config.sinks else None
@@ -221,6 +309,11 @@ class Attention(nnx.Module):
     def flops_per_token(self, context: float) -> float:
         """Projections, scores and mixing over `context` visible keys on average. Forward; multiply-adds count two."""
         D, N, M, H = self.dims
-        if self.config.sliding_window is not None:
-            context = min(context, self.config.sliding_window)
-        return 2 * D * H * (2 * N + 2 * M) + 4 * N * H * context
+        gate = 2 * D * N * H if self.config.output_gate else 0
+        return 2 * D * H * (2 * N + 2 * M) + gate + 4 * N * H * self._visible(context)
+
+    def _visible(self, context: float) -> float:
+        """Keys that a query sees on average, of `context` at or before it."""
+        c = self.config
+        context = context if c.sliding_window is None else min(context, c.sliding_window)
+        return context if c.chunk_size is None else min(context, (c.chunk_size + 1) / 2)

@@ -54,10 +54,11 @@ class LatentAttention(Attention):
         """Returns (output, cache, AttentionView), as `Attention`."""
         c, sin_cos = self.config.latent, view.rotary[self.rotary_key]
         turn = lambda x: rotate(x, sin_cos, self.config.rope_interleaved)
-        q = self._queries(x_BSD)
+        q = self._queries(x_BSD) * c.q_scale
         q = jnp.concatenate([q[..., : c.qk_nope_head_dim], turn(q[..., c.qk_nope_head_dim :])], -1)
         both = x_BSD @ self.kv_a[...].astype(x_BSD.dtype)
-        latent, rotated = self.kv_norm(both[..., : c.kv_lora_rank]), turn(both[:, None, :, c.kv_lora_rank :])[:, 0]
+        latent = self.kv_norm(both[..., : c.kv_lora_rank]) * c.kv_scale
+        rotated = turn(both[:, None, :, c.kv_lora_rank :])[:, 0]
         if cache is not None:
             valid = jnp.ones(view.positions.shape, bool) if view.valid is None else view.valid
             new = {"latent": latent, "rotated": rotated, "positions": view.positions, "valid": valid}
@@ -88,8 +89,6 @@ class LatentAttention(Attention):
         """Projections, scores and mixing over `context` visible keys on average. Forward; multiply-adds count two."""
         D, N, _, H = self.dims
         c = self.config.latent
-        if self.config.sliding_window is not None:
-            context = min(context, self.config.sliding_window)
         queries = c.q_lora_rank * (D + N * H) if c.q_lora_rank else D * N * H
         keys = D * (c.kv_lora_rank + c.qk_rope_head_dim) + c.kv_lora_rank * N * (c.qk_nope_head_dim + c.v_head_dim)
-        return 2 * (queries + keys + N * c.v_head_dim * D) + 2 * N * (H + c.v_head_dim) * context
+        return 2 * (queries + keys + N * c.v_head_dim * D) + 2 * N * (H + c.v_head_dim) * self._visible(context)

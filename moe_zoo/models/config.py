@@ -2,6 +2,7 @@
 
     layers = "1*dense 26*moe"       DeepSeek-V2-Lite: one dense block, then 26 routed ones
     layers = "6*(dense moe)"        a routed block every second layer
+    layers = "28*shortcut"          LongCat-Flash: experts beside two dense blocks (`blocks/shortcut.py`)
     layers = "12*(moe:local moe)"   `local` is a variant: the same settings but for what `variants.local` changes
 
 Every `n*...` becomes one segment, scanned n times.
@@ -25,7 +26,7 @@ from moe_zoo.layers.norm import NormKind
 from moe_zoo.losses import LOSSES
 from moe_zoo.routing import ROUTERS
 
-KINDS = ("dense", "moe")
+KINDS = ("dense", "moe", "shortcut")
 _WHOLE_MODEL = (
     "vocab_size", "hidden_size", "layers", "ngram", "tie_word_embeddings", "lm_head_bias", "embedding_multiplier",
     "logits_scaling", "dtype", "remat", "variants",
@@ -37,8 +38,9 @@ class ModelConfig:
     """A decoder-only language model. Numbers carry Hugging Face's names.
 
     `intermediate_size` is the width of dense blocks, `moe_intermediate_size` of one routed expert. `shared_expert_size`
-    adds an always-active expert. `norm_placement` "post" norms what a branch adds instead of what it sees (OLMo 2);
-    embeddings and residual branches are multiplied, logits divided by the three numbers that Granite has for it.
+    adds an always-active expert, `expert_sum_bias` a bias behind the sum of all (JetMoE). `norm_placement` "post" norms
+    what a branch adds instead of what it sees (OLMo 2), "both" both; embeddings and residual branches are multiplied,
+    logits divided by the three numbers that Granite has for it.
     `chain` repeats the routed layer on its own output (Chain-of-Experts).
     `dtype` is the compute type; parameters, router, softmax and losses are float32. `remat`: what the backward pass
     recomputes: nothing ("none"), all but matrix products ("dots"), or whole blocks ("block").
@@ -52,6 +54,7 @@ class ModelConfig:
     num_experts: int = 8
     shared_expert_size: int = 0
     shared_expert_gate: bool = False
+    expert_sum_bias: bool = False
     ngram: NgramConfig = NgramConfig()
     attention: AttentionConfig = AttentionConfig()
     mlp: FeedForwardConfig = FeedForwardConfig()
@@ -62,7 +65,7 @@ class ModelConfig:
     losses: tuple[Choice, ...] = choices(LOSSES, {"load_balance": {"coef": 0.01}, "z_loss": {"coef": 0.001}})
     norm: NormKind = "rms"
     norm_eps: float = 1e-6
-    norm_placement: Literal["pre", "post"] = "pre"
+    norm_placement: Literal["pre", "post", "both"] = "pre"
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0
@@ -93,7 +96,7 @@ class ModelConfig:
             raise ConfigError(f"{join(path, 'lm_head_bias')}: needs tie_word_embeddings=false")
         self._validate_attention(path)
         kinds = [kind for segment in self.segments(path) for kind in segment.pattern]
-        if any(kind.partition(":")[0] == "moe" for kind in kinds):
+        if any(is_routed(kind) for kind in kinds):
             self._validate_routing(path)
         for kind in kinds:
             self.variant(kind, path)
@@ -162,6 +165,7 @@ class ModelConfig:
             losses=self.losses,
             shared_size=self.shared_expert_size,
             shared_gate=self.shared_expert_gate,
+            sum_bias=self.expert_sum_bias,
             num_heads=self.attention.num_attention_heads,
             head_dim=self.attention.query_size(self.hidden_size),
         )
@@ -169,6 +173,11 @@ class ModelConfig:
     @property
     def num_layers(self) -> int:
         return sum(len(s.pattern) * s.repeats for s in self.segments())
+
+
+def is_routed(kind: str) -> bool:
+    """Whether blocks of this kind have experts."""
+    return kind.partition(":")[0] != "dense"
 
 
 @dataclasses.dataclass(frozen=True)

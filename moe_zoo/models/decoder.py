@@ -17,17 +17,19 @@ from jaxtyping import Array, Bool, Float, Int
 from moe_zoo.blocks.block import Block
 from moe_zoo.blocks.chain import Chain, ChainConfig
 from moe_zoo.blocks.moe import MoE
+from moe_zoo.blocks.shortcut import Shortcut
 from moe_zoo.core.aux import Aux, Stat, is_stat
 from moe_zoo.core.context import PROVIDABLE, RoutingContext
 from moe_zoo.core.param import stack
 from moe_zoo.core.registry import ConfigError
-from moe_zoo.layers.attention import Attention, RotaryKey, View
+from moe_zoo.layers.attention import Attention, AttentionConfig, RotaryKey, View
 from moe_zoo.layers.embedding import Embedding, Head
+from moe_zoo.layers.head_experts import HeadExperts
 from moe_zoo.layers.latent_attention import LatentAttention
 from moe_zoo.layers.mlp import MLP
 from moe_zoo.layers.ngram import NgramEmbedding
 from moe_zoo.layers.norm import NORMS
-from moe_zoo.models.config import ModelConfig
+from moe_zoo.models.config import ModelConfig, is_routed
 from moe_zoo.routing.router import Shared
 
 _UNROLL = 4  # scan(unroll=4) measured 10% less CPU time and 20% less wall time than unroll=1
@@ -254,36 +256,55 @@ def shared_modules(config: ModelConfig) -> dict[str, Shared]:
     found = {}
     for kind in (kind for segment in config.segments() for kind in segment.pattern):
         variant = config.variant(kind)
-        if kind.partition(":")[0] == "moe" and variant.router.name not in found:
+        if is_routed(kind) and variant.router.name not in found:
             dims = variant.moe().dims(variant.hidden_size)
             found[variant.router.name] = variant.router.cls.make_shared(variant.router.config, dims)
     return {name: module for name, module in found.items() if module is not None}
 
 
 def make_block(config: ModelConfig, kind: str, whole: ModelConfig) -> Block:
-    """One abstract block of `kind` ("dense", "moe", with an optional ":variant")."""
+    """One abstract block of `kind` ("dense", "moe", "shortcut", with an optional ":variant")."""
     D = config.hidden_size
     # residual branches start at 1/sqrt(2L) of their size, so the stream does not grow with depth (GPT-2)
     out_scale = (2 * whole.num_layers) ** -0.5
-    if kind.partition(":")[0] == "moe":
+    dense = lambda: MLP(config.mlp, hidden_size=D, intermediate_size=config.intermediate_size, out_scale=out_scale)
+    if is_routed(kind):
         sizes = {"hidden_size": D, "out_scale": out_scale}
         plain = config.chain == ChainConfig()
         ffn = MoE(config.moe(), **sizes) if plain else Chain(config.moe(), config.chain, **sizes)
         missing = [name for name in ffn.router.requires if name not in PROVIDABLE]
         if missing:
             raise ConfigError(f"model.router: {config.router.name!r} needs {missing}, which this model cannot provide")
+        if "attention" in ffn.router.requires and (
+            config.attention.experts.num_experts or config.attention.output_gate
+        ):
+            raise ConfigError(
+                f"model.router: {config.router.name!r} looks at attention, which is not there for it with experts or a "
+                "gate in it"
+            )
     else:
-        ffn = MLP(config.mlp, hidden_size=D, intermediate_size=config.intermediate_size, out_scale=out_scale)
-    norm = NORMS[config.norm]
-    mixer = LatentAttention if config.attention.latent.kv_lora_rank else Attention
-    return Block(
+        ffn = dense()
+    norm = lambda: NORMS[config.norm](D, config.norm_eps)
+    mixer = mixer_class(config.attention)
+    parts = lambda ffn: dict(
         mixer=mixer(config.attention, hidden_size=D, out_scale=out_scale),
         ffn=ffn,
-        mixer_norm=norm(D, config.norm_eps),
-        ffn_norm=norm(D, config.norm_eps),
+        mixer_norm=norm(),
+        ffn_norm=norm(),
         placement=config.norm_placement,
+        after=(norm(), norm()) if config.norm_placement == "both" else (),
         multiplier=config.residual_multiplier,
     )
+    if kind.partition(":")[0] == "shortcut":
+        return Shortcut(dense=dense(), second=Block(**parts(dense())), **parts(ffn))
+    return Block(**parts(ffn))
+
+
+def mixer_class(config: AttentionConfig) -> type[Attention]:
+    """Which kind of attention the settings ask for."""
+    if config.experts.num_experts:
+        return HeadExperts
+    return LatentAttention if config.latent.kv_lora_rank else Attention
 
 
 def _positions(shape, segment_ids, valid) -> Int[Array, "B S"]:

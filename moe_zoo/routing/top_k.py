@@ -7,6 +7,7 @@ Conventions (model -> settings), checked against Hugging Face modelling code:
   OLMoE, Qwen2-MoE     softmax, norm_topk_prob=False
   gpt-oss, Granite     softmax_of_top_k (+ linear_bias for gpt-oss)
   DeepSeek-V2          softmax, n_group, topk_group, group_score="max", routed_scaling_factor
+  LongCat-Flash        softmax, correction_bias, num_zero_experts, norm_topk_prob=False, scale 6
   DeepSeek-V3, GLM-4   sigmoid, correction_bias, n_group, topk_group, group_score="top2_sum", norm, scale 2.5
 """
 
@@ -31,7 +32,9 @@ class TopKConfig:
     """Settings of `TopK`; names are Hugging Face's where they have one.
 
     `correction_bias`: a balancing bias per expert, added to the scores for selection only (arXiv 2408.15664);
-    `bias_update_rate` u > 0 moves it after each step by u * sign(mean load - load).
+    `bias_update_rate` u > 0 moves it after each step by u * sign(mean load - load). `num_zero_experts` Z more may be
+    chosen that return the token as it is and cost nothing (LongCat-Flash, arXiv 2509.01322): `logits` have Z columns
+    more than there are experts, `probs` do not.
     """
 
     num_experts_per_tok: int = 2
@@ -44,11 +47,12 @@ class TopKConfig:
     correction_bias: bool = False
     bias_update_rate: float = 0.0
     linear_bias: bool = False
+    num_zero_experts: int = 0
     init_std: float = 0.02
 
     def validate(self, path: str) -> None:
         positive(self, path, "num_experts_per_tok", "n_group", "topk_group", "init_std")
-        positive(self, path, "bias_update_rate", zero=True)
+        positive(self, path, "bias_update_rate", "num_zero_experts", zero=True)
         if self.topk_group > self.n_group:
             raise ConfigError(
                 f"{join(path, 'topk_group')}: {self.topk_group} groups kept of n_group={self.n_group}; "
@@ -60,7 +64,9 @@ class TopKConfig:
     def validate_for(self, num_experts: int, path: str) -> None:
         """What can only be checked once the bank's size is known."""
         K, E = self.num_experts_per_tok, num_experts
-        check_experts_per_tok(K, E, path)
+        check_experts_per_tok(K, E + self.num_zero_experts, path)
+        if self.num_zero_experts and (self.n_group > 1 or self.linear_bias):
+            raise ConfigError(f"{join(path, 'num_zero_experts')}: goes without groups and linear_bias")
         if E % self.n_group:
             raise ConfigError(f"{join(path, 'n_group')}: {self.n_group} groups do not divide num_experts={E}")
         if K > self.topk_group * (E // self.n_group):
@@ -82,18 +88,25 @@ class TopK(Router):
             self.bias = param((dims.num_experts,), ("expert_logits",), Constant(0.0))
         if config.correction_bias:
             self.correction = param((dims.num_experts,), ("expert_logits",), Constant(0.0), kind=Buffer)
+        if config.num_zero_experts:
+            Z = config.num_zero_experts
+            self.zero_kernel = param((dims.hidden_size, Z), ("embed", None), Normal(config.init_std))
+            if config.correction_bias:
+                self.zero_correction = param((Z,), (None,), Constant(0.0), kind=Buffer)
 
     def __call__(self, x_TD: Float[Array, "T D"], ctx: RoutingContext) -> Routing:
-        c = self.config
+        c, E = self.config, self.num_experts
         logits_TE = linear_logits(x_TD, self.kernel[...])
         if c.linear_bias:
             logits_TE = logits_TE + self.bias[...]
+        if c.num_zero_experts:
+            logits_TE = jnp.concatenate([logits_TE, linear_logits(x_TD, self.zero_kernel[...])], -1)
         scores_TE = jax.nn.sigmoid(logits_TE) if c.score_function == "sigmoid" else jax.nn.softmax(logits_TE)
-        bias_E = self.correction[...] if c.correction_bias else None
-        if "router_bias" in ctx.inputs:
-            bias_E = ctx.inputs["router_bias"] + (0 if bias_E is None else bias_E)
+        bias_E = self._bias(ctx)
+        plain = bias_E is None and c.n_group == 1
         experts_TK = select(
-            scores_TE,
+            # by logits where that is the same order: scores near 0 or 1 cannot be told apart
+            logits_TE if plain else scores_TE,
             c.num_experts_per_tok,
             bias_E,
             n_group=c.n_group,
@@ -108,9 +121,23 @@ class TopK(Router):
                 # 1e-20 as in DeepSeek-V3: sigmoid scores may all underflow
                 gates_TK = gates_TK / (gates_TK.sum(-1, keepdims=True) + 1e-20)
         gates_TK = gates_TK * c.routed_scaling_factor
-        return Routing(
-            TokenChoice(experts_TK, gates_TK, self.num_experts), logits_TE, normalised(scores_TE, c.score_function)
-        )
+        probs_TE = normalised(scores_TE, c.score_function)
+        if not c.num_zero_experts:
+            return Routing(TokenChoice(experts_TK, gates_TK, E), logits_TE, probs_TE)
+        true_TK = experts_TK < E
+        choice = TokenChoice(jnp.where(true_TK, experts_TK, E), jnp.where(true_TK, gates_TK, 0), E)
+        return Routing(choice, logits_TE, probs_TE[:, :E], copy=jnp.where(true_TK, 0, gates_TK).sum(-1))
+
+    def _bias(self, ctx: RoutingContext):
+        """What is added to the scores for selection only."""
+        c = self.config
+        bias_E = self.correction[...] if c.correction_bias else None
+        if "router_bias" in ctx.inputs:
+            bias_E = ctx.inputs["router_bias"] + (0 if bias_E is None else bias_E)
+        if bias_E is None or not c.num_zero_experts:
+            return bias_E
+        zeros_Z = self.zero_correction[...] if c.correction_bias else jnp.zeros(c.num_zero_experts, bias_E.dtype)
+        return jnp.concatenate([bias_E, zeros_Z])
 
     def after_step(self, stats: dict[str, Stat]) -> dict[str, Array]:
         if not (self.config.correction_bias and self.config.bias_update_rate):
@@ -120,7 +147,15 @@ class TopK(Router):
         return {"correction": self.correction[...] + step_E}
 
     def max_active(self) -> int:
-        return self.config.num_experts_per_tok
+        return min(self.config.num_experts_per_tok, self.num_experts)
+
+    def active(self) -> float:
+        """At balance between experts and zero experts."""
+        E, Z = self.num_experts, self.config.num_zero_experts
+        return self.config.num_experts_per_tok * E / (E + Z) if Z else self.max_active()
+
+    def flops_per_token(self, hidden_size: int) -> float:
+        return 2 * hidden_size * (self.num_experts + self.config.num_zero_experts)
 
 
 def normalised(scores_TE: Float[Array, "T E"], score_function: str) -> Float[Array, "T E"]:

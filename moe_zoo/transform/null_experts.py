@@ -15,6 +15,7 @@ from moe_zoo.core import param as P
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.inference.loaded import Loaded
 from moe_zoo.models import ModelConfig
+from moe_zoo.models.config import is_routed
 from moe_zoo.routing.null_experts import NullExpertsConfig
 from moe_zoo.sharding import sharding_of
 
@@ -49,7 +50,7 @@ def add_null_experts(
 
 def _check(config: ModelConfig) -> int:
     """Experts per token of a model whose gates are a softmax over the chosen logits, as AdaMoE's are."""
-    if not any(kind.partition(":")[0] == "moe" for segment in config.segments() for kind in segment.pattern):
+    if not any(is_routed(kind) for segment in config.segments() for kind in segment.pattern):
         raise ConfigError("null experts go into routed layers, and this model has none; see transform.upcycle")
     if config.router.name != "top_k":
         raise ConfigError(f"null experts are added to a 'top_k' router, this model's is {config.router.name!r}")

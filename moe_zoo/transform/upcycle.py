@@ -17,6 +17,7 @@ from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import build, overlay, to_dict
 from moe_zoo.inference.loaded import Loaded
 from moe_zoo.models import Decoder, ModelConfig
+from moe_zoo.models.config import is_routed
 from moe_zoo.sharding import sharding_of
 
 
@@ -36,7 +37,7 @@ def upcycle(
     `dispatch`. Raises ConfigError if a layer is routed already, or does not fit.
     """
     old = loaded.config
-    if routed := [kind for kind in kinds(old) if kind.partition(":")[0] == "moe"]:
+    if routed := [kind for kind in kinds(old) if is_routed(kind)]:
         raise ConfigError(
             f"upcycle: expected a dense model, this one has {len(routed)} routed layers of {len(kinds(old))}"
         )

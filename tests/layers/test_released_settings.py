@@ -80,6 +80,41 @@ def with_biases(made):
     return P.replace(made, {n: normal(i, *a.shape, scale=0.7) for i, (n, a) in enumerate(values.items())})
 
 
+def test_chunks_gates_clips_and_norms_behind_the_rotation():
+    config = AttentionConfig(
+        num_attention_heads=4, num_key_value_heads=2, head_dim=4, chunk_size=3, qk_norm="unscaled",
+        qk_norm_after_rope=True, clip_qkv=0.7, output_gate=True, rope_theta=50.0, temperature_scale=0.8,
+        temperature_floor=2,
+    )  # fmt: skip
+    config.validate("attention")
+    x, positions = normal(9, 1, 7, 8), np.arange(2, 9)
+    for rotary in (None, 0):
+        made = P.materialize(Attention(dataclasses.replace(config, rotary_dim=rotary), hidden_size=8, out_scale=1.0), 0)
+        assert (made.rotary_key is None) == (rotary == 0)
+        view = View(jnp.asarray(positions)[None]).with_rotary({made.rotary_key}, x.dtype)
+        whole = np.asarray(made(x, view)[0])
+        w, X = {n: np.asarray(a, np.float64) for n, a in P.arrays(made).items()}, np.asarray(x[0], np.float64)
+        turn = lambda v, p, rotary=rotary: v if rotary == 0 else naive.rope(v, p, 50.0)
+        q, k, v = (np.clip(np.einsum("sd,dnh->snh", X, w[n]), -0.7, 0.7) for n in "qkv")
+        assert max(np.abs(q).max(), np.abs(k).max()) == 0.7
+        gate = naive.sigmoid(np.einsum("sd,dnh->snh", X, w["gate"]))
+        for i, p in enumerate(positions):
+            heads = []
+            for n in range(4):
+                mine = naive.rms_norm(turn(q[i, n], p), 1, 1e-6) * (1 + 0.8 * np.log(1 + (p + 1) // 2))
+                seen = [j for j in range(i + 1) if positions[j] // 3 == p // 3]
+                keys = [naive.rms_norm(turn(k[j, n // 2], positions[j]), 1, 1e-6) for j in seen]
+                weights = naive.softmax(np.array([mine @ key / 2 for key in keys]))
+                heads.append(gate[i, n] * (weights @ v[seen, n // 2]))
+            np.testing.assert_allclose(whole[0, i], np.einsum("nh,nhd->d", heads, w["o"]), rtol=2e-3, atol=1e-5)
+    cache, pieces = made.init_cache(1, 8, jnp.float32), []
+    for start, stop in ((0, 5), (5, 7)):
+        out, cache = made(x[:, start:stop], View(jnp.asarray(positions)[None, start:stop]), cache, jnp.int32(start))
+        pieces.append(out)
+    np.testing.assert_allclose(np.concatenate(pieces, 1), whole, rtol=1e-4, atol=1e-5)
+    assert made.flops_per_token(9.0) == made.flops_per_token(2.0)
+
+
 @pytest.mark.parametrize("gated", [True, False])
 def test_biases_of_feed_forward_networks_and_of_banks(gated):
     config = FeedForwardConfig(gated=gated, bias=True)
@@ -139,6 +174,14 @@ def test_multipliers_and_placement_of_norms():
     x = x + block.mixer_norm(block.mixer(x, view)[0])
     x = x + block.ffn_norm(block.ffn(x))
     np.testing.assert_allclose(post(IDS)[0], post.head(post.norm(x)), rtol=1e-4, atol=1e-5)
+    both = tiny_model(layers="1*dense", norm_placement="both", norm="layer_no_bias")
+    both = P.replace(both, {n: normal(i, *a.shape, scale=0.5) for i, (n, a) in enumerate(P.arrays(both).items())})
+    block = jax.tree.map(lambda a: a[0], both.segments[0].blocks[0])
+    assert not any("bias" in name for name in P.arrays(both))
+    x = both.embed(IDS, jnp.float32)
+    x = x + block.mixer_post_norm(block.mixer(block.mixer_norm(x), view)[0])
+    x = x + block.ffn_post_norm(block.ffn(block.ffn_norm(x)))
+    np.testing.assert_allclose(both(IDS)[0], both.head(both.norm(x)), rtol=1e-4, atol=1e-5)
 
 
 def test_the_head_may_have_a_bias():
@@ -186,6 +229,7 @@ def test_impossible_settings_are_named(changes, words):
 @pytest.mark.parametrize("rank", [0, 5])
 def test_latent_attention_with_its_cache_is_attention_with_the_keys_written_out(rank):
     latent = dict(kv_lora_rank=6, q_lora_rank=rank, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=3)
+    latent |= dict(q_scale=1.5, kv_scale=0.5)
     model = with_biases(tiny_model(layers="1*dense", attention={"num_attention_heads": 2, "latent": latent}))
     block = jax.tree.map(lambda a: a[0], model.segments[0].blocks[0])
     made, x = block.mixer, normal(0, 1, 6, 16)
@@ -197,8 +241,8 @@ def test_latent_attention_with_its_cache_is_attention_with_the_keys_written_out(
     q = np.einsum("sr,rnh->snh", naive.rms_norm(q, w["q_norm.scale"], 1e-6), w["q_b"]) if rank else (
         np.einsum("sd,dnh->snh", X, w["q"])
     )  # fmt: skip
-    both = X @ w["kv_a"]
-    kv = np.einsum("sr,rnh->snh", naive.rms_norm(both[:, :6], w["kv_norm.scale"], 1e-6), w["kv_b"])
+    q, both = 1.5 * q, X @ w["kv_a"]
+    kv = np.einsum("sr,rnh->snh", naive.rms_norm(both[:, :6], w["kv_norm.scale"], 1e-6) / 2, w["kv_b"])
     for i in range(6):
         heads = []
         for n in range(2):

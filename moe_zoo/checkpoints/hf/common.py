@@ -6,6 +6,7 @@ from typing import Any
 
 from moe_zoo.checkpoints.hf.family import key
 from moe_zoo.checkpoints.hf.layout import Stored, linear
+from moe_zoo.checkpoints.native import CheckpointError
 from moe_zoo.models import ModelConfig
 
 ACTIVATIONS = (
@@ -46,6 +47,21 @@ DENSE_BIAS = {f"ffn.b_{x}": Stored(f"mlp.{x}_proj.bias") for x in ("gate", "up",
 EXPERTS = gated("ffn.experts", "mlp.experts.{e}")
 NORM_BIAS = {name.replace("scale", "bias"): Stored(s.name.replace("weight", "bias")) for name, s in NORMS.items()}
 MIXTRAL_EXPERTS = gated("ffn.experts", "block_sparse_moe.experts.{e}", ("w1", "w3", "w2"))
+
+
+def parts(theirs: str, *ours: str, **more) -> dict[str, Stored]:
+    """Several linear weights one after the other in a single tensor."""
+    return {name: linear(theirs, part=i, parts=len(ours), **more) for i, name in enumerate(ours)}
+
+
+def one_number(given: Mapping[str, Any], name: str, default: Any) -> Any:
+    """What may be given once or per layer, where all layers are alike."""
+    value = given.get(name, default)
+    if not isinstance(value, list):
+        return value
+    if len(set(value)) != 1:
+        raise CheckpointError(f"{name}: {value} differs from layer to layer, which is not supported")
+    return value[0]
 
 
 V3_KEYS = (

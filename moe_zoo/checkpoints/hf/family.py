@@ -100,7 +100,8 @@ class Family:
     """One family of published models. `layer` and `whole`: our per-layer (whole) parameter name -> where it is stored.
 
     `unused`: patterns of tensors that are in the files but in no model of ours. `extra_layers`: layers behind the last
-    predict tokens further ahead; they are left out. `unpack` makes tensors of what is stored as several.
+    predict tokens further ahead; they are left out. `unpack` makes tensors of what is stored as several. `written_as`:
+    the family that such models are saved as, where not all of the files is read.
     """
 
     model_type: str
@@ -114,6 +115,7 @@ class Family:
     extra_layers: bool = False
     unpack: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda tensors: tensors
     prefix: str = "model.layers.{layer}."
+    written_as: "Family | None" = None
 
     def read(self, given: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
         """config.json -> ModelConfig. Raises CheckpointError naming the key."""
@@ -150,7 +152,7 @@ class Family:
 def essential(config: ModelConfig) -> dict[str, Any]:
     """Dotted path -> value of all settings that change what the model computes."""
     kinds = {kind.partition(":")[0] for segment in config.segments() for kind in segment.pattern}
-    skipped = _NO_MATTER + (() if "dense" in kinds else _DENSE_ONLY) + (() if "moe" in kinds else _MOE_ONLY)
+    skipped = _NO_MATTER + (_DENSE_ONLY if kinds == {"moe"} else ()) + (_MOE_ONLY if kinds == {"dense"} else ())
     values = flatten(to_dict(config))
     values["layers"] = " ".join(expand(config))
     values["attention.num_key_value_heads"] = (
@@ -161,8 +163,11 @@ def essential(config: ModelConfig) -> dict[str, Any]:
     )
     if not config.attention.latent.kv_lora_rank:
         values = {key: value for key, value in values.items() if not key.startswith("attention.latent.")}
+    if not config.attention.experts.num_experts:
+        values = {key: value for key, value in values.items() if not key.startswith("attention.experts.")}
     if config.attention.qk_norm == "none" and not config.attention.latent.kv_lora_rank:
         values.pop("attention.norm_eps")
+    values["gate_on"] = getattr(config.dispatch.config, "gate_on", "output")
     if not config.ngram.orders:
         values = {key: value for key, value in values.items() if not key.startswith("ngram.")}
     return {k: v for k, v in values.items() if not any(k == s or k.startswith(f"{s}.") for s in skipped)}

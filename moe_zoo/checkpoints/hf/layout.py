@@ -16,9 +16,9 @@ class Stored:
     """Where a leaf lives. `name`: the tensor's, below the layer's prefix; with "{e}" there is one tensor per expert.
 
     `form`: "same"; "flat", one row of all its numbers; "row", the same as [1, size]; "linear", a weight stored
-    [out, in] whose first `inputs` dims are the inputs in ours, behind an axis of experts with `batched`. `part` i of
-    `parts`: the tensor holds several of our leaves along its output axis, one after the other or, `interleaved`, taking
-    turns.
+    [out, in] whose first `inputs` dims are the inputs in ours, behind an axis of experts with `batched`; with `stacked`
+    that axis and the next are one. `part` i of `parts`: the tensor holds several of our leaves along its output axis,
+    one after the other, of `sizes` (none given: alike), or, `interleaved`, taking turns.
     """
 
     name: str
@@ -28,6 +28,8 @@ class Stored:
     part: int = 0
     parts: int = 1
     interleaved: bool = False
+    stacked: bool = False
+    sizes: tuple[int, ...] = ()
 
     @property
     def per_expert(self) -> bool:
@@ -35,32 +37,46 @@ class Stored:
 
     def shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the published tensor, for our leaf (of one expert, where there is one tensor each)."""
+        width = sum(self.sizes) if self.sizes else self.parts * self.width(ours)
         if self.form == "same":
-            return (*ours[:-1], self.parts * ours[-1])
-        if self.form == "linear":
+            shape = (*ours[:-1], width)
+        elif self.form == "linear":
             lead, rest = (ours[:1], ours[1:]) if self.batched else ((), ours)
-            return (*lead, self.parts * math.prod(rest[self.inputs :]), math.prod(rest[: self.inputs]))
-        size = self.parts * math.prod(ours)
-        return (1, size) if self.form == "row" else (size,)
+            shape = (*lead, width, math.prod(rest[: self.inputs]))
+        else:
+            shape = (1, width) if self.form == "row" else (width,)
+        return (shape[0] * shape[1], *shape[2:]) if self.stacked else shape
+
+    def width(self, ours: tuple[int, ...]) -> int:
+        """How much of the tensor's output axis our leaf takes."""
+        if self.form == "same":
+            return ours[-1]
+        return math.prod(ours[self.batched + self.inputs :] if self.form == "linear" else ours)
 
     def ours(self, published: np.ndarray, ours: tuple[int, ...]) -> np.ndarray:
         """Our leaf as a view of the published tensor."""
+        published = self._apart(published, ours)
         view = published[self._slice(published)]
         return (np.swapaxes(view, -1, -2) if self.form == "linear" else view).reshape(ours, copy=False)
 
     def put(self, published: np.ndarray, leaf: np.ndarray) -> None:
         """Writes our leaf into its place in the published tensor."""
+        published = self._apart(published, leaf.shape)
         target = published[self._slice(published)]
         if self.form == "linear":
             target = np.swapaxes(target, -1, -2)
         copy_into(target, leaf.reshape(target.shape))
 
+    def _apart(self, published: np.ndarray, ours: tuple[int, ...]) -> np.ndarray:
+        """With an axis of experts of its own."""
+        shape = (ours[0], -1, *published.shape[1:])
+        return published.reshape(shape, copy=False) if self.stacked else published
+
     def _slice(self, published: np.ndarray) -> tuple:
         axis = published.ndim - (2 if self.form == "linear" else 1)
-        size = published.shape[axis] // self.parts
-        one = (
-            slice(self.part, None, self.parts) if self.interleaved else slice(self.part * size, (self.part + 1) * size)
-        )
+        sizes = self.sizes or (published.shape[axis] // self.parts,) * self.parts
+        start = sum(sizes[: self.part])
+        one = slice(self.part, None, self.parts) if self.interleaved else slice(start, start + sizes[self.part])
         return (slice(None),) * axis + (one,)
 
 

@@ -16,12 +16,14 @@ Given = Mapping[str, Any]
 class Layers:
     """`kinds(given, n)` says what the n layers are and `back(kinds)` writes it; `windows(given, n)` which see a window.
 
-    Where some layers do, they are the variant "sliding"; where all do, it is a setting of the model.
+    Where some layers do, they are the variant "sliding"; where all do, it is a setting of the model. `far(given)`: what
+    attention is without a window, where that is not all (a model may turn heads only within windows).
     """
 
     kinds: Callable[[Given, int], list[str]]
     back: Callable[[list[str]], dict[str, Any]]
     windows: Callable[[Given, int], list[bool]] | None = None
+    far: Callable[[Given], dict[str, Any]] = lambda given: {}
 
     def read(self, given: Given) -> dict[str, Any]:
         n = given["num_hidden_layers"]
@@ -31,11 +33,13 @@ class Layers:
         near = self.windows(given, n) if self.windows else [False] * n
         if all(near):
             return {"layers": compress(kinds), "attention.sliding_window": given["sliding_window"]}
+        far = self.far(given)
+        base = {f"attention.{name}": value for name, value in far.items()}
         if not any(near):
-            return {"layers": compress(kinds)}
+            return {"layers": compress(kinds), **base}
         kinds = [kind + _SLIDING * is_near for kind, is_near in zip(kinds, near, strict=True)]
-        variant = {"attention": {"sliding_window": given["sliding_window"]}}
-        return {"layers": compress(kinds), "variants": {"sliding": variant}}
+        variant = {"attention": {"sliding_window": given["sliding_window"], **dict.fromkeys(far)}}
+        return {"layers": compress(kinds), "variants": {"sliding": variant}, **base}
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         kinds = expand(config)
@@ -57,13 +61,14 @@ def every(kind: str, windows=None) -> Layers:
     return Layers(lambda given, n: [kind] * n, lambda kinds: {}, windows)
 
 
-def dense_first(windows=None, default: int = 0) -> Layers:
+def dense_first(windows=None, default: int = 0, name: str = "first_k_dense_replace", **more) -> Layers:
     """`first_k_dense_replace` dense layers, then routed ones."""
-    first = lambda given: given.get("first_k_dense_replace", default)
+    first = lambda given: given.get(name, default)
     return Layers(
         lambda given, n: ["dense" if i < first(given) else "moe" for i in range(n)],
-        lambda kinds: {"first_k_dense_replace": next((i for i, k in enumerate(kinds) if k == "moe"), len(kinds))},
+        lambda kinds: {name: next((i for i, k in enumerate(kinds) if k == "moe"), len(kinds))},
         windows,
+        **more,
     )
 
 

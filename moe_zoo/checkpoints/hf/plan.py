@@ -58,7 +58,22 @@ def plan(model, family: Family) -> list[Leaf]:
             raise CheckpointError(f"{family.architectures[0]} has no tensor for {names[0]!r}")
         prefixes = tuple(family.prefix.format(layer=m[1]) for m in matches) if matches[0] else None
         leaves.append(Leaf(path, table[name], prefixes, var.get_value().shape))
-    return leaves
+    return _measured(leaves)
+
+
+def _measured(leaves: list[Leaf]) -> list[Leaf]:
+    """With the sizes of all parts of the tensors that hold several leaves."""
+    widths: dict[tuple, dict[int, int]] = {}
+    for leaf in leaves:
+        widths.setdefault((leaf.prefixes, leaf.stored.name), {})[leaf.stored.part] = leaf.stored.width(leaf.one)
+    found = []
+    for leaf in leaves:
+        sizes = widths[leaf.prefixes, leaf.stored.name]
+        if len(sizes) == leaf.stored.parts > 1:
+            stored = dataclasses.replace(leaf.stored, sizes=tuple(sizes[part] for part in range(len(sizes))))
+            leaf = dataclasses.replace(leaf, stored=stored)
+        found.append(leaf)
+    return found
 
 
 def check(leaves: list[Leaf], tensors: dict[str, Tensor], family: Family, folder) -> None:

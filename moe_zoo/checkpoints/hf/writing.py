@@ -67,7 +67,9 @@ def save(
 def choose(config: ModelConfig, first: Family | None = None) -> Family:
     """The family whose models can have these settings. Raises CheckpointError with the nearest and what it lacks."""
     found = {}
-    for family in (first, *families()) if first else families():
+    first = first and (first.written_as or first)
+    candidates = [family for family in families() if family.written_as is None]
+    for family in (first, *candidates) if first else candidates:
         try:
             differ = family.mismatches(config)
         except CheckpointError:

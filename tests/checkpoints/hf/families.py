@@ -129,6 +129,60 @@ TINY = {
             n_group=4, topk_group=2, rope_parameters=DEEPSEEK_YARN, **LATENT, **MOE,
         ),
     ),
+    "flex_olmo": ("FlexOlmoConfig", dict(intermediate_size=24, num_experts=8, num_experts_per_tok=3)),
+    "dbrx": (
+        "DbrxConfig",
+        dict(
+            d_model=32, n_heads=4, n_layers=2,
+            attn_config=dict(kv_n_heads=2, clip_qkv=0.8, rope_theta=77.0),
+            ffn_config=dict(ffn_hidden_size=24, moe_num_experts=8, moe_top_k=3),
+            rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+        ),
+    ),
+    "hunyuan_moe": (
+        "HunYuanMoEV1Config",
+        dict(
+            intermediate_size=24, num_experts=8, moe_topk=[3, 3], head_dim=16,
+            rope_parameters={"rope_type": "dynamic", "rope_theta": 500.0, "alpha": 10.0, "factor": 1.0},
+        ),
+    ),
+    "afmoe": (
+        "AfmoeConfig",
+        dict(
+            intermediate_size=40, num_experts=8, num_hidden_layers=3, head_dim=16, num_shared_experts=1,
+            route_scale=2.5, global_attn_every_n_layers=3, sliding_window=5, mup_enabled=True, **MOE,
+        ),
+    ),
+    "exaone_moe": (
+        "ExaoneMoeConfig",
+        dict(
+            intermediate_size=40, num_experts=8, num_hidden_layers=3, head_dim=16, n_group=4, topk_group=2,
+            sliding_window_pattern=3, sliding_window=5, **MOE,
+        ),
+    ),
+    "llama4": (
+        "Llama4TextConfig",
+        dict(
+            intermediate_size=24, intermediate_size_mlp=40, num_local_experts=6, head_dim=16, num_hidden_layers=3,
+            no_rope_layers=[1, 0, 1], moe_layers=[1, 2], attention_chunk_size=6, floor_scale=8, attn_scale=0.3,
+            rope_parameters=LLAMA3,
+        ),
+    ),
+    "longcat_flash": (
+        "LongcatFlashConfig",
+        dict(
+            num_hidden_layers=4, ffn_hidden_size=40, expert_ffn_hidden_size=24, n_routed_experts=6, zero_expert_num=3,
+            moe_topk=4, q_lora_rank=12, num_key_value_heads=4, head_dim=4, routed_scaling_factor=2.0,
+            rope_parameters={"rope_type": "default", "rope_theta": 500.0}, **LATENT,
+        ),
+    ),
+    "jetmoe": (
+        "JetMoeConfig",
+        dict(
+            intermediate_size=24, num_local_experts=6, num_experts_per_tok=2, kv_channels=8, rms_norm_eps=1e-2,
+            initializer_range=0.1,
+        ),
+    ),
     "phimoe": (
         "PhimoeConfig",
         dict(
@@ -159,11 +213,13 @@ def tiny(name: str, seed: int = 0):
                 p.copy_(torch.randn_like(p))
             elif "correction_bias" in path:
                 p.copy_(0.2 * torch.randn_like(p))
-            elif "norm" in path and path.endswith("weight"):
+            elif "norm" in path and p.ndim == 1 and path.endswith("weight"):
                 p.copy_(1 + 0.3 * torch.randn_like(p))
             elif path.endswith("bias") or p.ndim == 1:
                 p.copy_(0.3 * torch.randn_like(p))
-            elif path.endswith(("gate.weight", "router.weight", "router.layer.weight")):
+            elif path.endswith(
+                ("gate.weight", "router.weight", "router.layer.weight", "gate.wg.weight", "classifier.weight")
+            ):
                 p.copy_(torch.randn_like(p))
             else:
                 p.mul_(5)

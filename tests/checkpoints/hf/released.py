@@ -147,6 +147,99 @@ RELEASED = {
         ),
         352_797_829_024, None,
     ),
+    "FlexOlmo-7x7B": (
+        dict(
+            architectures=["FlexOlmoForCausalLM"], vocab_size=100352, hidden_size=4096, intermediate_size=11008,
+            num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32, num_experts=7, num_experts_per_tok=5,
+        ),
+        33_270_665_216, 24.6e9,
+    ),
+    "DBRX": (
+        dict(
+            architectures=["DbrxForCausalLM"], vocab_size=100352, d_model=6144, n_heads=48, n_layers=40,
+            max_seq_len=32768, attn_config=dict(clip_qkv=8, kv_n_heads=8, rope_theta=500000),
+            ffn_config=dict(ffn_hidden_size=10752, moe_num_experts=16, moe_top_k=4, moe_loss_weight=0.05),
+        ),
+        131_596_523_520, 36.5e9,
+    ),
+    "Hunyuan-A13B": (
+        dict(
+            architectures=["HunYuanMoEV1ForCausalLM"], vocab_size=128167, hidden_size=4096, intermediate_size=3072,
+            moe_intermediate_size=[3072] * 32, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+            head_dim=128, num_experts=64, moe_topk=[8] * 32, num_shared_expert=[1] * 32, rms_norm_eps=1e-5,
+            rope_theta=10000.0, rope_scaling={"type": "dynamic", "alpha": 1000.0, "factor": 1.0},
+            tie_word_embeddings=True, use_qk_norm=True, use_cla=False,
+        ),
+        80_393_183_232, 12.75e9,
+    ),
+    "Trinity-Mini": (
+        dict(
+            architectures=["AfmoeForCausalLM"], vocab_size=200192, hidden_size=2048, intermediate_size=6144,
+            moe_intermediate_size=1024, num_hidden_layers=32, num_dense_layers=2, num_attention_heads=32,
+            num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8, num_shared_experts=1,
+            route_scale=2.826, global_attn_every_n_layers=4, sliding_window=2048, mup_enabled=True,
+        ),
+        26_123_974_400, 3.475e9,
+    ),
+    "K-EXAONE-236B": (
+        dict(
+            architectures=["ExaoneMoEForCausalLM"], vocab_size=153600, hidden_size=6144, intermediate_size=18432,
+            moe_intermediate_size=2048, num_hidden_layers=48, num_attention_heads=64, num_key_value_heads=8,
+            head_dim=128, num_experts=128, num_experts_per_tok=8, num_shared_experts=1, first_k_dense_replace=1,
+            sliding_window=128, sliding_window_pattern="LLLG", rope_theta=1e6,
+        ),
+        236_571_156_352, 23.67e9,
+    ),
+    "Ling-lite-1.5": (
+        dict(
+            architectures=["BailingMoeForCausalLM"], vocab_size=126464, hidden_size=2048, intermediate_size=5632,
+            moe_intermediate_size=1408, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=4,
+            head_dim=128, num_experts=64, num_experts_per_tok=6, num_shared_experts=2, norm_topk_prob=True,
+            rope_theta=600000,
+        ),
+        16_801_974_272, 2.753e9,
+    ),
+    "Ling-mini-2.0": (
+        dict(
+            architectures=["BailingMoeV2ForCausalLM"], vocab_size=157184, hidden_size=2048, intermediate_size=5120,
+            moe_intermediate_size=512, num_hidden_layers=20, num_attention_heads=16, num_key_value_heads=4,
+            head_dim=128, num_experts=256, num_experts_per_tok=8, num_shared_experts=1, first_k_dense_replace=1,
+            n_group=8, topk_group=4, routed_scaling_factor=2.5, partial_rotary_factor=0.5, rope_theta=600000,
+            use_qk_norm=True,
+        ),
+        16_255_643_392, 1.433e9,
+    ),
+    "Llama-4-Scout, text": (
+        dict(
+            architectures=["Llama4ForCausalLM"], vocab_size=202048, hidden_size=5120, intermediate_size=8192,
+            intermediate_size_mlp=16384, num_hidden_layers=48, num_attention_heads=40, num_key_value_heads=8,
+            head_dim=128, num_local_experts=16, num_experts_per_tok=1, interleave_moe_layer_step=1,
+            no_rope_layer_interval=4, attention_chunk_size=8192, attn_scale=0.1, floor_scale=8192,
+            rope_scaling={
+                "rope_type": "llama3", "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+        ),
+        107_769_861_120, 17.2e9,
+    ),
+    "LongCat-Flash": (
+        dict(
+            architectures=["LongcatFlashForCausalLM"], vocab_size=131072, hidden_size=6144, num_layers=28,
+            num_attention_heads=64, ffn_hidden_size=12288, expert_ffn_hidden_size=2048, n_routed_experts=512,
+            zero_expert_num=256, zero_expert_type="identity", moe_topk=12, q_lora_rank=1536, kv_lora_rank=512,
+            qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, routed_scaling_factor=6.0,
+            rope_theta=10000000.0,
+        ),
+        560_664_980_480, None,
+    ),
+    "JetMoE-8B": (
+        dict(
+            architectures=["JetMoeForCausalLM"], vocab_size=32000, hidden_size=2048, num_hidden_layers=24,
+            num_key_value_heads=16, kv_channels=128, intermediate_size=5632, num_local_experts=8,
+            num_experts_per_tok=2, rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=True,
+        ),
+        8_522_237_952, 2.33e9,
+    ),
     "MiniMax-M2": (
         dict(
             architectures=["MiniMaxM2ForCausalLM"], vocab_size=200064, hidden_size=3072, num_hidden_layers=62,

@@ -9,6 +9,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import reference
 from released import RELEASED
 
 import moe_zoo
@@ -24,7 +25,11 @@ SMALL = dict(
 )
 SMALLER = dict(
     intermediate_size=12, moe_intermediate_size=8, shared_expert_intermediate_size=8, first_k_dense_replace=1,
-    rotary_dim=2, rope_scaling=None,
+    rotary_dim=2, rope_scaling=None, num_dense_layers=1, n_group=2, topk_group=1, global_attn_every_n_layers=3,
+    sliding_window_pattern="LLG", moe_topk=2, num_shared_expert=1, intermediate_size_mlp=20, no_rope_layer_interval=3,
+    attention_chunk_size=4, d_model=16, n_heads=4, n_layers=3, attn_config=dict(kv_n_heads=2, clip_qkv=8),
+    ffn_config=dict(ffn_hidden_size=8, moe_num_experts=4, moe_top_k=2), num_layers=2, ffn_hidden_size=20,
+    expert_ffn_hidden_size=8, zero_expert_num=3, kv_channels=4,
 )  # fmt: skip
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -36,7 +41,10 @@ def small(name):
     if "kv_lora_rank" in given:
         given |= dict(kv_lora_rank=6, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=4, n_group=2, topk_group=1)
         given["q_lora_rank"] = given["q_lora_rank"] and 5
-    given |= {k: 4 for k in EXPERTS if k in given} | {"num_experts_per_tok": 2, "sliding_window": None}
+    if "num_shared_expert" in given:
+        given["moe_intermediate_size"] = given["intermediate_size"]
+    near = 4 if {"global_attn_every_n_layers", "sliding_window_pattern"} & given.keys() else None
+    given |= {k: 4 for k in EXPERTS if k in given} | {"num_experts_per_tok": 2, "sliding_window": near}
     family = find(given["architectures"][0], "config.json")
     return family, family.read(given)
 
@@ -59,8 +67,48 @@ def test_random_numbers_come_back_bit_by_bit(name, tmp_path):
     assert before.keys() == after.keys()
     for path in before:
         np.testing.assert_array_equal(before[path], after[path], err_msg=path)
-    if name in ("OLMoE-1B-7B", "gpt-oss-20b", "DeepSeek-V3"):
+    if name in ("OLMoE-1B-7B", "gpt-oss-20b", "DeepSeek-V3", "Llama-4-Scout, text"):
         assert np.isfinite(loaded(np.arange(6)[None]).logits).all()
+
+
+@pytest.mark.parametrize("name", reference.TINY)
+def test_what_transformers_has_no_class_for_agrees_with_an_independent_reference(name, tmp_path):
+    reference.save(name, tmp_path)
+    loaded, ids = moe_zoo.load(tmp_path), np.random.default_rng(1).integers(0, 96, 9)
+    logits, experts = reference.logits(name, ids)
+    out = loaded(ids[None], return_routing=True)
+    np.testing.assert_allclose(out.logits[0], logits, rtol=0, atol=2e-4)
+    assert [np.sort(a, -1).tolist() for a in out.aux.stats["router_experts"]] == experts
+    cache = loaded.model.init_cache(1, 12)
+    for part in (ids[:6], ids[6:]):
+        rows, _, cache = loaded.model(part[None], cache=cache)
+    np.testing.assert_allclose(rows[0], logits[6:], rtol=0, atol=2e-4)
+    moe_zoo.save_hf(loaded, tmp_path / "out")
+    written = safetensors.Files(safetensors.read_folder(tmp_path / "out"))
+    expected = reference.tensors(reference.TINY[name])
+    assert written.tensors.keys() == expected.keys()
+    for path, array in expected.items():
+        np.testing.assert_array_equal(written[path], array)
+
+
+def test_the_text_model_is_taken_out_of_one_that_also_sees_and_written_alone(tmp_path):
+    _, config = small("Llama-4-Scout, text")
+    model = random(config)
+    hf.save(tmp_path / "text", model, config)
+    given = json.loads((tmp_path / "text/config.json").read_text())
+    given = {"architectures": ["Llama4ForConditionalGeneration"], "model_type": "llama4", "text_config": given}
+    files = safetensors.Files(safetensors.read_folder(tmp_path / "text"))
+    tensors = {f"language_model.{name}": files[name] for name in files.tensors}
+    tensors["vision_model.patch_embedding.linear.weight"] = np.ones((3, 4), np.float32)
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole/config.json").write_text(json.dumps(given))
+    listed = [(name, array.dtype, array.shape) for name, array in tensors.items()]
+    safetensors.write(tmp_path / "whole/model.safetensors", listed, tensors.get)
+    loaded = moe_zoo.load(tmp_path / "whole")
+    before, after = P.arrays(model), P.arrays(loaded.model)
+    assert before.keys() == after.keys() and all(np.array_equal(before[name], after[name]) for name in before)
+    moe_zoo.save_hf(loaded, tmp_path / "out")
+    assert (tmp_path / "out/config.json").read_bytes() == (tmp_path / "text/config.json").read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +225,8 @@ def test_integers_are_no_weights(folder):
         (dict(rope_parameters={"rope_type": "dynamic"}), ["dynamic", "yarn"]),
         (dict(architectures=["MixtralForCausalLN"]), ["MixtralForCausalLN", "did you mean 'MixtralForCausalLM'"]),
         (dict(architectures=[]), ["architectures"]),
+        (dict(architectures=["Glm4MoeLiteForCausalLM"]), ["Glm4MoeLite", "transformers has", "nearest is Glm4MoeFor"]),
+        (dict(architectures=["NllbMoeForConditionalGeneration"]), ["NllbMoe", "transformers has", "nothing"]),
     ],
 )
 def test_numbers_that_contradict_the_tensors_are_named(folder, changes, words):
