@@ -1,4 +1,7 @@
-"""The residual block: x + mixer(norm(x)), then x + ffn(norm(x)); post-norm: x + norm(mixer(x)), x + norm(ffn(x))."""
+"""The residual block: x + mixer(norm(x)), then x + ffn(norm(x)); post-norm: x + norm(mixer(x)), x + norm(ffn(x)).
+
+Either branch may be missing.
+"""
 
 import jax
 from flax import nnx
@@ -11,7 +14,7 @@ from moe_zoo.layers.attention import View
 
 
 class Block(nnx.Module):
-    """A mixer over the sequence and a feed-forward part over the tokens, routed or dense.
+    """A mixer over the sequence and a feed-forward part over the tokens, routed or dense; None: a block without it.
 
     `placement`: norms before the branches ("pre") or behind them, inside the residual ("post", as in OLMo 2).
     `multiplier`: what a branch is multiplied by before it is added (Granite).
@@ -19,8 +22,14 @@ class Block(nnx.Module):
 
     def __init__(self, *, mixer, ffn, mixer_norm, ffn_norm, placement: str = "pre", multiplier: float = 1.0):
         self.placement, self.multiplier = placement, multiplier
-        self.mixer, self.ffn = mixer, ffn
-        self.mixer_norm, self.ffn_norm = mixer_norm, ffn_norm
+        if mixer is not None:
+            self.mixer, self.mixer_norm = mixer, mixer_norm
+        if ffn is not None:
+            self.ffn, self.ffn_norm = ffn, ffn_norm
+
+    @property
+    def mixes(self) -> bool:
+        return hasattr(self, "mixer")
 
     @property
     def outer_residual(self) -> bool:
@@ -29,7 +38,7 @@ class Block(nnx.Module):
 
     @property
     def routed(self) -> bool:
-        return isinstance(self.ffn, MoE)
+        return hasattr(self, "ffn") and isinstance(self.ffn, MoE)
 
     @property
     def shows_attention(self) -> bool:
@@ -37,19 +46,23 @@ class Block(nnx.Module):
         return self.routed and "attention" in self.ffn.router.requires
 
     def init_cache(self, batch: int, max_seq: int, dtype) -> dict:
-        cache = {"mixer": self.mixer.init_cache(batch, max_seq, dtype)}
+        cache = {"mixer": self.mixer.init_cache(batch, max_seq, dtype) if self.mixes else None}
         if self.routed:
             cache["router"] = self.ffn.router.init_cache(batch, max_seq)
         return cache
 
     def __call__(self, x, view: View, ctx: RoutingContext, cache: dict | None = None, at=None):
         """Returns (x, Aux, cache, carry of the router)."""
-        with jax.named_scope("mixer"):
-            mixer = self.mixer.observed if self.shows_attention else self.mixer
-            y, mixer_cache, *attention = mixer(
-                self._before(self.mixer_norm, x), view, None if cache is None else cache["mixer"], at
-            )
-        x = self._add(x, y, self.mixer_norm)
+        mixer_cache, attention = None, []
+        if self.mixes:
+            with jax.named_scope("mixer"):
+                mixer = self.mixer.observed if self.shows_attention else self.mixer
+                y, mixer_cache, *attention = mixer(
+                    self._before(self.mixer_norm, x), view, None if cache is None else cache["mixer"], at
+                )
+            x = self._add(x, y, self.mixer_norm)
+        if not hasattr(self, "ffn"):
+            return x, Aux(), None if cache is None else {"mixer": mixer_cache}, ctx.carry
         with jax.named_scope("ffn"):
             if not self.routed:
                 y, aux, carry, router_cache = self.ffn(self._before(self.ffn_norm, x)), Aux(), ctx.carry, None
@@ -78,6 +91,7 @@ class Block(nnx.Module):
         return x + y if self.multiplier == 1.0 else x + y * self.multiplier
 
     def flops_per_token(self, context: float, rows_per_token: float | None = None) -> float:
-        ffn = self.ffn.flops_per_token(rows_per_token) if self.routed else self.ffn.flops_per_token()
-        looks = self.ffn.router.context_flops(context) if self.routed else 0
-        return self.mixer.flops_per_token(context) + ffn + looks
+        flops = self.mixer.flops_per_token(context) if self.mixes else 0
+        if self.routed:
+            return flops + self.ffn.flops_per_token(rows_per_token) + self.ffn.router.context_flops(context)
+        return flops + (self.ffn.flops_per_token() if hasattr(self, "ffn") else 0)

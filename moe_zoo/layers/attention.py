@@ -19,7 +19,7 @@ from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import join, positive
 from moe_zoo.core.sight import Sight
 from moe_zoo.layers.attend import attend, attend_causally
-from moe_zoo.layers.norm import RMSNorm
+from moe_zoo.layers.norm import NORMS
 from moe_zoo.layers.rope import Angles, RopeScaling, angles, rotate
 
 
@@ -46,8 +46,9 @@ class LatentConfig:
 class AttentionConfig:
     """`head_dim` None: hidden_size / num_attention_heads. `qk_norm`: RMSNorm of q and k, per "head" (Qwen3) or over
     the "full" width before the split into heads (OLMoE). `sliding_window` w: a query sees itself and the w - 1 tokens
-    before it. `qkv_bias`, `output_bias`: biases of the projections. `rotary_dim`: how much of a head is rotated, None
-    for all; `rope_interleaved`: in pairs (2i, 2i + 1). `softmax_scale` multiplies the scores, None: 1/sqrt(head_dim).
+    before it. `qkv_bias`, `output_bias`: biases of the projections. `output_gate`: heads are multiplied by sigmoid(x W)
+    (Qwen3-Next). `rotary_dim`: how much of a head is rotated, None for all, 0 for nothing; `rope_interleaved`: in pairs
+    (2i, 2i + 1). `softmax_scale` multiplies the scores, None: 1/sqrt(head_dim).
     `sinks`: one learned logit per head beside the keys, which takes weight and adds nothing (gpt-oss).
     """
 
@@ -56,8 +57,10 @@ class AttentionConfig:
     head_dim: int | None = None
     qk_norm: Literal["none", "head", "full"] = "none"
     sliding_window: int | None = None
+    qk_norm_kind: Literal["rms", "rms_plus_one"] = "rms"
     qkv_bias: bool = False
     output_bias: bool = False
+    output_gate: bool = False
     sinks: bool = False
     rope_theta: float = 10_000.0
     rotary_dim: int | None = None
@@ -69,7 +72,8 @@ class AttentionConfig:
 
     def validate(self, path: str) -> None:
         positive(self, path, "num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window", "rope_theta")
-        positive(self, path, "rotary_dim", "softmax_scale")
+        positive(self, path, "softmax_scale")
+        positive(self, path, "rotary_dim", zero=True)
         kv = self.num_key_value_heads
         if kv is not None and self.num_attention_heads % kv:
             raise ConfigError(
@@ -78,8 +82,9 @@ class AttentionConfig:
             )
         if self.head_dim is not None and self.head_dim % 2:
             raise ConfigError(f"{join(path, 'head_dim')}: {self.head_dim} is odd; rotary positions need pairs")
-        if self.latent.kv_lora_rank and (self.qk_norm != "none" or self.qkv_bias or self.output_bias or self.sinks):
-            raise ConfigError(f"{join(path, 'latent')}: goes with no qk_norm, biases or sinks")
+        others = self.qk_norm != "none" or self.qkv_bias or self.output_bias or self.output_gate or self.sinks
+        if self.latent.kv_lora_rank and others:
+            raise ConfigError(f"{join(path, 'latent')}: goes with no qk_norm, biases, gate or sinks")
         if self.rotary_dim is not None and (self.rotary_dim % 2 or self.rotary_dim > (self.head_dim or math.inf)):
             raise ConfigError(
                 f"{join(path, 'rotary_dim')}: {self.rotary_dim} of head_dim={self.head_dim}; expected an even number "
@@ -134,16 +139,20 @@ class Attention(nnx.Module):
             self.v_bias = param((M * H,), ("kv_heads",), Constant(0.0))
         if config.output_bias:
             self.o_bias = param((D,), ("embed",), Constant(0.0))
+        if config.output_gate:
+            self.gate = param((D, N, H), ("embed", "heads", "head_dim"), fan_in(D))
         if config.sinks:
             self.sinks = param((N,), ("heads",), Constant(0.0))
         if config.qk_norm != "none":
             full = config.qk_norm == "full"
-            self.q_norm = RMSNorm(N * H if full else H, config.norm_eps, axis="qk_norm")
-            self.k_norm = RMSNorm(M * H if full else H, config.norm_eps, axis="qk_norm")
+            norm = NORMS[config.qk_norm_kind]
+            self.q_norm = norm(N * H if full else H, config.norm_eps, axis="qk_norm")
+            self.k_norm = norm(M * H if full else H, config.norm_eps, axis="qk_norm")
 
     @property
     def rotary_key(self) -> RotaryKey:
-        return self.config.rotary_dim or self.dims[3], self.config.rope_theta, self.config.rope_scaling
+        rotated = self.dims[3] if self.config.rotary_dim is None else self.config.rotary_dim
+        return rotated, self.config.rope_theta, self.config.rope_scaling
 
     def init_cache(self, batch: int, max_seq: int, dtype) -> dict:
         """Keys, values and who they are, for `max_seq` tokens."""
@@ -172,7 +181,11 @@ class Attention(nnx.Module):
         sight = self._sight(view, cache, at)
         out_BNSH = self._mix(q_BNSH, k_BMSH, v_BMSH, sight)
         o = self.o[...].astype(x_BSD.dtype).reshape(N * H, D)
-        out = (out_BNSH.transpose(0, 2, 1, 3).reshape(B * S, N * H) @ o).reshape(B, S, D)
+        out = out_BNSH.transpose(0, 2, 1, 3).reshape(B * S, N * H)
+        if self.config.output_gate:
+            gate = x_BSD.reshape(B * S, D) @ self.gate[...].astype(x_BSD.dtype).reshape(D, N * H)
+            out = out * jax.nn.sigmoid(gate)
+        out = (out @ o).reshape(B, S, D)
         seen = self._seen(q_BNSH, k_BMSH, v_BMSH, out, sight)
         if self.config.output_bias:
             out = out + self.o_bias[...].astype(out.dtype)
@@ -223,4 +236,4 @@ class Attention(nnx.Module):
         D, N, M, H = self.dims
         if self.config.sliding_window is not None:
             context = min(context, self.config.sliding_window)
-        return 2 * D * H * (2 * N + 2 * M) + 4 * N * H * context
+        return 2 * D * H * ((3 if self.config.output_gate else 2) * N + 2 * M) + 4 * N * H * context

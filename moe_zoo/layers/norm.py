@@ -8,7 +8,7 @@ from flax import nnx
 
 from moe_zoo.core.param import Constant, param
 
-NormKind = Literal["rms", "layer"]
+NormKind = Literal["rms", "rms_plus_one", "layer"]
 
 
 class RMSNorm(nnx.Module):
@@ -22,6 +22,19 @@ class RMSNorm(nnx.Module):
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.eps)
         return (normed * self.scale[...]).astype(x.dtype)
+
+
+class RMSNormPlusOne(nnx.Module):
+    """x / rms(x) * (1 + scale): the scale is 0 where nothing was learned (Gemma, Qwen3-Next)."""
+
+    def __init__(self, size: int, eps: float, axis: str = "embed"):
+        self.eps = eps
+        self.scale = param((size,), (axis,), Constant(0.0))
+
+    def __call__(self, x):
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.eps)
+        return (normed * (1 + self.scale[...].astype(wide.dtype))).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -39,4 +52,4 @@ class LayerNorm(nnx.Module):
         return (normed * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
-NORMS = {"rms": RMSNorm, "layer": LayerNorm}
+NORMS = {"rms": RMSNorm, "rms_plus_one": RMSNormPlusOne, "layer": LayerNorm}

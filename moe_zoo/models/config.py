@@ -3,6 +3,8 @@
     layers = "1*dense 26*moe"       DeepSeek-V2-Lite: one dense block, then 26 routed ones
     layers = "6*(dense moe)"        a routed block every second layer
     layers = "12*(moe:local moe)"   `local` is a variant: the same settings but for what `variants.local` changes
+    layers = "6*(moe moe:attention)"   a mixer's name is the variant with `mixer` changed to it, if no other is declared
+    layers = "2*(mixer dense:none)"    a mixer alone, a feed-forward part alone
 
 Every `n*...` becomes one segment, scanned n times.
 """
@@ -23,9 +25,10 @@ from moe_zoo.layers.mlp import FeedForwardConfig
 from moe_zoo.layers.ngram import NgramConfig
 from moe_zoo.layers.norm import NormKind
 from moe_zoo.losses import LOSSES
+from moe_zoo.mixers import MIXERS
 from moe_zoo.routing import ROUTERS
 
-KINDS = ("dense", "moe")
+KINDS = ("dense", "moe", "mixer")
 _WHOLE_MODEL = (
     "vocab_size", "hidden_size", "layers", "ngram", "tie_word_embeddings", "lm_head_bias", "embedding_multiplier",
     "logits_scaling", "dtype", "remat", "variants",
@@ -37,8 +40,10 @@ class ModelConfig:
     """A decoder-only language model. Numbers carry Hugging Face's names.
 
     `intermediate_size` is the width of dense blocks, `moe_intermediate_size` of one routed expert. `shared_expert_size`
-    adds an always-active expert. `norm_placement` "post" norms what a branch adds instead of what it sees (OLMo 2);
-    embeddings and residual branches are multiplied, logits divided by the three numbers that Granite has for it.
+    adds an always-active expert, of the formula `mlp` as dense blocks are. `norm_placement` "post" norms what a branch
+    adds instead of what it sees (OLMo 2); embeddings and residual branches are multiplied, logits divided by the three
+    numbers that Granite has for it.
+    `mixer` is what mixes tokens: "attention", with the settings of `attention`, or a recurrent state with its own.
     `chain` repeats the routed layer on its own output (Chain-of-Experts).
     `dtype` is the compute type; parameters, router, softmax and losses are float32. `remat`: what the backward pass
     recomputes: nothing ("none"), all but matrix products ("dots"), or whole blocks ("block").
@@ -54,6 +59,7 @@ class ModelConfig:
     shared_expert_gate: bool = False
     ngram: NgramConfig = NgramConfig()
     attention: AttentionConfig = AttentionConfig()
+    mixer: Choice = choice(MIXERS, "attention")
     mlp: FeedForwardConfig = FeedForwardConfig()
     chain: ChainConfig = ChainConfig()
     router: Choice = choice(ROUTERS, "top_k")
@@ -91,12 +97,15 @@ class ModelConfig:
             raise ConfigError(f"{join(path, 'shared_expert_gate')}: needs shared_expert_size > 0")
         if self.lm_head_bias and self.tie_word_embeddings:
             raise ConfigError(f"{join(path, 'lm_head_bias')}: needs tie_word_embeddings=false")
-        self._validate_attention(path)
+        if self.mixer.name == "attention":
+            self._validate_attention(path)
         kinds = [kind for segment in self.segments(path) for kind in segment.pattern]
         if any(kind.partition(":")[0] == "moe" for kind in kinds):
             self._validate_routing(path)
         for kind in kinds:
-            self.variant(kind, path)
+            variant = self.variant(kind, path)
+            if kind.partition(":")[0] == "mixer" and variant.mixer.name == "none":
+                raise ConfigError(f"{join(path, 'layers')}: {kind!r} has no mixer, so there is nothing in it")
 
     def _validate_attention(self, path: str) -> None:
         D, N = self.hidden_size, self.attention.num_attention_heads
@@ -137,8 +146,10 @@ class ModelConfig:
         base, _, name = kind.partition(":")
         if not name:
             return self
+        if name not in self.variants and name in MIXERS:
+            return self._changed(base, {"mixer": {"name": name}}, f"{join(path, 'layers')}:{name}")
         if name not in self.variants:
-            known = ", ".join(self.variants) or "none declared"
+            known = f"{', '.join(self.variants) or 'none declared'}, and mixers: {', '.join(MIXERS.names())}"
             raise ConfigError(
                 f"{join(path, 'layers')}: unknown variant {name!r}{nearest(name, self.variants)}; known: {known}"
             )
@@ -148,6 +159,9 @@ class ModelConfig:
         for key in _WHOLE_MODEL:
             if key in settings:
                 raise ConfigError(f"{where}.{key}: belongs to the whole model; a variant cannot change it")
+        return self._changed(base, settings, where)
+
+    def _changed(self, base: str, settings: Mapping[str, Any], where: str) -> "ModelConfig":
         changed = {**to_dict(self), "layers": f"1*{base}", "variants": {}}
         return build(ModelConfig, overlay(changed, settings), where)
 
@@ -160,6 +174,7 @@ class ModelConfig:
             experts=self.experts,
             dispatch=self.dispatch,
             losses=self.losses,
+            shared=self.mlp,
             shared_size=self.shared_expert_size,
             shared_gate=self.shared_expert_gate,
             num_heads=self.attention.num_attention_heads,

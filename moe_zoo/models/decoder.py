@@ -21,9 +21,8 @@ from moe_zoo.core.aux import Aux, Stat, is_stat
 from moe_zoo.core.context import PROVIDABLE, RoutingContext
 from moe_zoo.core.param import stack
 from moe_zoo.core.registry import ConfigError
-from moe_zoo.layers.attention import Attention, RotaryKey, View
+from moe_zoo.layers.attention import RotaryKey, View
 from moe_zoo.layers.embedding import Embedding, Head
-from moe_zoo.layers.latent_attention import LatentAttention
 from moe_zoo.layers.mlp import MLP
 from moe_zoo.layers.ngram import NgramEmbedding
 from moe_zoo.layers.norm import NORMS
@@ -228,7 +227,8 @@ class Decoder(nnx.Module):
         return {name: value for name, (value, _) in found.items()}, {name: new for name, (_, new) in found.items()}
 
     def _rotary_keys(self) -> set[RotaryKey]:
-        return {block.mixer.rotary_key for segment in self.segments for block in segment.blocks}
+        keys = {block.mixer.rotary_key for segment in self.segments for block in segment.blocks if block.mixes}
+        return keys - {None}
 
     def _init_carry(self, num_tokens: int) -> dict[str, Any]:
         """The depth carry of each kind of router in the model; layers of another kind leave it alone."""
@@ -261,7 +261,7 @@ def shared_modules(config: ModelConfig) -> dict[str, Shared]:
 
 
 def make_block(config: ModelConfig, kind: str, whole: ModelConfig) -> Block:
-    """One abstract block of `kind` ("dense", "moe", with an optional ":variant")."""
+    """One abstract block of `kind` ("dense", "moe", "mixer", with an optional ":variant")."""
     D = config.hidden_size
     # residual branches start at 1/sqrt(2L) of their size, so the stream does not grow with depth (GPT-2)
     out_scale = (2 * whole.num_layers) ** -0.5
@@ -272,12 +272,19 @@ def make_block(config: ModelConfig, kind: str, whole: ModelConfig) -> Block:
         missing = [name for name in ffn.router.requires if name not in PROVIDABLE]
         if missing:
             raise ConfigError(f"model.router: {config.router.name!r} needs {missing}, which this model cannot provide")
+        if "attention" in ffn.router.requires and config.mixer.name != "attention":
+            raise ConfigError(
+                f"model.router: {config.router.name!r} looks at the attention below it, but in {kind!r} the mixer is "
+                f"{config.mixer.name!r}"
+            )
+    elif kind.partition(":")[0] == "mixer":
+        ffn = None
     else:
         ffn = MLP(config.mlp, hidden_size=D, intermediate_size=config.intermediate_size, out_scale=out_scale)
     norm = NORMS[config.norm]
-    mixer = LatentAttention if config.attention.latent.kv_lora_rank else Attention
+    mixer = config.mixer
     return Block(
-        mixer=mixer(config.attention, hidden_size=D, out_scale=out_scale),
+        mixer=mixer.cls.build(mixer.config, config.attention, hidden_size=D, out_scale=out_scale),
         ffn=ffn,
         mixer_norm=norm(D, config.norm_eps),
         ffn_norm=norm(D, config.norm_eps),

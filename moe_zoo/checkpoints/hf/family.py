@@ -23,10 +23,7 @@ _ABSENT = object()
 
 #: what training settings may differ in without changing what the model computes
 _NO_MATTER = ("losses", "dispatch", "dtype", "remat", "router.init_std", "router.bias_update_rate")
-_DENSE_ONLY, _MOE_ONLY = (
-    ("intermediate_size", "mlp"),
-    ("moe_intermediate_size", "num_experts", "shared_expert_size", "shared_expert_gate", "router", "experts"),
-)
+_MOE_ONLY = ("moe_intermediate_size", "num_experts", "shared_expert_size", "shared_expert_gate", "router", "experts")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +147,9 @@ class Family:
 def essential(config: ModelConfig) -> dict[str, Any]:
     """Dotted path -> value of all settings that change what the model computes."""
     kinds = {kind.partition(":")[0] for segment in config.segments() for kind in segment.pattern}
-    skipped = _NO_MATTER + (() if "dense" in kinds else _DENSE_ONLY) + (() if "moe" in kinds else _MOE_ONLY)
+    skipped = _NO_MATTER + (() if "dense" in kinds else ("intermediate_size",)) + (() if "moe" in kinds else _MOE_ONLY)
+    if "dense" not in kinds and not ("moe" in kinds and config.shared_expert_size):
+        skipped += ("mlp",)
     values = flatten(to_dict(config))
     values["layers"] = " ".join(expand(config))
     values["attention.num_key_value_heads"] = (
@@ -163,6 +162,8 @@ def essential(config: ModelConfig) -> dict[str, Any]:
         values = {key: value for key, value in values.items() if not key.startswith("attention.latent.")}
     if config.attention.qk_norm == "none" and not config.attention.latent.kv_lora_rank:
         values.pop("attention.norm_eps")
+    if config.attention.qk_norm == "none":
+        values.pop("attention.qk_norm_kind")
     if not config.ngram.orders:
         values = {key: value for key, value in values.items() if not key.startswith("ngram.")}
     return {k: v for k, v in values.items() if not any(k == s or k.startswith(f"{s}.") for s in skipped)}

@@ -15,19 +15,20 @@ import numpy as np
 class Stored:
     """Where a leaf lives. `name`: the tensor's, below the layer's prefix; with "{e}" there is one tensor per expert.
 
-    `form`: "same"; "flat", one row of all its numbers; "row", the same as [1, size]; "linear", a weight stored
-    [out, in] whose first `inputs` dims are the inputs in ours, behind an axis of experts with `batched`. `part` i of
-    `parts`: the tensor holds several of our leaves along its output axis, one after the other or, `interleaved`, taking
-    turns.
+    `form`: "same"; "flat", one row of all its numbers; "row", the same as [1, size], "column", as [1, 1, size, 1];
+    "conv", [C, K] as [C, 1, K]; "linear", a weight stored [out, in] whose first `inputs` dims are the inputs in ours,
+    behind an axis of experts with `batched`. `part` i of `parts`: the tensor holds several of our leaves along its
+    output axis, one after the other or, `interleaved`, taking turns, or, `by_head`, one after the other in each head.
     """
 
     name: str
-    form: Literal["same", "flat", "row", "linear"] = "same"
+    form: Literal["same", "flat", "row", "column", "conv", "linear"] = "same"
     inputs: int = 1
     batched: bool = False
     part: int = 0
     parts: int = 1
     interleaved: bool = False
+    by_head: bool = False
 
     @property
     def per_expert(self) -> bool:
@@ -37,23 +38,30 @@ class Stored:
         """The shape of the published tensor, for our leaf (of one expert, where there is one tensor each)."""
         if self.form == "same":
             return (*ours[:-1], self.parts * ours[-1])
+        if self.form == "conv":
+            return (ours[0], 1, ours[1])
         if self.form == "linear":
             lead, rest = (ours[:1], ours[1:]) if self.batched else ((), ours)
             return (*lead, self.parts * math.prod(rest[self.inputs :]), math.prod(rest[: self.inputs]))
         size = self.parts * math.prod(ours)
-        return (1, size) if self.form == "row" else (size,)
+        return {"row": (1, size), "column": (1, 1, size, 1)}.get(self.form, (size,))
 
     def ours(self, published: np.ndarray, ours: tuple[int, ...]) -> np.ndarray:
         """Our leaf as a view of the published tensor."""
-        view = published[self._slice(published)]
-        return (np.swapaxes(view, -1, -2) if self.form == "linear" else view).reshape(ours, copy=False)
+        return self._view(published, ours).reshape(ours, copy=False)
 
     def put(self, published: np.ndarray, leaf: np.ndarray) -> None:
         """Writes our leaf into its place in the published tensor."""
-        target = published[self._slice(published)]
-        if self.form == "linear":
-            target = np.swapaxes(target, -1, -2)
+        target = self._view(published, leaf.shape)
         copy_into(target, leaf.reshape(target.shape))
+
+    def _view(self, published: np.ndarray, ours: tuple[int, ...]) -> np.ndarray:
+        """What the tensor holds of a leaf of this shape, inputs before outputs."""
+        if self.by_head:
+            heads, size = ours[-2:]
+            return np.moveaxis(published.reshape(heads, self.parts, size, -1, copy=False)[:, self.part], -1, 0)
+        view = published[self._slice(published)]
+        return np.swapaxes(view, -1, -2) if self.form == "linear" else view
 
     def _slice(self, published: np.ndarray) -> tuple:
         axis = published.ndim - (2 if self.form == "linear" else 1)
