@@ -1,7 +1,10 @@
-"""The residual block: x + mixer(norm(x)), then x + ffn(norm(x)); post-norm: x + norm(mixer(x)), x + norm(ffn(x)).
+"""The residual block: x + mixer(norm(x)), then x + ffn(norm(x)); post-norm: x + norm(mixer(x)), x + norm(ffn(x)); norms
+in the stream: x = norm(x), x + mixer(x), x = norm(x), x + ffn(x).
 
 Either branch may be missing.
 """
+
+import dataclasses
 
 import jax
 from flax import nnx
@@ -16,12 +19,15 @@ from moe_zoo.layers.attention import View
 class Block(nnx.Module):
     """A mixer over the sequence and a feed-forward part over the tokens, routed or dense; None: a block without it.
 
-    `placement`: norms before the branches ("pre") or behind them, inside the residual ("post", as in OLMo 2).
-    `multiplier`: what a branch is multiplied by before it is added (Granite).
+    `placement`: norms before the branches ("pre"), behind them, inside the residual ("post", as in OLMo 2), or before
+    the residual ("stream", as in MiniMax-01). `multiplier`: what a branch is multiplied by before it is added
+    (Granite), `skip`: what the stream is.
     """
 
-    def __init__(self, *, mixer, ffn, mixer_norm, ffn_norm, placement: str = "pre", multiplier: float = 1.0):
-        self.placement, self.multiplier = placement, multiplier
+    def __init__(
+        self, *, mixer, ffn, mixer_norm, ffn_norm, placement: str = "pre", multiplier: float = 1.0, skip: float = 1.0
+    ):
+        self.placement, self.multiplier, self.skip = placement, multiplier, skip
         if mixer is not None:
             self.mixer, self.mixer_norm = mixer, mixer_norm
         if ffn is not None:
@@ -57,37 +63,44 @@ class Block(nnx.Module):
         if self.mixes:
             with jax.named_scope("mixer"):
                 mixer = self.mixer.observed if self.shows_attention else self.mixer
+                x, seen = self._before(self.mixer_norm, x)
                 y, mixer_cache, *attention = mixer(
-                    self._before(self.mixer_norm, x), view, None if cache is None else cache["mixer"], at
+                    seen, dataclasses.replace(view, layer=ctx.layer), None if cache is None else cache["mixer"], at
                 )
             x = self._add(x, y, self.mixer_norm)
         if not hasattr(self, "ffn"):
             return x, Aux(), None if cache is None else {"mixer": mixer_cache}, ctx.carry
         with jax.named_scope("ffn"):
+            x, seen = self._before(self.ffn_norm, x)
             if not self.routed:
-                y, aux, carry, router_cache = self.ffn(self._before(self.ffn_norm, x)), Aux(), ctx.carry, None
+                y, aux, carry, router_cache = self.ffn(seen), Aux(), ctx.carry, None
             else:
                 name, depth = self.ffn.router_name, ctx.carry
                 router_cache = None if cache is None else cache["router"]
                 mine = ctx.replace(cache=router_cache, carry=depth.get(name), shared=ctx.shared.get(name))
                 mine = mine.replace(attention=attention[0] if attention else None)
-                y, aux, routing = self.ffn(self._before(self.ffn_norm, x), mine)
+                y, aux, routing = self.ffn(seen, mine)
                 router_cache = routing.cache
                 carry = {**depth, name: routing.carry} if name in depth else depth
             if self.outer_residual:
                 x = self._add(x, y, self.ffn_norm)
             else:
-                x = y if self.placement == "pre" else self.ffn_norm(y)
+                x = self.ffn_norm(y) if self.placement == "post" else y
         if cache is None:
             return x, aux, None, carry
         new = {"mixer": mixer_cache, "router": router_cache} if self.routed else {"mixer": mixer_cache}
         return x, aux, new, carry
 
     def _before(self, norm, x):
-        return norm(x) if self.placement == "pre" else x
+        """(what a branch is added to, what it sees)."""
+        if self.placement == "stream":
+            x = norm(x)
+            return x, x
+        return x, norm(x) if self.placement == "pre" else x
 
     def _add(self, x, y, norm):
-        y = y if self.placement == "pre" else norm(y)
+        y = norm(y) if self.placement == "post" else y
+        x = x if self.skip == 1.0 else x * self.skip
         return x + y if self.multiplier == 1.0 else x + y * self.multiplier
 
     def flops_per_token(self, context: float, rows_per_token: float | None = None) -> float:

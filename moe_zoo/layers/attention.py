@@ -104,7 +104,8 @@ RotaryKey = tuple[int, float, RopeScaling]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class View:
-    """Who may see whom: positions for rotary angles and order, segments that do not see each other, validity.
+    """Who may see whom: positions for rotary angles and order, segments that do not see each other, validity. `layer`:
+    the number of the one that looks.
 
     `rotary`: angles by (rotated size, theta, scaling), made before the layers are scanned.
     """
@@ -113,6 +114,7 @@ class View:
     segment_ids: Int[Array, "B S"] | None = None
     valid: Bool[Array, "B S"] | None = None
     rotary: dict["RotaryKey", Angles] = dataclasses.field(default_factory=dict)
+    layer: Int[Array, ""] | None = None
 
     def with_rotary(self, keys: Iterable["RotaryKey"], dtype) -> "View":
         return dataclasses.replace(self, rotary={key: angles(self.positions, *key, dtype) for key in keys})

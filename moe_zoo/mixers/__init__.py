@@ -9,6 +9,7 @@ MIXERS = Registry(
         "none": "moe_zoo.mixers.mixer:NoMixer",
         "mamba": "moe_zoo.mixers.mamba:Mamba",
         "mamba2": "moe_zoo.mixers.mamba2:Mamba2",
+        "lightning": "moe_zoo.mixers.lightning:Lightning",
         "short_conv": "moe_zoo.mixers.short_conv:ShortConv",
         "kimi_delta": "moe_zoo.mixers.kimi_delta:KimiDelta",
         "gated_delta_net": "moe_zoo.mixers.gated_delta_net:GatedDeltaNet",

@@ -64,7 +64,7 @@ class GatedDeltaNet(Mixer):
             self.in_z = param((D, H, P), ("embed", "heads", None), fan_in(D))
             self.in_b = param((D, H), ("embed", "heads"), fan_in(D))
             self.in_a = param((D, H), ("embed", "heads"), fan_in(D))
-        self.conv = param((channels, c.conv_kernel), (None, None), Uniform(c.conv_kernel**-0.5))
+        self.conv = param((channels, c.conv_kernel), ("channels", None), Uniform(c.conv_kernel**-0.5))
         self.dt_bias = param((H,), ("heads",), Constant(1.0))
         self.A_log = param((H,), ("heads",), LogUniform(0.01, 16.0))
         self.norm = RMSNorm(P, c.norm_eps, axis="head_dim")

@@ -43,12 +43,12 @@ class KimiDelta(Mixer):
         self.config, self.dims = config, (D, H, N)
         for name in "qkv":
             setattr(self, name, param((D, H, N), ("embed", "heads", "head_dim"), fan_in(D)))
-            setattr(self, f"conv_{name}", param((H * N, K), ("heads", None), Uniform(K**-0.5)))
+            setattr(self, f"conv_{name}", param((H * N, K), ("channels", None), Uniform(K**-0.5)))
         self.b = param((D, H), ("embed", "heads"), fan_in(D))
         for name in "fg":
             setattr(self, f"{name}_a", param((D, N), ("embed", None), fan_in(D)))
             setattr(self, f"{name}_b", param((N, H, N), (None, "heads", "head_dim"), fan_in(N)))
-        self.dt_bias = param((H, N), ("heads", "head_dim"), TimeStep())
+        self.dt_bias = param((H, N), ("channels", "head_dim"), TimeStep())
         self.A_log = param((H,), ("heads",), LogUniform(1.0, 16.0))
         self.norm = RMSNorm(N, config.norm_eps, axis="head_dim")
         self.o = param((H, N, D), ("heads", "head_dim", "embed"), fan_in(H * N, out_scale))

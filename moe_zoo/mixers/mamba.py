@@ -52,7 +52,7 @@ class Mamba(Mixer):
         self.config, self.dims = config, (D, I, N, R)
         self.in_x = param((D, I), ("embed", "mlp"), fan_in(D))
         self.in_z = param((D, I), ("embed", "mlp"), fan_in(D))
-        self.conv = param((I, c.conv_kernel), ("mlp", None), Uniform(c.conv_kernel**-0.5))
+        self.conv = param((I, c.conv_kernel), ("channels", None), Uniform(c.conv_kernel**-0.5))
         if c.conv_bias:
             self.conv_bias = param((I,), ("mlp",), Constant(0.0))
         if c.proj_bias:
@@ -62,7 +62,7 @@ class Mamba(Mixer):
         self.x_proj = param((I, R + 2 * N), ("mlp", None), fan_in(I))
         self.dt_proj = param((R, I), (None, "mlp"), Uniform(R**-0.5))
         self.dt_bias = param((I,), ("mlp",), TimeStep())
-        self.A_log = param((I, N), ("mlp", None), LogRange())
+        self.A_log = param((I, N), ("channels", None), LogRange())
         self.skip = param((I,), ("mlp",), Constant(1.0))
         if c.norms:
             self.dt_norm = RMSNorm(R, c.norm_eps, axis="head_dim")

@@ -56,7 +56,7 @@ class Mamba2(Mixer):
         channels = inner + 2 * c.num_groups * c.state_size
         self.config, self.dims = config, (D, inner, channels)
         self.in_proj = param((D, inner + channels + H), ("embed", None), fan_in(D))
-        self.conv = param((channels, c.conv_kernel), (None, None), Uniform(c.conv_kernel**-0.5))
+        self.conv = param((channels, c.conv_kernel), ("channels", None), Uniform(c.conv_kernel**-0.5))
         if c.conv_bias:
             self.conv_bias = param((channels,), (None,), Constant(0.0))
         if c.proj_bias:

@@ -23,7 +23,8 @@ class NoSettings:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """S tokens in order, those of padding behind all others. `count`: how many are no padding, None for all.
+    """S tokens in order, those of padding behind all others. `count`: how many are no padding, None for all. `layer`:
+    the number of the layer that they are mixed in.
 
     `documents` number the packed documents in order, from 0; None: one. The state before the first token is that of
     document 0.
@@ -32,6 +33,7 @@ class Span:
     valid: Bool[Array, "B S"] | None = None
     count: Int[Array, "B"] | None = None
     documents: Int[Array, "B S"] | None = None
+    layer: Int[Array, ""] | None = None
 
 
 class Mixer(nnx.Module):
@@ -44,8 +46,8 @@ class Mixer(nnx.Module):
     Config = NoSettings
 
     @classmethod
-    def build(cls, config, attention: AttentionConfig, *, hidden_size: int, out_scale: float):
-        """The module of one layer; None where there is none. `attention`: the model's settings of attention."""
+    def build(cls, config, attention: AttentionConfig, *, hidden_size: int, out_scale: float, num_layers: int):
+        """The module of one of `num_layers` layers; None where there is none. `attention`: the settings of that."""
         return cls(config, hidden_size=hidden_size, out_scale=out_scale)
 
     #: angles that it rotates by: none
@@ -67,11 +69,12 @@ class Mixer(nnx.Module):
         """Returns (output, cache): with a cache, the tokens continue what it has seen. Padding changes no state."""
         state = cache if cache is not None else self.init_cache(x_BSD.shape[0], 0, x_BSD.dtype)
         if view.valid is None:
-            y_BSD, new = self.mix(x_BSD, Span(documents=documents(view.segment_ids)), state)
+            span = Span(documents=documents(view.segment_ids), layer=view.layer)
+            y_BSD, new = self.mix(x_BSD, span, state)
         else:
             order_BS = jnp.argsort(~view.valid, axis=1, stable=True)
             at_front = lambda x: None if x is None else jnp.take_along_axis(x, order_BS, axis=1)
-            span = Span(at_front(view.valid), view.valid.sum(1), documents(at_front(view.segment_ids)))
+            span = Span(at_front(view.valid), view.valid.sum(1), documents(at_front(view.segment_ids)), view.layer)
             y_BSD, new = self.mix(take(x_BSD, order_BS), span, state)
             y_BSD = take(y_BSD, jnp.argsort(order_BS, axis=1))
         if cache is None:
@@ -83,8 +86,9 @@ class SoftmaxAttention(Mixer):
     """Softmax attention with the settings of `model.attention`, multi-head latent attention among them."""
 
     @classmethod
-    def build(cls, config, attention: AttentionConfig, **sizes) -> Any:
-        return (LatentAttention if attention.latent.kv_lora_rank else Attention)(attention, **sizes)
+    def build(cls, config, attention: AttentionConfig, *, hidden_size: int, out_scale: float, num_layers: int) -> Any:
+        made = LatentAttention if attention.latent.kv_lora_rank else Attention
+        return made(attention, hidden_size=hidden_size, out_scale=out_scale)
 
 
 class NoMixer(Mixer):

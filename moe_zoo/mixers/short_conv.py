@@ -36,7 +36,7 @@ class ShortConv(Mixer):
         self.config, self.size = config, D
         for name in "bcx":
             setattr(self, f"in_{name}", param((D, D), ("embed", "mlp"), fan_in(D)))
-        self.conv = param((D, config.conv_kernel), ("mlp", None), Uniform(config.conv_kernel**-0.5))
+        self.conv = param((D, config.conv_kernel), ("channels", None), Uniform(config.conv_kernel**-0.5))
         self.out = param((D, D), ("mlp", "embed"), fan_in(D, out_scale))
         if config.bias:
             for name in "bcx":

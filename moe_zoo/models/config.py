@@ -41,8 +41,8 @@ class ModelConfig:
 
     `intermediate_size` is the width of dense blocks, `moe_intermediate_size` of one routed expert. `shared_expert_size`
     adds an always-active expert, of the formula `mlp` as dense blocks are. `norm_placement` "post" norms what a branch
-    adds instead of what it sees (OLMo 2); embeddings and residual branches are multiplied, logits divided by the three
-    numbers that Granite has for it.
+    adds instead of what it sees (OLMo 2), "stream" what it sees and is added to (MiniMax-01), times `skip_multiplier`;
+    embeddings and residual branches are multiplied, logits divided by the three numbers that Granite has for it.
     `mixer` is what mixes tokens: "attention", with the settings of `attention`, or a recurrent state with its own.
     `chain` repeats the routed layer on its own output (Chain-of-Experts).
     `dtype` is the compute type; parameters, router, softmax and losses are float32. `remat`: what the backward pass
@@ -68,9 +68,10 @@ class ModelConfig:
     losses: tuple[Choice, ...] = choices(LOSSES, {"load_balance": {"coef": 0.01}, "z_loss": {"coef": 0.001}})
     norm: NormKind = "rms"
     norm_eps: float = 1e-6
-    norm_placement: Literal["pre", "post"] = "pre"
+    norm_placement: Literal["pre", "post", "stream"] = "pre"
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
+    skip_multiplier: float = 1.0
     logits_scaling: float = 1.0
     tie_word_embeddings: bool = False
     lm_head_bias: bool = False
@@ -90,6 +91,7 @@ class ModelConfig:
             "norm_eps",
             "embedding_multiplier",
             "residual_multiplier",
+            "skip_multiplier",
             "logits_scaling",
         )
         positive(self, path, "shared_expert_size", zero=True)

@@ -284,12 +284,15 @@ def make_block(config: ModelConfig, kind: str, whole: ModelConfig) -> Block:
     norm = NORMS[config.norm]
     mixer = config.mixer
     return Block(
-        mixer=mixer.cls.build(mixer.config, config.attention, hidden_size=D, out_scale=out_scale),
+        mixer=mixer.cls.build(
+            mixer.config, config.attention, hidden_size=D, out_scale=out_scale, num_layers=whole.num_layers
+        ),
         ffn=ffn,
         mixer_norm=norm(D, config.norm_eps),
         ffn_norm=norm(D, config.norm_eps),
         placement=config.norm_placement,
         multiplier=config.residual_multiplier,
+        skip=config.skip_multiplier,
     )
 
 

@@ -13,8 +13,10 @@ from moe_zoo.mixers import MIXERS
 from moe_zoo.models import Decoder
 from moe_zoo.models.config import parse_layers
 from moe_zoo.models.counting import count_parameters, train_flops_per_token
+from moe_zoo.sharding import MeshConfig, batch_sharding, make_mesh, sharding_of
 
 SMALL = {
+    "lightning": dict(num_heads=2, head_dim=6),
     "short_conv": dict(bias=True),
     "kimi_delta": dict(num_heads=2, head_dim=6, conv_kernel=3),
     "mamba": dict(state_size=3, dt_rank=2, conv_kernel=3, proj_bias=True),
@@ -100,6 +102,29 @@ def test_greedy_text_is_that_of_full_forward_passes(made):
             ids[0, : len(text)] = text
             text.append(int(np.asarray(run(ids, None, valid)[0])[0, len(text) - 1].argmax()))
         np.testing.assert_array_equal(new, text[len(prompt) :])
+
+
+def test_on_a_mesh_outputs_and_gradients_are_those_of_one_device(made):
+    model, _ = made
+    ids = tokens(4, S)
+    segments = np.where(np.arange(S) < 12, 1, 2)[None].repeat(4, 0)
+    segments[2, -4:] = 0
+    weights = normal(9, 4, S, 32) * (segments > 0)[..., None]
+
+    def run(model, ids, segments):
+        weigh = lambda model: (model(ids, segment_ids=segments, valid=segments > 0)[0] * weights).sum()
+        return jax.value_and_grad(weigh, allow_int=True)(model)
+
+    alone = jax.device_get(jitted(model, run)(ids, segments))
+    mesh = make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2), jax.devices()[:8])
+    variables = P.flat(model)
+    place = lambda n, a: jax.device_put(a, sharding_of(mesh, variables[n].logical_axes, a.shape, n))
+    placed = P.replace(model, {n: place(n, a) for n, a in P.arrays(model).items()})
+    batch = jax.device_put((ids, segments), batch_sharding(mesh))
+    many = jax.device_get(jitted(placed, run)(*batch))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-3), many, alone)
+    split = [n for n, a in P.arrays(placed).items() if a.addressable_shards[0].data.size < a.size and ".mixer." in n]
+    assert len(split) > 4
 
 
 def test_every_parameter_of_it_is_trained(made):

@@ -11,6 +11,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import numpy as np
+
 from moe_zoo.checkpoints.hf.layout import Stored, linear
 from moe_zoo.checkpoints.hf.safetensors import Tensor
 from moe_zoo.checkpoints.native import CheckpointError
@@ -97,7 +99,8 @@ class Family:
     """One family of published models. `layer` and `whole`: our per-layer (whole) parameter name -> where it is stored.
 
     `unused`: patterns of tensors that are in the files but in no model of ours. `extra_layers`: layers behind the last
-    predict tokens further ahead; they are left out. `unpack` makes tensors of what is stored as several.
+    predict tokens further ahead; they are left out. `unpack` makes tensors of what is stored as several. `derived`:
+    tensors that follow from config.json, which are written because their class asks for them, and not read.
     """
 
     model_type: str
@@ -111,6 +114,7 @@ class Family:
     extra_layers: bool = False
     unpack: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda tensors: tensors
     prefix: str = "model.layers.{layer}."
+    derived: Callable[[ModelConfig, Mapping[str, Any]], dict[str, np.ndarray]] = lambda config, given: {}
 
     def read(self, given: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
         """config.json -> ModelConfig. Raises CheckpointError naming the key."""

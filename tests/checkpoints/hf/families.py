@@ -197,6 +197,15 @@ TINY = {
             mlp_layer_types=["dense", "sparse", "sparse"], linear_num_heads=2, linear_head_dim=6, **LATENT, **MOE,
         ),
     ),
+    "minimax": (
+        "MiniMaxConfig",
+        dict(
+            intermediate_size=24, num_local_experts=8, num_hidden_layers=3, head_dim=8, block_size=5,
+            layer_types=["linear_attention", "full_attention", "linear_attention"],
+            **{f"{part}_alpha_factor": 2.5 for part in ("full_attn", "linear_attn", "mlp")},
+            **{f"{part}_beta_factor": 0.7 for part in ("full_attn", "linear_attn", "mlp")},
+        ),
+    ),
     "phimoe": (
         "PhimoeConfig",
         dict(
@@ -221,7 +230,7 @@ def tiny(name: str, seed: int = 0):
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for path, p in [*model.named_parameters(), *model.named_buffers()]:
-            if "inv_freq" in path:
+            if "inv_freq" in path or path.endswith(("slope_rate", "_decay")):
                 continue
             if path.endswith("A_log"):
                 p.copy_(torch.randn_like(p))  # decays on both sides of 1/2

@@ -23,7 +23,12 @@ SMALL = dict(
 )
 SMALLER = dict(
     intermediate_size=12, moe_intermediate_size=8, shared_expert_intermediate_size=8, first_k_dense_replace=1,
-    rotary_dim=2, rope_scaling=None,
+    rotary_dim=2, rope_scaling=None, partial_rotary_factor=0.5, full_attention_interval=2, attn_layer_period=3,
+    attn_layer_offset=1, shared_intermediate_size=8, moe_shared_expert_intermediate_size=8, linear_num_key_heads=2,
+    linear_num_value_heads=4, linear_key_head_dim=6, linear_value_head_dim=3, mamba_n_heads=4, mamba_d_head=8,
+    mamba_d_state=3, mamba_num_heads=4, mamba_head_dim=6, n_groups=2, ssm_state_size=5, mamba_dt_rank=2,
+    hybrid_override_pattern="ME*", num_experts_per_token=2, num_dense_layers=1,
+    linear_attn_config={"full_attn_layers": [2], "num_heads": 2, "head_dim": 6, "short_conv_kernel_size": 4},
 )  # fmt: skip
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -35,6 +40,8 @@ def small(name):
     if "kv_lora_rank" in given:
         given |= dict(kv_lora_rank=6, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=4, n_group=2, topk_group=1)
         given["q_lora_rank"] = given["q_lora_rank"] and 5
+    if "layer_types" in given:
+        given["layer_types"] = sorted(set(given["layer_types"])) + given["layer_types"][:1]
     given |= {k: 4 for k in EXPERTS if k in given} | {"num_experts_per_tok": 2, "sliding_window": None}
     family = find(given["architectures"][0], "config.json")
     return family, family.read(given)

@@ -75,7 +75,10 @@ class _Experts:
     """None at all in the dense ones, whose feed-forward part is what else is the shared expert."""
 
     def read(self, given: Given) -> dict[str, Any]:
-        return {"num_experts": given.get("num_local_experts", 8) or 1}
+        return {
+            "num_experts": given.get("num_local_experts", 8) or 1,
+            "router.num_experts_per_tok": given.get("num_experts_per_tok", 2) or 1,
+        }
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         routed = any(kind.startswith("moe") for kind in expand(config))
