@@ -138,10 +138,10 @@ def test_every_parameter_of_it_is_trained(made):
 
 
 def test_products_with_the_parameters_are_counted(made):
-    """Twice the size of each matrix, the convolution's too; what the state takes is less than as much again."""
+    """Twice the size of each matrix, the convolution's too; what the state takes is at most twice as much again."""
     block = made[0].segments[0].blocks[0]
     matrices = sum(v.get_value()[0].size for v in P.flat(block.mixer).values() if v.get_value().ndim > 2)
-    assert 2 * matrices < block.mixer.flops_per_token(10) == block.mixer.flops_per_token(1000) < 6 * matrices
+    assert 2 * matrices <= block.mixer.flops_per_token(10) == block.mixer.flops_per_token(1000) < 6 * matrices
 
 
 def test_layers_without_a_mixer_or_a_feed_forward_part():

@@ -20,6 +20,9 @@ from moe_zoo.sharding import MeshConfig, make_mesh  # noqa: E402
 
 torch.set_num_threads(1)
 
+#: transformers lets padding on the left into the convolution, by the bias behind a projection
+COUNTS_PADDING = ("granitemoehybrid", "lfm2_moe")
+
 B, S, NEW = 3, 19, 32
 #: none, left, right
 MASK = np.array([[1] * S, [0] * 7 + [1] * (S - 7), [1] * (S - 4) + [0] * 4])
@@ -69,10 +72,12 @@ def dense(gates, experts, E):
 
 
 def test_logits_routes_and_gates_are_theirs_with_padding_on_either_side(pair):
-    _, theirs, _, ours = pair
+    name, theirs, _, ours = pair
     logits, routed = forward(theirs, IDS, MASK)
     out = ours(IDS, MASK, return_routing=True)
     valid = MASK.astype(bool)
+    if name in COUNTS_PADDING:
+        valid[1] = False
     np.testing.assert_allclose(np.asarray(out.logits)[valid], logits[valid], rtol=0, atol=2e-4)
     stats, flat = out.aux.stats, valid.reshape(-1)
     assert len(routed) == len(stats.get("router_logits", ())) == sum("moe" in k for k in kinds(ours))
@@ -106,12 +111,13 @@ def test_greedy_text_with_the_cache_is_theirs(pair):
 def test_out_again_it_is_the_same_directory_and_opens_in_transformers(pair, tmp_path):
     _, theirs, folder, ours = pair
     moe_zoo.save_hf(ours, tmp_path)
-    describe = lambda path: {n: (t.shape, t.dtype) for n, t in read_folder(path).items()}
+    family = ours.published.family
+    describe = lambda path: {n: (t.shape, t.dtype) for n, t in family.unpack(read_folder(path)).items()}
     assert describe(tmp_path) == describe(folder)
     assert json.loads((tmp_path / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
     again, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
-    exact = not ours.published.family.derived(ours.config, {})  # else as close as two libraries' exponentials
+    exact = not family.derived(ours.config, {})  # else as close as two libraries' exponentials
     found, expected = forward(again.eval(), IDS, MASK)[0], forward(theirs, IDS, MASK)[0]
     np.testing.assert_allclose(found, expected, rtol=0, atol=0 if exact else 1e-5)
     first, second = P.arrays(ours.model), P.arrays(moe_zoo.load(tmp_path).model)

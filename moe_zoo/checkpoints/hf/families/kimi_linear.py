@@ -3,6 +3,7 @@ routing of DeepSeek-V3.
 """
 
 import dataclasses
+import re
 from typing import Any
 
 from moe_zoo.checkpoints.hf import common as C
@@ -11,6 +12,7 @@ from moe_zoo.checkpoints.hf.latent import TENSORS, Latent
 from moe_zoo.checkpoints.hf.layout import Stored, linear
 from moe_zoo.checkpoints.hf.mamba import NoPositions
 from moe_zoo.checkpoints.hf.order import Given, Layers, hybrid
+from moe_zoo.checkpoints.hf.safetensors import Tensor
 from moe_zoo.models import ModelConfig
 
 _KDA = {"num_heads": ("num_heads", 32), "head_dim": ("head_dim", 128), "conv_kernel": ("short_conv_kernel_size", 4)}
@@ -60,6 +62,11 @@ class _Latent(Latent):
         return {key: value for key, value in written.items() if not key.startswith("rope")}
 
 
+def _renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Dense layers under their released names: transformers 5.24 saves them under those of routed ones."""
+    return {re.sub(r"block_sparse_moe\.(\w+_proj\.weight)", r"mlp.\1", name): t for name, t in tensors.items()}
+
+
 FAMILY = Family(
     model_type="kimi_linear",
     architectures=("KimiLinearForCausalLM",),
@@ -104,4 +111,5 @@ FAMILY = Family(
         "ffn.router.correction": Stored("block_sparse_moe.gate.e_score_correction_bias"),
     },
     whole=WHOLE,
+    unpack=_renamed,
 )
