@@ -1,7 +1,11 @@
-"""The residual block: x + mixer(norm(x)), then x + ffn(norm(x)); post-norm: x + norm(mixer(x)), x + norm(ffn(x)).
+"""The residual block: x + mixer(norm(x)), then x + ffn(norm(x)); post-norm: x + norm(mixer(x)), x + norm(ffn(x)); with
+both there is a second norm per branch: x + after(mixer(norm(x))); norms in the stream: x = norm(x), x + mixer(x),
+x = norm(x), x + ffn(x).
 
-With both there is a second norm per branch: x + after(mixer(norm(x))).
+Either branch may be missing.
 """
+
+import dataclasses
 
 import jax
 from flax import nnx
@@ -14,21 +18,37 @@ from moe_zoo.layers.attention import View
 
 
 class Block(nnx.Module):
-    """A mixer over the sequence and a feed-forward part over the tokens, routed or dense.
+    """A mixer over the sequence and a feed-forward part over the tokens, routed or dense; None: a block without it.
 
-    `placement`: norms before the branches ("pre"), behind them, inside the residual ("post", as in OLMo 2), or "both",
-    where `after` has the two behind, of the mixer and of the feed-forward part (AFMoE).
-    `multiplier`: what a branch is multiplied by before it is added (Granite).
+    `placement`: norms before the branches ("pre"), behind them, inside the residual ("post", as in OLMo 2), "both",
+    where `after` has the two behind, of the mixer and of the feed-forward part (AFMoE), or before the residual
+    ("stream", as in MiniMax-01). `multiplier`: what a branch is multiplied by before it is added (Granite), `skip`:
+    what the stream is.
     """
 
     def __init__(
-        self, *, mixer, ffn, mixer_norm, ffn_norm, placement: str = "pre", after: tuple = (), multiplier: float = 1.0
+        self,
+        *,
+        mixer,
+        ffn,
+        mixer_norm,
+        ffn_norm,
+        placement: str = "pre",
+        after: tuple = (),
+        multiplier: float = 1.0,
+        skip: float = 1.0,
     ):
-        self.placement, self.multiplier = placement, multiplier
-        self.mixer, self.ffn = mixer, ffn
-        self.mixer_norm, self.ffn_norm = mixer_norm, ffn_norm
+        self.placement, self.multiplier, self.skip = placement, multiplier, skip
+        if mixer is not None:
+            self.mixer, self.mixer_norm = mixer, mixer_norm
+        if ffn is not None:
+            self.ffn, self.ffn_norm = ffn, ffn_norm
         if placement == "both":
             self.mixer_post_norm, self.ffn_post_norm = after
+
+    @property
+    def mixes(self) -> bool:
+        return hasattr(self, "mixer")
 
     @property
     def outer_residual(self) -> bool:
@@ -37,7 +57,7 @@ class Block(nnx.Module):
 
     @property
     def routed(self) -> bool:
-        return isinstance(self.ffn, MoE)
+        return hasattr(self, "ffn") and isinstance(self.ffn, MoE)
 
     @property
     def shows_attention(self) -> bool:
@@ -45,35 +65,38 @@ class Block(nnx.Module):
         return self.routed and "attention" in self.ffn.router.requires
 
     def init_cache(self, batch: int, max_seq: int, dtype) -> dict:
-        cache = {"mixer": self.mixer.init_cache(batch, max_seq, dtype)}
+        cache = {"mixer": self.mixer.init_cache(batch, max_seq, dtype) if self.mixes else None}
         if self.routed:
             cache["router"] = self.ffn.router.init_cache(batch, max_seq)
         return cache
 
     def __call__(self, x, view: View, ctx: RoutingContext, cache: dict | None = None, at=None):
         """Returns (x, Aux, cache, carry of the router)."""
-        x, mixer_cache, attention = self._mix(x, view, cache, at)
+        x, mixer_cache, attention = self._mix(x, view, ctx, cache, at)
+        if not hasattr(self, "ffn"):
+            return x, Aux(), None if cache is None else {"mixer": mixer_cache}, ctx.carry
         with jax.named_scope("ffn"):
+            x, seen = self._before(self.ffn_norm, x)
             if not self.routed:
-                y, aux, carry, router_cache = self.ffn(self._before(self.ffn_norm, x)), Aux(), ctx.carry, None
+                y, aux, carry, router_cache = self.ffn(seen), Aux(), ctx.carry, None
             else:
-                y, aux, router_cache, carry = self._route(self._before(self.ffn_norm, x), ctx, cache, attention)
-            if self.outer_residual:
-                x = self._add(x, self._after("ffn", y))
-            else:
-                x = self._after("ffn", y)
+                y, aux, router_cache, carry = self._route(seen, ctx, cache, attention)
+            y = self._after("ffn", y)
+            x = self._add(x, y) if self.outer_residual else y
         if cache is None:
             return x, aux, None, carry
         new = {"mixer": mixer_cache, "router": router_cache} if self.routed else {"mixer": mixer_cache}
         return x, aux, new, carry
 
-    def _mix(self, x, view: View, cache, at):
+    def _mix(self, x, view: View, ctx: RoutingContext, cache, at):
         """(x with the mixer's branch, the mixer's cache, what it compared if the router asks for it)."""
+        if not self.mixes:
+            return x, None, None
         with jax.named_scope("mixer"):
             mixer = self.mixer.observed if self.shows_attention else self.mixer
-            y, mixer_cache, *attention = mixer(
-                self._before(self.mixer_norm, x), view, None if cache is None else cache["mixer"], at
-            )
+            x, seen = self._before(self.mixer_norm, x)
+            view = dataclasses.replace(view, layer=ctx.layer)
+            y, mixer_cache, *attention = mixer(seen, view, None if cache is None else cache["mixer"], at)
         return self._add(x, self._after("mixer", y)), mixer_cache, attention[0] if attention else None
 
     def _route(self, x, ctx: RoutingContext, cache, attention):
@@ -85,18 +108,23 @@ class Block(nnx.Module):
         return y, aux, routing.cache, {**depth, name: routing.carry} if name in depth else depth
 
     def _before(self, norm, x):
-        return x if self.placement == "post" else norm(x)
+        """(what a branch is added to, what it sees)."""
+        if self.placement == "stream":
+            x = norm(x)
+            return x, x
+        return x, x if self.placement == "post" else norm(x)
 
     def _after(self, branch: str, y):
         """What a branch returns, as it is or normed."""
-        names = {"pre": None, "post": f"{branch}_norm", "both": f"{branch}_post_norm"}
-        name = names[self.placement]
+        name = {"post": f"{branch}_norm", "both": f"{branch}_post_norm"}.get(self.placement)
         return y if name is None else getattr(self, name)(y)
 
     def _add(self, x, y):
+        x = x if self.skip == 1.0 else x * self.skip
         return x + y if self.multiplier == 1.0 else x + y * self.multiplier
 
     def flops_per_token(self, context: float, rows_per_token: float | None = None) -> float:
-        ffn = self.ffn.flops_per_token(rows_per_token) if self.routed else self.ffn.flops_per_token()
-        looks = self.ffn.router.context_flops(context) if self.routed else 0
-        return self.mixer.flops_per_token(context) + ffn + looks
+        flops = self.mixer.flops_per_token(context) if self.mixes else 0
+        if self.routed:
+            return flops + self.ffn.flops_per_token(rows_per_token) + self.ffn.router.context_flops(context)
+        return flops + (self.ffn.flops_per_token() if hasattr(self, "ffn") else 0)

@@ -22,9 +22,9 @@ from moe_zoo.routing.router import Dims
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
-    """What a routed layer is made of. `shared_size` > 0 adds a shared expert of that width that every token visits,
-    `shared_gate` weights it by sigmoid(x w_s) as Qwen2-MoE does. `sum_bias`: one behind the sum of experts (JetMoE).
-    `num_heads`, `head_dim`: of the attention below.
+    """What a routed layer is made of. `shared_size` > 0 adds a shared expert of that width that every token visits, of
+    the formula `shared`; `shared_gate` weights it by sigmoid(x w_s) as Qwen2-MoE does. `sum_bias`: one behind the sum
+    of experts (JetMoE). `num_heads`, `head_dim`: of the attention below.
     """
 
     num_experts: int
@@ -33,6 +33,7 @@ class MoEConfig:
     router: Choice
     experts: Choice
     dispatch: Choice
+    shared: FeedForwardConfig = FeedForwardConfig()
     losses: tuple[Choice, ...] = ()
     shared_size: int = 0
     shared_gate: bool = False
@@ -59,9 +60,7 @@ class MoE(nnx.Module):
         self.dispatch = config.dispatch.make()
         self.losses = tuple((choice.name, choice.make()) for choice in config.losses)
         if config.shared_size:
-            self.shared = MLP(
-                FeedForwardConfig(), hidden_size=D, intermediate_size=config.shared_size, out_scale=out_scale
-            )
+            self.shared = MLP(config.shared, hidden_size=D, intermediate_size=config.shared_size, out_scale=out_scale)
         if config.shared_gate:
             self.shared_gate = param((D, 1), ("embed", None), fan_in(D))
         if config.sum_bias:

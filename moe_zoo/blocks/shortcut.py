@@ -25,8 +25,8 @@ class Shortcut(Block):
 
     def __call__(self, x, view: View, ctx: RoutingContext, cache: dict | None = None, at=None):
         """Returns (x, Aux, cache, carry of the router)."""
-        x, mixer_cache, attention = self._mix(x, view, cache, at)
-        u = self._before(self.ffn_norm, x)
+        x, mixer_cache, attention = self._mix(x, view, ctx, cache, at)
+        x, u = self._before(self.ffn_norm, x)
         with jax.named_scope("ffn"):
             routed, aux, router_cache, carry = self._route(u, ctx, cache, attention)
             x = self._add(x, self._after("ffn", self.dense(u)))

@@ -19,7 +19,7 @@ from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import join, positive
 from moe_zoo.core.sight import Sight
 from moe_zoo.layers.attend import attend, attend_causally
-from moe_zoo.layers.norm import RMSNorm, rms
+from moe_zoo.layers.norm import NORMS, rms
 from moe_zoo.layers.rope import Angles, RopeScaling, angles, rotate
 
 
@@ -65,14 +65,14 @@ class HeadExpertsConfig:
 class AttentionConfig:
     """`head_dim` None: hidden_size / num_attention_heads. `qk_norm`: RMSNorm of q and k, per "head" (Qwen3) or over
     the "full" width before the split into heads (OLMoE), or per head without weights ("unscaled", Llama 4);
-    `qk_norm_after_rope`: once rotated. `sliding_window` w: a query sees itself and the w - 1 tokens before it.
-    `chunk_size` c: only tokens of its own run of c positions. `qkv_bias`, `output_bias`: biases of the projections.
-    `clip_qkv` c: queries, keys and values are cut to [-c, c] (DBRX). `output_gate`: what heads return is multiplied by
-    sigmoid(x W_g) (AFMoE). `rotary_dim`: how much of a head is rotated, None for all, 0 for nothing (no positions);
-    `rope_interleaved`: in pairs (2i, 2i + 1). `softmax_scale` multiplies the scores, None: 1/sqrt(head_dim);
-    `temperature_scale` s: besides, those of the query at position p by 1 + s log(1 + floor((p + 1) /
-    temperature_floor)) (arXiv 2501.19399, as in Llama 4). `sinks`: one learned logit per head beside the keys, which
-    takes weight and adds nothing (gpt-oss).
+    `qk_norm_after_rope`: once rotated; `qk_norm_kind`: RMSNorm with weights about 0 (Qwen3-Next). `sliding_window` w: a
+    query sees itself and the w - 1 tokens before it. `chunk_size` c: only tokens of its own run of c positions.
+    `qkv_bias`, `output_bias`: biases of the projections. `clip_qkv` c: queries, keys and values are cut to [-c, c]
+    (DBRX). `output_gate`: what heads return is multiplied by sigmoid(x W_g) (AFMoE, Qwen3-Next). `rotary_dim`: how much
+    of a head is rotated, None for all, 0 for nothing (no positions); `rope_interleaved`: in pairs (2i, 2i + 1).
+    `softmax_scale` multiplies the scores, None: 1/sqrt(head_dim); `temperature_scale` s: besides, those of the query at
+    position p by 1 + s log(1 + floor((p + 1) / temperature_floor)) (arXiv 2501.19399, as in Llama 4). `sinks`: one
+    learned logit per head beside the keys, which takes weight and adds nothing (gpt-oss).
     """
 
     num_attention_heads: int = 4
@@ -81,6 +81,7 @@ class AttentionConfig:
     qk_norm: Literal["none", "head", "full", "unscaled"] = "none"
     qk_norm_after_rope: bool = False
     sliding_window: int | None = None
+    qk_norm_kind: Literal["rms", "rms_plus_one"] = "rms"
     chunk_size: int | None = None
     qkv_bias: bool = False
     output_bias: bool = False
@@ -152,7 +153,8 @@ RotaryKey = tuple[int, float, RopeScaling]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class View:
-    """Who may see whom: positions for rotary angles and order, segments that do not see each other, validity.
+    """Who may see whom: positions for rotary angles and order, segments that do not see each other, validity. `layer`:
+    the number of the one that looks.
 
     `rotary`: angles by (rotated size, theta, scaling), made before the layers are scanned.
     """
@@ -161,6 +163,7 @@ class View:
     segment_ids: Int[Array, "B S"] | None = None
     valid: Bool[Array, "B S"] | None = None
     rotary: dict["RotaryKey", Angles] = dataclasses.field(default_factory=dict)
+    layer: Int[Array, ""] | None = None
 
     def with_rotary(self, keys: Iterable["RotaryKey | None"], dtype) -> "View":
         """With the angles of all `keys`; None is a mixer without."""
@@ -189,14 +192,15 @@ class Attention(nnx.Module):
             self.v_bias = param((M * H,), ("kv_heads",), Constant(0.0))
         if config.output_bias:
             self.o_bias = param((D,), ("embed",), Constant(0.0))
-        if config.sinks:
-            self.sinks = param((N,), ("heads",), Constant(0.0))
         if config.output_gate:
             self.gate = param((D, N, H), ("embed", "heads", "head_dim"), fan_in(D))
+        if config.sinks:
+            self.sinks = param((N,), ("heads",), Constant(0.0))
         if config.qk_norm in ("head", "full"):
             full = config.qk_norm == "full"
-            self.q_norm = RMSNorm(N * H if full else H, config.norm_eps, axis="qk_norm")
-            self.k_norm = RMSNorm(M * H if full else H, config.norm_eps, axis="qk_norm")
+            norm = NORMS[config.qk_norm_kind]
+            self.q_norm = norm(N * H if full else H, config.norm_eps, axis="qk_norm")
+            self.k_norm = norm(M * H if full else H, config.norm_eps, axis="qk_norm")
 
     @property
     def rotary_key(self) -> RotaryKey | None:
@@ -234,11 +238,12 @@ class Attention(nnx.Module):
             k_BMSH, v_BMSH = cache["k"], cache["v"]
         sight = self._sight(view, cache, at)
         out_BNSH = self._mix(q_BNSH, k_BMSH, v_BMSH, sight)
-        if self.config.output_gate:
-            gate_BNSH = jnp.einsum("bsd,dnh->bnsh", x_BSD, self.gate[...].astype(x_BSD.dtype))
-            out_BNSH = out_BNSH * jax.nn.sigmoid(gate_BNSH)
         o = self.o[...].astype(x_BSD.dtype).reshape(N * H, D)
-        out = (out_BNSH.transpose(0, 2, 1, 3).reshape(B * S, N * H) @ o).reshape(B, S, D)
+        out = out_BNSH.transpose(0, 2, 1, 3).reshape(B * S, N * H)
+        if self.config.output_gate:
+            gate = x_BSD.reshape(B * S, D) @ self.gate[...].astype(x_BSD.dtype).reshape(D, N * H)
+            out = out * jax.nn.sigmoid(gate)
+        out = (out @ o).reshape(B, S, D)
         seen = self._seen(q_BNSH, k_BMSH, v_BMSH, out, sight)
         if self.config.output_bias:
             out = out + self.o_bias[...].astype(out.dtype)

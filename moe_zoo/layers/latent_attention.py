@@ -38,7 +38,8 @@ class LatentAttention(Attention):
 
     @property
     def rotary_key(self) -> RotaryKey:
-        return self.config.latent.qk_rope_head_dim, self.config.rope_theta, self.config.rope_scaling
+        rotated = 0 if self.config.rotary_dim == 0 else self.config.latent.qk_rope_head_dim
+        return rotated, self.config.rope_theta, self.config.rope_scaling
 
     def init_cache(self, batch: int, max_seq: int, dtype) -> dict:
         """The latent and the rotated key part of `max_seq` tokens, and who they are."""

@@ -9,7 +9,7 @@ from flax import nnx
 
 from moe_zoo.core.param import Constant, param
 
-NormKind = Literal["rms", "layer", "layer_no_bias"]
+NormKind = Literal["rms", "rms_plus_one", "layer", "layer_no_bias"]
 
 
 def rms(x, eps: float):
@@ -29,6 +29,18 @@ class RMSNorm(nnx.Module):
         return (rms(x, self.eps) * self.scale[...]).astype(x.dtype)
 
 
+class RMSNormPlusOne(nnx.Module):
+    """x / rms(x) * (1 + scale): the scale is 0 where nothing was learned (Gemma, Qwen3-Next)."""
+
+    def __init__(self, size: int, eps: float, axis: str = "embed"):
+        self.eps = eps
+        self.scale = param((size,), (axis,), Constant(0.0))
+
+    def __call__(self, x):
+        normed = rms(x, self.eps)
+        return (normed * (1 + self.scale[...].astype(normed.dtype))).astype(x.dtype)
+
+
 class LayerNorm(nnx.Module):
     """(x - mean) / std * scale + bias over the last axis."""
 
@@ -46,4 +58,9 @@ class LayerNorm(nnx.Module):
         return (scaled + self.bias[...] if hasattr(self, "bias") else scaled).astype(x.dtype)
 
 
-NORMS = {"rms": RMSNorm, "layer": LayerNorm, "layer_no_bias": functools.partial(LayerNorm, bias=False)}
+NORMS = {
+    "rms": RMSNorm,
+    "rms_plus_one": RMSNormPlusOne,
+    "layer": LayerNorm,
+    "layer_no_bias": functools.partial(LayerNorm, bias=False),
+}

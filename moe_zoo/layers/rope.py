@@ -114,6 +114,8 @@ def _sin_cos(angle):
 def rotate(x_BNSH: Float[Array, "B N S H"], sin_cos: Angles, interleaved: bool = False) -> Float[Array, "B N S H"]:
     """Rotates the pair (i, i + h) of each head, or (2i, 2i + 1), by its angle; what is beyond 2h stays as it is."""
     sin, cos = sin_cos
+    if not sin.shape[-1]:
+        return x_BNSH
     half, dtype = sin.shape[-1], x_BNSH.dtype
     turned, rest = x_BNSH[..., : 2 * half].astype(sin.dtype), x_BNSH[..., 2 * half :]
     a, b = (turned[..., 0::2], turned[..., 1::2]) if interleaved else (turned[..., :half], turned[..., half:])

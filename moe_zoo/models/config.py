@@ -4,6 +4,8 @@
     layers = "6*(dense moe)"        a routed block every second layer
     layers = "28*shortcut"          LongCat-Flash: experts beside two dense blocks (`blocks/shortcut.py`)
     layers = "12*(moe:local moe)"   `local` is a variant: the same settings but for what `variants.local` changes
+    layers = "6*(moe moe:attention)"   a mixer's name is the variant with `mixer` changed to it, if no other is declared
+    layers = "2*(mixer dense:none)"    a mixer alone, a feed-forward part alone
 
 Every `n*...` becomes one segment, scanned n times.
 """
@@ -24,9 +26,10 @@ from moe_zoo.layers.mlp import FeedForwardConfig
 from moe_zoo.layers.ngram import NgramConfig
 from moe_zoo.layers.norm import NormKind
 from moe_zoo.losses import LOSSES
+from moe_zoo.mixers import MIXERS
 from moe_zoo.routing import ROUTERS
 
-KINDS = ("dense", "moe", "shortcut")
+KINDS = ("dense", "moe", "shortcut", "mixer")
 _WHOLE_MODEL = (
     "vocab_size", "hidden_size", "layers", "ngram", "tie_word_embeddings", "lm_head_bias", "embedding_multiplier",
     "logits_scaling", "dtype", "remat", "variants",
@@ -38,9 +41,11 @@ class ModelConfig:
     """A decoder-only language model. Numbers carry Hugging Face's names.
 
     `intermediate_size` is the width of dense blocks, `moe_intermediate_size` of one routed expert. `shared_expert_size`
-    adds an always-active expert, `expert_sum_bias` a bias behind the sum of all (JetMoE). `norm_placement` "post" norms
-    what a branch adds instead of what it sees (OLMo 2), "both" both; embeddings and residual branches are multiplied,
-    logits divided by the three numbers that Granite has for it.
+    adds an always-active expert, of the formula `mlp` as dense blocks are, `expert_sum_bias` a bias behind the sum of
+    all (JetMoE). `norm_placement` "post" norms what a branch adds instead of what it sees (OLMo 2), "both" both,
+    "stream" what it sees and is added to (MiniMax-01), times `skip_multiplier`; embeddings and residual branches are
+    multiplied, logits divided by the three numbers that Granite has for it.
+    `mixer` is what mixes tokens: "attention", with the settings of `attention`, or a recurrent state with its own.
     `chain` repeats the routed layer on its own output (Chain-of-Experts).
     `dtype` is the compute type; parameters, router, softmax and losses are float32. `remat`: what the backward pass
     recomputes: nothing ("none"), all but matrix products ("dots"), or whole blocks ("block").
@@ -57,6 +62,7 @@ class ModelConfig:
     expert_sum_bias: bool = False
     ngram: NgramConfig = NgramConfig()
     attention: AttentionConfig = AttentionConfig()
+    mixer: Choice = choice(MIXERS, "attention")
     mlp: FeedForwardConfig = FeedForwardConfig()
     chain: ChainConfig = ChainConfig()
     router: Choice = choice(ROUTERS, "top_k")
@@ -65,9 +71,10 @@ class ModelConfig:
     losses: tuple[Choice, ...] = choices(LOSSES, {"load_balance": {"coef": 0.01}, "z_loss": {"coef": 0.001}})
     norm: NormKind = "rms"
     norm_eps: float = 1e-6
-    norm_placement: Literal["pre", "post", "both"] = "pre"
+    norm_placement: Literal["pre", "post", "both", "stream"] = "pre"
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
+    skip_multiplier: float = 1.0
     logits_scaling: float = 1.0
     tie_word_embeddings: bool = False
     lm_head_bias: bool = False
@@ -87,6 +94,7 @@ class ModelConfig:
             "norm_eps",
             "embedding_multiplier",
             "residual_multiplier",
+            "skip_multiplier",
             "logits_scaling",
         )
         positive(self, path, "shared_expert_size", zero=True)
@@ -94,12 +102,15 @@ class ModelConfig:
             raise ConfigError(f"{join(path, 'shared_expert_gate')}: needs shared_expert_size > 0")
         if self.lm_head_bias and self.tie_word_embeddings:
             raise ConfigError(f"{join(path, 'lm_head_bias')}: needs tie_word_embeddings=false")
-        self._validate_attention(path)
+        if self.mixer.name == "attention":
+            self._validate_attention(path)
         kinds = [kind for segment in self.segments(path) for kind in segment.pattern]
         if any(is_routed(kind) for kind in kinds):
             self._validate_routing(path)
         for kind in kinds:
-            self.variant(kind, path)
+            variant = self.variant(kind, path)
+            if kind.partition(":")[0] == "mixer" and variant.mixer.name == "none":
+                raise ConfigError(f"{join(path, 'layers')}: {kind!r} has no mixer, so there is nothing in it")
 
     def _validate_attention(self, path: str) -> None:
         D, N = self.hidden_size, self.attention.num_attention_heads
@@ -140,8 +151,10 @@ class ModelConfig:
         base, _, name = kind.partition(":")
         if not name:
             return self
+        if name not in self.variants and name in MIXERS:
+            return self._changed(base, {"mixer": {"name": name}}, f"{join(path, 'layers')}:{name}")
         if name not in self.variants:
-            known = ", ".join(self.variants) or "none declared"
+            known = f"{', '.join(self.variants) or 'none declared'}, and mixers: {', '.join(MIXERS.names())}"
             raise ConfigError(
                 f"{join(path, 'layers')}: unknown variant {name!r}{nearest(name, self.variants)}; known: {known}"
             )
@@ -151,6 +164,9 @@ class ModelConfig:
         for key in _WHOLE_MODEL:
             if key in settings:
                 raise ConfigError(f"{where}.{key}: belongs to the whole model; a variant cannot change it")
+        return self._changed(base, settings, where)
+
+    def _changed(self, base: str, settings: Mapping[str, Any], where: str) -> "ModelConfig":
         changed = {**to_dict(self), "layers": f"1*{base}", "variants": {}}
         return build(ModelConfig, overlay(changed, settings), where)
 
@@ -163,6 +179,7 @@ class ModelConfig:
             experts=self.experts,
             dispatch=self.dispatch,
             losses=self.losses,
+            shared=self.mlp,
             shared_size=self.shared_expert_size,
             shared_gate=self.shared_expert_gate,
             sum_bias=self.expert_sum_bias,

@@ -22,10 +22,8 @@ from moe_zoo.core.aux import Aux, Stat, is_stat
 from moe_zoo.core.context import PROVIDABLE, RoutingContext
 from moe_zoo.core.param import stack
 from moe_zoo.core.registry import ConfigError
-from moe_zoo.layers.attention import Attention, AttentionConfig, RotaryKey, View
+from moe_zoo.layers.attention import RotaryKey, View
 from moe_zoo.layers.embedding import Embedding, Head
-from moe_zoo.layers.head_experts import HeadExperts
-from moe_zoo.layers.latent_attention import LatentAttention
 from moe_zoo.layers.mlp import MLP
 from moe_zoo.layers.ngram import NgramEmbedding
 from moe_zoo.layers.norm import NORMS
@@ -230,7 +228,8 @@ class Decoder(nnx.Module):
         return {name: value for name, (value, _) in found.items()}, {name: new for name, (_, new) in found.items()}
 
     def _rotary_keys(self) -> set[RotaryKey]:
-        return {block.mixer.rotary_key for segment in self.segments for block in segment.blocks}
+        keys = {block.mixer.rotary_key for segment in self.segments for block in segment.blocks if block.mixes}
+        return keys - {None}
 
     def _init_carry(self, num_tokens: int) -> dict[str, Any]:
         """The depth carry of each kind of router in the model; layers of another kind leave it alone."""
@@ -263,7 +262,7 @@ def shared_modules(config: ModelConfig) -> dict[str, Shared]:
 
 
 def make_block(config: ModelConfig, kind: str, whole: ModelConfig) -> Block:
-    """One abstract block of `kind` ("dense", "moe", "shortcut", with an optional ":variant")."""
+    """One abstract block of `kind` ("dense", "moe", "shortcut", "mixer", with an optional ":variant")."""
     D = config.hidden_size
     # residual branches start at 1/sqrt(2L) of their size, so the stream does not grow with depth (GPT-2)
     out_scale = (2 * whole.num_layers) ** -0.5
@@ -275,6 +274,11 @@ def make_block(config: ModelConfig, kind: str, whole: ModelConfig) -> Block:
         missing = [name for name in ffn.router.requires if name not in PROVIDABLE]
         if missing:
             raise ConfigError(f"model.router: {config.router.name!r} needs {missing}, which this model cannot provide")
+        if "attention" in ffn.router.requires and config.mixer.name != "attention":
+            raise ConfigError(
+                f"model.router: {config.router.name!r} looks at the attention below it, but in {kind!r} the mixer is "
+                f"{config.mixer.name!r}"
+            )
         if "attention" in ffn.router.requires and (
             config.attention.experts.num_experts or config.attention.output_gate
         ):
@@ -282,29 +286,26 @@ def make_block(config: ModelConfig, kind: str, whole: ModelConfig) -> Block:
                 f"model.router: {config.router.name!r} looks at attention, which is not there for it with experts or a "
                 "gate in it"
             )
+    elif kind.partition(":")[0] == "mixer":
+        ffn = None
     else:
         ffn = dense()
     norm = lambda: NORMS[config.norm](D, config.norm_eps)
-    mixer = mixer_class(config.attention)
     parts = lambda ffn: dict(
-        mixer=mixer(config.attention, hidden_size=D, out_scale=out_scale),
+        mixer=config.mixer.cls.build(
+            config.mixer.config, config.attention, hidden_size=D, out_scale=out_scale, num_layers=whole.num_layers
+        ),
         ffn=ffn,
         mixer_norm=norm(),
         ffn_norm=norm(),
         placement=config.norm_placement,
         after=(norm(), norm()) if config.norm_placement == "both" else (),
         multiplier=config.residual_multiplier,
+        skip=config.skip_multiplier,
     )
     if kind.partition(":")[0] == "shortcut":
         return Shortcut(dense=dense(), second=Block(**parts(dense())), **parts(ffn))
     return Block(**parts(ffn))
-
-
-def mixer_class(config: AttentionConfig) -> type[Attention]:
-    """Which kind of attention the settings ask for."""
-    if config.experts.num_experts:
-        return HeadExperts
-    return LatentAttention if config.latent.kv_lora_rank else Attention
 
 
 def _positions(shape, segment_ids, valid) -> Int[Array, "B S"]:

@@ -31,15 +31,16 @@ from moe_zoo.routing.router import Dims, Router, check_experts_per_tok, gather_g
 class TopKConfig:
     """Settings of `TopK`; names are Hugging Face's where they have one.
 
-    `correction_bias`: a balancing bias per expert, added to the scores for selection only (arXiv 2408.15664);
-    `bias_update_rate` u > 0 moves it after each step by u * sign(mean load - load). `num_zero_experts` Z more may be
-    chosen that return the token as it is and cost nothing (LongCat-Flash, arXiv 2509.01322): `logits` have Z columns
-    more than there are experts, `probs` do not.
+    `norm_topk_eps` is added to the sum that gates are divided by. `correction_bias`: a balancing bias per expert, added
+    to the scores for selection only (arXiv 2408.15664); `bias_update_rate` u > 0 moves it after each step by
+    u * sign(mean load - load). `num_zero_experts` Z more may be chosen that return the token as it is and cost nothing
+    (LongCat-Flash, arXiv 2509.01322): `logits` have Z columns more than there are experts, `probs` do not.
     """
 
     num_experts_per_tok: int = 2
     score_function: Literal["softmax", "sigmoid", "softmax_of_top_k"] = "softmax"
     norm_topk_prob: bool = True
+    norm_topk_eps: float = 1e-20
     routed_scaling_factor: float = 1.0
     n_group: int = 1
     topk_group: int = 1
@@ -119,7 +120,7 @@ class TopK(Router):
             gates_TK = gather_gates(scores_TE, experts_TK)
             if c.norm_topk_prob:
                 # 1e-20 as in DeepSeek-V3: sigmoid scores may all underflow
-                gates_TK = gates_TK / (gates_TK.sum(-1, keepdims=True) + 1e-20)
+                gates_TK = gates_TK / (gates_TK.sum(-1, keepdims=True) + c.norm_topk_eps)
         gates_TK = gates_TK * c.routed_scaling_factor
         probs_TE = normalised(scores_TE, c.score_function)
         if not c.num_zero_experts:

@@ -20,6 +20,7 @@ DEFAULT_RULES: Mapping[str, tuple[str, ...]] = {
     "head_dim": (),
     "qk_norm": (),
     "mlp": ("tensor",),
+    "channels": (),
     "expert": ("expert",),
     "expert_mlp": ("tensor",),
     "expert_logits": (),

@@ -66,7 +66,7 @@ def is_matrix(name: str, axes: tuple) -> bool:
 
 
 def _own_axes(axes: tuple) -> list[int]:
-    return [i for i, axis in enumerate(axes) if axis not in ("layers", "expert")]
+    return [i for i, axis in enumerate(axes) if axis not in ("layers", "expert", "channels")]
 
 
 def _optax_optimizer(config: OptimConfig, decay: dict[str, bool]) -> optax.GradientTransformation:
@@ -110,8 +110,9 @@ def _called(name: str):
 
 
 def _muon(config: OptimConfig, axes, decay):
-    """Muon (Jordan et al. 2024) on matrices inside blocks, Adam on the rest. Layers and experts are batch axes; heads
-    and head sizes count as one. The update is scaled to Adam's typical size, so one learning rate serves both.
+    """Muon (Jordan et al. 2024) on matrices inside blocks, Adam on the rest. Layers, experts and channels that do not
+    mix are batch axes; heads and head sizes count as one. The update is scaled to Adam's typical size, so one learning
+    rate serves both.
     """
     dims = {}
     for name, names in axes.items():

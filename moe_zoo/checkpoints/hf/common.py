@@ -148,9 +148,10 @@ class SharedExperts:
 
     default: int = 0
     key: str = "n_shared_experts"
+    also: str = ""
 
     def read(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        count = given.get(self.key, self.default) or 0
+        count = given.get(self.key, given.get(self.also, self.default)) or 0
         return {"shared_expert_size": count * given["moe_intermediate_size"]}
 
     def write(self, config: ModelConfig) -> dict[str, Any]:

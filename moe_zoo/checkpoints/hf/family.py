@@ -11,6 +11,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import numpy as np
+
 from moe_zoo.checkpoints.hf.layout import Stored, linear
 from moe_zoo.checkpoints.hf.safetensors import Tensor
 from moe_zoo.checkpoints.native import CheckpointError
@@ -23,10 +25,7 @@ _ABSENT = object()
 
 #: what training settings may differ in without changing what the model computes
 _NO_MATTER = ("losses", "dispatch", "dtype", "remat", "router.init_std", "router.bias_update_rate")
-_DENSE_ONLY, _MOE_ONLY = (
-    ("intermediate_size", "mlp"),
-    ("moe_intermediate_size", "num_experts", "shared_expert_size", "shared_expert_gate", "router", "experts"),
-)
+_MOE_ONLY = ("moe_intermediate_size", "num_experts", "shared_expert_size", "shared_expert_gate", "router", "experts")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +100,8 @@ class Family:
 
     `unused`: patterns of tensors that are in the files but in no model of ours. `extra_layers`: layers behind the last
     predict tokens further ahead; they are left out. `unpack` makes tensors of what is stored as several. `written_as`:
-    the family that such models are saved as, where not all of the files is read.
+    the family that such models are saved as, where not all of the files is read. `derived`: tensors that follow from
+    config.json, which are written because their class asks for them, and not read.
     """
 
     model_type: str
@@ -116,6 +116,7 @@ class Family:
     unpack: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda tensors: tensors
     prefix: str = "model.layers.{layer}."
     written_as: "Family | None" = None
+    derived: Callable[[ModelConfig, Mapping[str, Any]], dict[str, np.ndarray]] = lambda config, given: {}
 
     def read(self, given: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
         """config.json -> ModelConfig. Raises CheckpointError naming the key."""
@@ -152,7 +153,10 @@ class Family:
 def essential(config: ModelConfig) -> dict[str, Any]:
     """Dotted path -> value of all settings that change what the model computes."""
     kinds = {kind.partition(":")[0] for segment in config.segments() for kind in segment.pattern}
-    skipped = _NO_MATTER + (_DENSE_ONLY if kinds == {"moe"} else ()) + (_MOE_ONLY if kinds == {"dense"} else ())
+    skipped = _NO_MATTER + (() if kinds & {"dense", "shortcut"} else ("intermediate_size",))
+    skipped += () if kinds & {"moe", "shortcut"} else _MOE_ONLY
+    if not kinds & {"dense", "shortcut"} and not ("moe" in kinds and config.shared_expert_size):
+        skipped += ("mlp",)
     values = flatten(to_dict(config))
     values["layers"] = " ".join(expand(config))
     values["attention.num_key_value_heads"] = (
@@ -167,6 +171,8 @@ def essential(config: ModelConfig) -> dict[str, Any]:
         values = {key: value for key, value in values.items() if not key.startswith("attention.experts.")}
     if config.attention.qk_norm == "none" and not config.attention.latent.kv_lora_rank:
         values.pop("attention.norm_eps")
+    if config.attention.qk_norm == "none":
+        values.pop("attention.qk_norm_kind")
     values["gate_on"] = getattr(config.dispatch.config, "gate_on", "output")
     if not config.ngram.orders:
         values = {key: value for key, value in values.items() if not key.startswith("ngram.")}

@@ -15,14 +15,15 @@ import numpy as np
 class Stored:
     """Where a leaf lives. `name`: the tensor's, below the layer's prefix; with "{e}" there is one tensor per expert.
 
-    `form`: "same"; "flat", one row of all its numbers; "row", the same as [1, size]; "linear", a weight stored
-    [out, in] whose first `inputs` dims are the inputs in ours, behind an axis of experts with `batched`; with `stacked`
-    that axis and the next are one. `part` i of `parts`: the tensor holds several of our leaves along its output axis,
-    one after the other, of `sizes` (none given: alike), or, `interleaved`, taking turns.
+    `form`: "same"; "flat", one row of all its numbers; "row", the same as [1, size], "column", as [1, 1, size, 1];
+    "conv", [C, K] as [C, 1, K]; "linear", a weight stored [out, in] whose first `inputs` dims are the inputs in ours,
+    behind an axis of experts with `batched`; with `stacked` that axis and the next are one. `part` i of `parts`: the
+    tensor holds several of our leaves along its output axis, one after the other, of `sizes` (none given: alike), or,
+    `interleaved`, taking turns, or, `by_head`, one after the other in each head.
     """
 
     name: str
-    form: Literal["same", "flat", "row", "linear"] = "same"
+    form: Literal["same", "flat", "row", "column", "conv", "linear"] = "same"
     inputs: int = 1
     batched: bool = False
     part: int = 0
@@ -30,6 +31,7 @@ class Stored:
     interleaved: bool = False
     stacked: bool = False
     sizes: tuple[int, ...] = ()
+    by_head: bool = False
 
     @property
     def per_expert(self) -> bool:
@@ -40,11 +42,13 @@ class Stored:
         width = sum(self.sizes) if self.sizes else self.parts * self.width(ours)
         if self.form == "same":
             shape = (*ours[:-1], width)
+        elif self.form == "conv":
+            shape = (ours[0], 1, ours[1])
         elif self.form == "linear":
             lead, rest = (ours[:1], ours[1:]) if self.batched else ((), ours)
             shape = (*lead, width, math.prod(rest[: self.inputs]))
         else:
-            shape = (1, width) if self.form == "row" else (width,)
+            shape = {"row": (1, width), "column": (1, 1, width, 1)}.get(self.form, (width,))
         return (shape[0] * shape[1], *shape[2:]) if self.stacked else shape
 
     def width(self, ours: tuple[int, ...]) -> int:
@@ -55,22 +59,22 @@ class Stored:
 
     def ours(self, published: np.ndarray, ours: tuple[int, ...]) -> np.ndarray:
         """Our leaf as a view of the published tensor."""
-        published = self._apart(published, ours)
-        view = published[self._slice(published)]
-        return (np.swapaxes(view, -1, -2) if self.form == "linear" else view).reshape(ours, copy=False)
+        return self._view(published, ours).reshape(ours, copy=False)
 
     def put(self, published: np.ndarray, leaf: np.ndarray) -> None:
         """Writes our leaf into its place in the published tensor."""
-        published = self._apart(published, leaf.shape)
-        target = published[self._slice(published)]
-        if self.form == "linear":
-            target = np.swapaxes(target, -1, -2)
+        target = self._view(published, leaf.shape)
         copy_into(target, leaf.reshape(target.shape))
 
-    def _apart(self, published: np.ndarray, ours: tuple[int, ...]) -> np.ndarray:
-        """With an axis of experts of its own."""
-        shape = (ours[0], -1, *published.shape[1:])
-        return published.reshape(shape, copy=False) if self.stacked else published
+    def _view(self, published: np.ndarray, ours: tuple[int, ...]) -> np.ndarray:
+        """What the tensor holds of a leaf of this shape, inputs before outputs."""
+        if self.by_head:
+            heads, size = ours[-2:]
+            return np.moveaxis(published.reshape(heads, self.parts, size, -1, copy=False)[:, self.part], -1, 0)
+        if self.stacked:  # an axis of experts of its own
+            published = published.reshape((ours[0], -1, *published.shape[1:]), copy=False)
+        view = published[self._slice(published)]
+        return np.swapaxes(view, -1, -2) if self.form == "linear" else view
 
     def _slice(self, published: np.ndarray) -> tuple:
         axis = published.ndim - (2 if self.form == "linear" else 1)

@@ -9,6 +9,9 @@ from moe_zoo.checkpoints.native import CheckpointError
 from moe_zoo.models import ModelConfig
 
 _SLIDING = ":sliding"
+_ATTENTION = ":attention"
+#: what transformers wrote before version 5
+_EARLIER = {"mamba": "linear_attention", "attention": "full_attention"}
 Given = Mapping[str, Any]
 
 
@@ -83,6 +86,33 @@ def sparse_step(windows=None) -> Layers:
         return {"decoder_sparse_step": 1, "mlp_only_layers": [i for i, kind in enumerate(kinds) if kind == "dense"]}
 
     return Layers(kinds, back, windows)
+
+
+def hybrid(
+    order: Layers,
+    default: Callable[[Given, int], bool],
+    key: str = "layer_types",
+    names: tuple[str, str] = ("linear_attention", "full_attention"),
+) -> Layers:
+    """`order` in which some layers have softmax attention, the others the model's mixer: the list `key` says which by
+    its `names`, or `default(given, i)`, whether layer i has attention.
+    """
+
+    def kinds(given: Given, n: int) -> list[str]:
+        types = given.get(key)
+        if isinstance(types, list):
+            types = [_EARLIER.get(kind, kind) for kind in types]
+        if types is None:
+            types = [names[bool(default(given, i))] for i in range(n)]
+        if not isinstance(types, list) or len(types) != n or not set(types) <= set(names):
+            raise CheckpointError(f"{key}: expected {' or '.join(names)} for each of {n} layers")
+        return [k + _ATTENTION * (t == names[1]) for k, t in zip(order.kinds(given, n), types, strict=True)]
+
+    def back(kinds: list[str]) -> dict[str, Any]:
+        types = [names[kind.endswith(_ATTENTION)] for kind in kinds]
+        return {**order.back([kind.removesuffix(_ATTENTION) for kind in kinds]), key: types}
+
+    return Layers(kinds, back)
 
 
 def windows(default: Callable[[Given, int], bool], switched: bool = True) -> Callable[[Given, int], list[bool]]:

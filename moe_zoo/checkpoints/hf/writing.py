@@ -51,7 +51,7 @@ def save(
     temporary = folder / f".saving-{os.getpid()}"
     try:
         temporary.mkdir(parents=True)
-        _write_weights(temporary, leaves, values, shard_bytes)
+        _write_weights(temporary, leaves, values, shard_bytes, family.derived(config, text))
         (temporary / "config.json").write_text(json.dumps(text, indent=2) + "\n")
         for name in EXTRAS:
             if extras and name != "config.json" and (extras / name).is_file():
@@ -101,7 +101,10 @@ def _config(family: Family, config: ModelConfig, published: Published | None, va
     return text
 
 
-def _write_weights(folder: Path, leaves: list[Leaf], values: dict[str, jax.Array], shard_bytes: int) -> None:
+def _write_weights(
+    folder: Path, leaves: list[Leaf], values: dict[str, jax.Array], shard_bytes: int, derived: dict[str, np.ndarray]
+) -> None:
+    """`derived`: tensors besides those of our arrays; they get the embedding's type."""
     pieces: dict[str, list[tuple[Leaf, tuple[int, ...]]]] = {}
     for leaf in leaves:
         for index, name in leaf.tensors():
@@ -112,10 +115,14 @@ def _write_weights(folder: Path, leaves: list[Leaf], values: dict[str, jax.Array
         if len(parts) != leaf.stored.parts:
             raise CheckpointError(f"tensor {name!r} holds {leaf.stored.parts} of our arrays, {len(parts)} are there")
         tensors[name] = (np.dtype(values[leaf.path].dtype), leaf.stored.shape(leaf.one))
+    kind = np.dtype(values["embed.table"].dtype)
+    tensors |= {name: (kind, array.shape) for name, array in derived.items()}
     hosts = {leaf.path: _host(values[leaf.path]) for leaf in leaves}
 
     def value(name: str) -> np.ndarray:
         dtype, shape = tensors[name]
+        if name in derived:
+            return derived[name].astype(dtype)
         out = np.empty(shape, dtype)
         for leaf, index in pieces[name]:
             leaf.stored.put(out, np.asarray(hosts[leaf.path][index]))

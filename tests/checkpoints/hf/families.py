@@ -33,6 +33,11 @@ DEEPSEEK_YARN = {
     "mscale_all_dim": 0.707,
 }  # fmt: skip
 
+LINEAR = dict(
+    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=6, linear_value_head_dim=4,
+    linear_conv_kernel_dim=4,
+)  # fmt: skip
+
 #: name -> (class of its config, settings besides BASE)
 TINY = {
     "olmoe": ("OlmoeConfig", dict(intermediate_size=24, num_experts=8, num_experts_per_tok=3)),
@@ -183,6 +188,78 @@ TINY = {
             initializer_range=0.1,
         ),
     ),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        dict(
+            intermediate_size=40, num_experts=8, shared_expert_intermediate_size=20, head_dim=16, num_hidden_layers=3,
+            layer_types=["linear_attention", "full_attention", "linear_attention"], mlp_only_layers=[2],
+            rope_parameters={"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.25},
+            **LINEAR, **MOE,
+        ),
+    ),
+    "qwen3_5_moe": (
+        "Qwen3_5MoeTextConfig",
+        dict(
+            num_experts=8, shared_expert_intermediate_size=20, head_dim=16,
+            layer_types=["linear_attention", "full_attention"], tie_word_embeddings=True, **LINEAR, **MOE,
+        ),
+    ),
+    "granitemoehybrid": (
+        "GraniteMoeHybridConfig",
+        dict(
+            intermediate_size=24, shared_intermediate_size=20, num_local_experts=8, num_experts_per_tok=3,
+            layer_types=["linear_attention", "full_attention"], embedding_multiplier=12.0, attention_multiplier=0.2,
+            residual_multiplier=0.4, logits_scaling=6.0, tie_word_embeddings=True, mamba_n_heads=8, mamba_d_state=6,
+            mamba_n_groups=2, mamba_proj_bias=True,
+        ),
+    ),
+    "granitemoehybrid_dense": (
+        "GraniteMoeHybridConfig",
+        dict(
+            shared_intermediate_size=20, num_local_experts=0, num_experts_per_tok=0, mamba_n_heads=4, mamba_d_state=6,
+            layer_types=["full_attention", "linear_attention"], position_embedding_type="rope",
+        ),
+    ),
+    "nemotron_h": (
+        "NemotronHConfig",
+        dict(
+            num_hidden_layers=5, layers_block_type=["linear_attention", "moe", "full_attention", "mlp", "moe"],
+            intermediate_size=40, moe_shared_expert_intermediate_size=20, n_routed_experts=8, n_group=4, topk_group=2,
+            routed_scaling_factor=2.5, head_dim=8, mamba_num_heads=4, mamba_head_dim=6, n_groups=2, ssm_state_size=5,
+            time_step_min=1e-6, **MOE,
+        ),
+    ),
+    "jamba": (
+        "JambaConfig",
+        dict(
+            intermediate_size=24, num_experts=8, num_experts_per_tok=3, num_hidden_layers=3, attn_layer_period=3,
+            attn_layer_offset=1, mamba_d_state=5, mamba_dt_rank=3,
+        ),
+    ),
+    "lfm2_moe": (
+        "Lfm2MoeConfig",
+        dict(
+            intermediate_size=40, num_experts=8, num_hidden_layers=3, num_dense_layers=1, routed_scaling_factor=1.5,
+            layer_types=["conv", "full_attention", "conv"], tie_word_embeddings=True, conv_bias=True, **MOE,
+        ),
+    ),
+    "kimi_linear": (
+        "KimiLinearConfig",
+        dict(
+            intermediate_size=40, num_local_experts=8, num_hidden_layers=3, num_key_value_heads=4, n_group=4,
+            topk_group=2, layer_types=["linear_attention", "full_attention", "linear_attention"],
+            mlp_layer_types=["dense", "sparse", "sparse"], linear_num_heads=2, linear_head_dim=6, **LATENT, **MOE,
+        ),
+    ),
+    "minimax": (
+        "MiniMaxConfig",
+        dict(
+            intermediate_size=24, num_local_experts=8, num_hidden_layers=3, head_dim=8, block_size=5,
+            layer_types=["linear_attention", "full_attention", "linear_attention"],
+            **{f"{part}_alpha_factor": 2.5 for part in ("full_attn", "linear_attn", "mlp")},
+            **{f"{part}_beta_factor": 0.7 for part in ("full_attn", "linear_attn", "mlp")},
+        ),
+    ),
     "phimoe": (
         "PhimoeConfig",
         dict(
@@ -207,9 +284,11 @@ def tiny(name: str, seed: int = 0):
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for path, p in [*model.named_parameters(), *model.named_buffers()]:
-            if "inv_freq" in path:
+            if "inv_freq" in path or path.endswith(("slope_rate", "_decay")):
                 continue
-            if path.endswith("sinks"):
+            if path.endswith("A_log"):
+                p.copy_(torch.randn_like(p))  # decays on both sides of 1/2
+            elif path.endswith("sinks"):
                 p.copy_(torch.randn_like(p))
             elif "correction_bias" in path:
                 p.copy_(0.2 * torch.randn_like(p))

@@ -40,6 +40,13 @@ GLM = dict(
     norm_topk_prob=True, rope_theta=1e6,
 )  # fmt: skip
 
+GRANITE4 = dict(
+    architectures=["GraniteMoeHybridForCausalLM"], vocab_size=100352, num_hidden_layers=40, tie_word_embeddings=True,
+    embedding_multiplier=12, attention_multiplier=0.0078125, residual_multiplier=0.22, logits_scaling=16,
+    mamba_d_head=64, mamba_d_state=128, mamba_n_groups=1, mamba_expand=2, position_embedding_type="nope",
+    layer_types=["attention" if i % 10 == 5 else "mamba" for i in range(40)],
+)  # fmt: skip
+
 #: name -> (config.json, all parameters with balancing biases, active per token or None)
 RELEASED = {
     "OLMoE-1B-7B": (
@@ -239,6 +246,83 @@ RELEASED = {
             num_experts_per_tok=2, rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=True,
         ),
         8_522_237_952, 2.33e9,
+    ),
+    "Qwen3-Next-80B-A3B": (
+        dict(
+            architectures=["Qwen3NextForCausalLM"], vocab_size=151936, hidden_size=2048, num_hidden_layers=48,
+            num_attention_heads=16, num_key_value_heads=2, head_dim=256, intermediate_size=5120,
+            moe_intermediate_size=512, shared_expert_intermediate_size=512, num_experts=512, num_experts_per_tok=10,
+            norm_topk_prob=True, full_attention_interval=4, partial_rotary_factor=0.25, rope_theta=1e7,
+            linear_conv_kernel_dim=4, linear_key_head_dim=128, linear_value_head_dim=128, linear_num_key_heads=16,
+            linear_num_value_heads=32,
+        ),
+        79_674_391_296, None,
+    ),
+    "Granite-4.0-H-Tiny": (
+        dict(
+            GRANITE4, hidden_size=1536, intermediate_size=512, shared_intermediate_size=1024, num_attention_heads=12,
+            num_key_value_heads=4, num_local_experts=64, num_experts_per_tok=6, mamba_n_heads=48,
+        ),
+        6_939_037_248, None,
+    ),
+    "Granite-4.0-H-Small": (
+        dict(
+            GRANITE4, hidden_size=4096, intermediate_size=768, shared_intermediate_size=1536, num_attention_heads=32,
+            num_key_value_heads=8, num_local_experts=72, num_experts_per_tok=10, mamba_n_heads=128,
+        ),
+        32_207_337_984, None,
+    ),
+    "Nemotron-3-Nano-30B-A3B": (
+        dict(
+            architectures=["NemotronHForCausalLM"], vocab_size=131072, hidden_size=2688, intermediate_size=1856,
+            moe_intermediate_size=1856, moe_shared_expert_intermediate_size=3712, n_routed_experts=128,
+            num_experts_per_tok=6, routed_scaling_factor=2.5, num_attention_heads=32, num_key_value_heads=2,
+            head_dim=128, mamba_num_heads=64, mamba_head_dim=64, n_groups=8, ssm_state_size=128, num_hidden_layers=52,
+            hybrid_override_pattern="MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+        ),
+        31_577_940_288, None,
+    ),
+    "Jamba-v0.1": (
+        dict(
+            architectures=["JambaForCausalLM"], vocab_size=65536, hidden_size=4096, intermediate_size=14336,
+            num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, num_experts=16, num_experts_per_tok=2,
+            attn_layer_period=8, attn_layer_offset=4, expert_layer_period=2, expert_layer_offset=1, mamba_d_state=16,
+            mamba_dt_rank=256,
+        ),
+        51_570_323_328, 12.1e9,
+    ),
+    "LFM2-8B-A1B": (
+        dict(
+            architectures=["Lfm2MoeForCausalLM"], vocab_size=65536, hidden_size=2048, intermediate_size=7168,
+            moe_intermediate_size=1792, num_hidden_layers=24, num_attention_heads=32, num_key_value_heads=8,
+            num_experts=32, num_experts_per_tok=4, num_dense_layers=2,
+            layer_types=["full_attention" if i in (2, 6, 10, 14, 18, 21) else "conv" for i in range(24)],
+        ),
+        8_339_930_560, None,
+    ),
+    "Kimi-Linear-48B-A3B": (
+        dict(
+            architectures=["KimiLinearForCausalLM"], vocab_size=163840, hidden_size=2304, intermediate_size=9216,
+            moe_intermediate_size=1024, num_hidden_layers=27, num_attention_heads=32, kv_lora_rank=512,
+            qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, q_lora_rank=None, num_experts=256,
+            num_experts_per_token=8, num_shared_experts=1, first_k_dense_replace=1, moe_renormalize=True,
+            mla_use_nope=True,
+            linear_attn_config={
+                "full_attn_layers": [4, 8, 12, 16, 20, 24, 27], "head_dim": 128, "num_heads": 32,
+                "kda_layers": [i for i in range(1, 27) if i % 4], "short_conv_kernel_size": 4,
+            },
+        ),
+        49_122_681_728, None,
+    ),
+    "MiniMax-Text-01": (
+        dict(
+            architectures=["MiniMaxForCausalLM"], vocab_size=200064, hidden_size=6144, intermediate_size=9216,
+            num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8, head_dim=128, num_local_experts=32,
+            num_experts_per_tok=2, rotary_dim=64, rope_theta=1e7,
+            layer_types=["full_attention" if i % 8 == 7 else "linear_attention" for i in range(80)],
+            **{f"{part}_alpha_factor": 3.5565588200778455 for part in ("full_attn", "linear_attn", "mlp")},
+        ),
+        456_089_655_296, None,
     ),
     "MiniMax-M2": (
         dict(

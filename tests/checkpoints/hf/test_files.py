@@ -29,7 +29,12 @@ SMALLER = dict(
     sliding_window_pattern="LLG", moe_topk=2, num_shared_expert=1, intermediate_size_mlp=20, no_rope_layer_interval=3,
     attention_chunk_size=4, d_model=16, n_heads=4, n_layers=3, attn_config=dict(kv_n_heads=2, clip_qkv=8),
     ffn_config=dict(ffn_hidden_size=8, moe_num_experts=4, moe_top_k=2), num_layers=2, ffn_hidden_size=20,
-    expert_ffn_hidden_size=8, zero_expert_num=3, kv_channels=4,
+    expert_ffn_hidden_size=8, zero_expert_num=3, kv_channels=4, partial_rotary_factor=0.5, full_attention_interval=2,
+    attn_layer_period=3, attn_layer_offset=1, shared_intermediate_size=8, moe_shared_expert_intermediate_size=8,
+    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=6, linear_value_head_dim=3, mamba_n_heads=4,
+    mamba_d_head=8, mamba_d_state=3, mamba_num_heads=4, mamba_head_dim=6, n_groups=2, ssm_state_size=5, mamba_dt_rank=2,
+    hybrid_override_pattern="ME*", num_experts_per_token=2,
+    linear_attn_config={"full_attn_layers": [2], "num_heads": 2, "head_dim": 6, "short_conv_kernel_size": 4},
 )  # fmt: skip
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -43,6 +48,8 @@ def small(name):
         given["q_lora_rank"] = given["q_lora_rank"] and 5
     if "num_shared_expert" in given:
         given["moe_intermediate_size"] = given["intermediate_size"]
+    if "layer_types" in given:
+        given["layer_types"] = sorted(set(given["layer_types"])) + given["layer_types"][:1]
     near = 4 if {"global_attn_every_n_layers", "sliding_window_pattern"} & given.keys() else None
     given |= {k: 4 for k in EXPERTS if k in given} | {"num_experts_per_tok": 2, "sliding_window": near}
     family = find(given["architectures"][0], "config.json")
