@@ -2,12 +2,15 @@
 
 import jax
 from flax import nnx
+from jaxtyping import Array
 
+from moe_zoo.adapters.adapter import Tapped
 from moe_zoo.blocks.chain import Chain
 from moe_zoo.blocks.moe import MoE
-from moe_zoo.core.aux import Aux
+from moe_zoo.core.aux import Aux, Stat
 from moe_zoo.core.context import RoutingContext
 from moe_zoo.layers.attention import View
+from moe_zoo.layers.tap import below
 
 
 class Block(nnx.Module):
@@ -32,6 +35,11 @@ class Block(nnx.Module):
         return isinstance(self.ffn, MoE)
 
     @property
+    def adapted(self) -> bool:
+        """Whether linear layers of it have adapters (`adapters.add_adapters`)."""
+        return hasattr(self, "adapters")
+
+    @property
     def shows_attention(self) -> bool:
         """Whether the router asks to see what the mixer did."""
         return self.routed and "attention" in self.ffn.router.requires
@@ -44,31 +52,48 @@ class Block(nnx.Module):
 
     def __call__(self, x, view: View, ctx: RoutingContext, cache: dict | None = None, at=None):
         """Returns (x, Aux, cache, carry of the router)."""
+        tapped = Tapped(self.adapters, ctx) if self.adapted else None
+        taps = {name: {"tap": below(name, tapped)} if self.adapted else {} for name in ("mixer", "ffn")}
         with jax.named_scope("mixer"):
             mixer = self.mixer.observed if self.shows_attention else self.mixer
             y, mixer_cache, *attention = mixer(
-                self._before(self.mixer_norm, x), view, None if cache is None else cache["mixer"], at
+                self._before(self.mixer_norm, x), view, None if cache is None else cache["mixer"], at, **taps["mixer"]
             )
         x = self._add(x, y, self.mixer_norm)
         with jax.named_scope("ffn"):
             if not self.routed:
-                y, aux, carry, router_cache = self.ffn(self._before(self.ffn_norm, x)), Aux(), ctx.carry, None
+                y = self.ffn(self._before(self.ffn_norm, x), **taps["ffn"])
+                aux, carry, router_cache = Aux(), ctx.carry, None
             else:
                 name, depth = self.ffn.router_name, ctx.carry
                 router_cache = None if cache is None else cache["router"]
                 mine = ctx.replace(cache=router_cache, carry=depth.get(name), shared=ctx.shared.get(name))
                 mine = mine.replace(attention=attention[0] if attention else None)
-                y, aux, routing = self.ffn(self._before(self.ffn_norm, x), mine)
+                y, aux, routing = self.ffn(self._before(self.ffn_norm, x), mine, **taps["ffn"])
                 router_cache = routing.cache
                 carry = {**depth, name: routing.carry} if name in depth else depth
             if self.outer_residual:
                 x = self._add(x, y, self.ffn_norm)
             else:
                 x = y if self.placement == "pre" else self.ffn_norm(y)
+        if self.adapted:
+            aux = aux | tapped.aux(self._prefix)
         if cache is None:
             return x, aux, None, carry
         new = {"mixer": mixer_cache, "router": router_cache} if self.routed else {"mixer": mixer_cache}
         return x, aux, new, carry
+
+    @property
+    def _prefix(self) -> str:
+        """Of the names of the adapters' statistics: the plain ones are a routed layer's."""
+        return "adapter_" if self.routed else ""
+
+    def after_step(self, stats: dict[str, Stat]) -> dict[str, Array]:
+        """New buffer values, keyed by their path below this block. A base that is frozen has none."""
+        if not self.adapted:
+            return {f"ffn.{name}": value for name, value in self.ffn.after_step(stats).items()}
+        own = {name.removeprefix(self._prefix): s for name, s in stats.items() if name.startswith(self._prefix)}
+        return {f"adapters.{name}": value for name, value in self.adapters.after_step(own).items()}
 
     def _before(self, norm, x):
         return norm(x) if self.placement == "pre" else x
@@ -80,4 +105,5 @@ class Block(nnx.Module):
     def flops_per_token(self, context: float, rows_per_token: float | None = None) -> float:
         ffn = self.ffn.flops_per_token(rows_per_token) if self.routed else self.ffn.flops_per_token()
         looks = self.ffn.router.context_flops(context) if self.routed else 0
-        return self.mixer.flops_per_token(context) + ffn + looks
+        adapters = self.adapters.flops_per_token() if self.adapted else 0
+        return self.mixer.flops_per_token(context) + ffn + looks + adapters

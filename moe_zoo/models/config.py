@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from moe_zoo.adapters import ADAPTERS
 from moe_zoo.blocks.chain import ChainConfig
 from moe_zoo.blocks.moe import MoEConfig
 from moe_zoo.core.registry import ConfigError, nearest
@@ -28,7 +29,7 @@ from moe_zoo.routing import ROUTERS
 KINDS = ("dense", "moe")
 _WHOLE_MODEL = (
     "vocab_size", "hidden_size", "layers", "ngram", "tie_word_embeddings", "lm_head_bias", "embedding_multiplier",
-    "logits_scaling", "dtype", "remat", "variants",
+    "logits_scaling", "adapters", "dtype", "remat", "variants",
 )  # fmt: skip
 
 
@@ -40,6 +41,7 @@ class ModelConfig:
     adds an always-active expert. `norm_placement` "post" norms what a branch adds instead of what it sees (OLMo 2);
     embeddings and residual branches are multiplied, logits divided by the three numbers that Granite has for it.
     `chain` repeats the routed layer on its own output (Chain-of-Experts).
+    `adapters` act beside linear layers; with any, they alone are trained.
     `dtype` is the compute type; parameters, router, softmax and losses are float32. `remat`: what the backward pass
     recomputes: nothing ("none"), all but matrix products ("dots"), or whole blocks ("block").
     """
@@ -60,6 +62,7 @@ class ModelConfig:
     experts: Choice = choice(EXPERTS, "feed_forward")
     dispatch: Choice = choice(DISPATCHERS, "dropless")
     losses: tuple[Choice, ...] = choices(LOSSES, {"load_balance": {"coef": 0.01}, "z_loss": {"coef": 0.001}})
+    adapters: Choice = choice(ADAPTERS, "none")
     norm: NormKind = "rms"
     norm_eps: float = 1e-6
     norm_placement: Literal["pre", "post"] = "pre"
@@ -150,6 +153,11 @@ class ModelConfig:
                 raise ConfigError(f"{where}.{key}: belongs to the whole model; a variant cannot change it")
         changed = {**to_dict(self), "layers": f"1*{base}", "variants": {}}
         return build(ModelConfig, overlay(changed, settings), where)
+
+    @property
+    def adapted(self) -> bool:
+        """Whether there are adapters, beside a base that is frozen."""
+        return self.adapters.name != "none"
 
     def moe(self) -> MoEConfig:
         return MoEConfig(

@@ -1,5 +1,6 @@
 """Parameters and FLOPs: one formula, used everywhere."""
 
+from moe_zoo.adapters.targets import linear_names
 from moe_zoo.core import param as P
 from moe_zoo.models.decoder import Decoder
 
@@ -24,6 +25,20 @@ def count_parameters(model: Decoder, trainable=None) -> dict[str, int]:
     if trainable is None:
         trainable = [n for n, v in variables.items() if not isinstance(v, P.Frozen)]
     return {"total": sum(size.values()), "active": sum(active.values()), "trainable": sum(size[n] for n in trainable)}
+
+
+def count_adapters(model: Decoder) -> dict[str, int]:
+    """{"linear", "matched", "trainable"}: linear layers, those of them that have an adapter, and the trained numbers
+    that take part: ranks and experts that a layer does not have are stored beside those of others, and never move.
+    """
+    config, linear, matched, idle = model.config.adapters.config, 0, 0, 0
+    for _, block, layers in model.blocks():
+        names = linear_names(block, layers)
+        linear += len(names)
+        if block.adapted:
+            matched += sum(map(config.targets, names))
+            idle += sum(adapter.idle_parameters() for adapter in block.adapters.values())
+    return {"linear": linear, "matched": matched, "trainable": count_parameters(model)["trainable"] - idle}
 
 
 def router_parameters(model: Decoder) -> int:

@@ -14,12 +14,13 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from moe_zoo.adapters.adapter import add_adapters
 from moe_zoo.blocks.block import Block
 from moe_zoo.blocks.chain import Chain, ChainConfig
 from moe_zoo.blocks.moe import MoE
 from moe_zoo.core.aux import Aux, Stat, is_stat
 from moe_zoo.core.context import PROVIDABLE, RoutingContext
-from moe_zoo.core.param import stack
+from moe_zoo.core.param import freeze, stack
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.layers.attention import Attention, RotaryKey, View
 from moe_zoo.layers.embedding import Embedding, Head
@@ -82,14 +83,19 @@ class Decoder(nnx.Module):
         for segment in config.segments():
             P, R = len(segment.pattern), segment.repeats
             ids = [tuple(first + r * P + p for r in range(R)) for p in range(P)]
-            blocks = [make_block(config.variant(kind), kind, config) for kind in segment.pattern]
-            segments.append(SegmentBlocks([stack(block, layers) for block, layers in zip(blocks, ids)], ids))
+            segments.append(([make_block(config.variant(kind), kind, config) for kind in segment.pattern], ids))
             first += P * R
-        self.segments = nnx.List(segments)
         self.shared = nnx.Dict(shared_modules(config))
         self.norm = NORMS[config.norm](D, config.norm_eps)
         if not config.tie_word_embeddings:
             self.head = Head(config.vocab_size, D, config.lm_head_bias)
+        if config.adapted:
+            freeze(self)
+            blocks = [pair for blocks, ids in segments for pair in zip(blocks, ids, strict=True)]
+            add_adapters(config.adapters, blocks, config.num_layers)
+        self.segments = nnx.List(
+            SegmentBlocks([stack(block, layers) for block, layers in zip(blocks, ids)], ids) for blocks, ids in segments
+        )
 
     def __call__(
         self,
@@ -171,12 +177,15 @@ class Decoder(nnx.Module):
         shared = {name: module.init_cache(batch, max_seq) for name, module in self.shared.items()}
         return {"at": jnp.zeros((), jnp.int32), "ngram": ngram, "shared": shared, "segments": segments}
 
-    def routed(self):
-        """(path, stacked block, layer ids) of every routed block."""
+    def blocks(self):
+        """(path, stacked block, layer ids) of every block."""
         for s, segment in enumerate(self.segments):
             for p, block in enumerate(segment.blocks):
-                if block.routed:
-                    yield f"segments.{s}.blocks.{p}", block, segment.layer_ids[p]
+                yield f"segments.{s}.blocks.{p}", block, segment.layer_ids[p]
+
+    def routed(self):
+        """(path, stacked block, layer ids) of every routed block."""
+        return (found for found in self.blocks() if found[1].routed)
 
     def quantize_experts(self) -> bool:
         """Declares the matrices of all routed experts as int8, before there are values. Whether there are any."""
@@ -205,9 +214,10 @@ class Decoder(nnx.Module):
     def after_step(self, stats: dict[str, dict[str, Stat]]) -> dict[str, Array]:
         """New buffer values by path, from the step's statistics per stacked block."""
         new = {}
-        for path, block, _ in self.routed():
-            values = jax.vmap(lambda ffn, s: ffn.after_step(s))(block.ffn, stats[path])
-            new.update({f"{path}.ffn.{name}": value for name, value in values.items()})
+        for path, block, _ in self.blocks():
+            if path in stats:
+                values = jax.vmap(lambda block, s: block.after_step(s))(block, stats[path])
+                new.update({f"{path}.{name}": value for name, value in values.items()})
         return new
 
     def _embed(self, tokens, positions, cache, dtype):

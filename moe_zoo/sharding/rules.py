@@ -23,6 +23,7 @@ DEFAULT_RULES: Mapping[str, tuple[str, ...]] = {
     "expert": ("expert",),
     "expert_mlp": ("tensor",),
     "expert_logits": (),
+    "adapter": (),
 }
 
 

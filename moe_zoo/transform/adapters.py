@@ -1,0 +1,100 @@
+"""Adapters onto a loaded model, into its weights, and out again."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_zoo.core import param as P
+from moe_zoo.core.registry import ConfigError
+from moe_zoo.core.schema import build, overlay, to_dict
+from moe_zoo.inference.loaded import Loaded
+from moe_zoo.models import Decoder, ModelConfig
+from moe_zoo.sharding import sharding_of
+
+
+def add_adapters(
+    loaded: Loaded,
+    adapters: str | Mapping[str, Any],
+    *,
+    seed: int = 0,
+    given: Mapping[str, jax.Array] | None = None,
+) -> Loaded:
+    """The model with adapters beside its linear layers, its own weights frozen: a name, or `{"name": ..., **settings}`.
+
+    `given`: values by our path instead of those that `seed` draws. Raises ConfigError for a pattern that matches no
+    linear layer, with the nearest names, or if there are adapters already.
+    """
+    if loaded.config.adapted:
+        raise ConfigError(
+            f"the model has adapters {loaded.config.adapters.name!r} already; merge them first (transform.merge)"
+        )
+    settings = {"name": adapters} if isinstance(adapters, str) else dict(adapters)
+    config = build(ModelConfig, overlay(to_dict(loaded.config), {"adapters": settings}), "model")
+    return _rebuilt(loaded, config, {**P.arrays(loaded.model), **(given or {})}, seed)
+
+
+def merge(loaded: Loaded, weights: Sequence[float] | None = None) -> Loaded:
+    """The plain model whose weights have the adapters in them. `weights`: a gate for each expert, for all tokens; None:
+    there is one expert. Raises ConfigError for a mixture without them: its gates differ from token to token.
+    """
+    _check(loaded, weights)
+    config = build(ModelConfig, overlay(to_dict(loaded.config), {"adapters": {"name": "none"}}), "model")
+    gates = None if weights is None else jnp.asarray(weights, jnp.float32)
+    values = _changed(loaded, P.arrays(loaded.model), lambda adapter, w_DN: adapter.merged(w_DN, gates))
+    return _rebuilt(loaded, config, {n: a for n, a in values.items() if ".adapters." not in n})
+
+
+def unmerge(merged: Loaded, adapted: Loaded, weights: Sequence[float] | None = None) -> Loaded:
+    """The inverse of `merge(adapted, weights)`: the merged model's weights without the adapters, and those beside them.
+
+    Within rounding: the base of `adapted` itself is bit for bit what it was. Raises ConfigError for DoRA.
+    """
+    _check(adapted, weights)
+    gates = None if weights is None else jnp.asarray(weights, jnp.float32)
+    values = {**P.arrays(adapted.model), **P.arrays(merged.model)}
+    values = _changed(adapted, values, lambda adapter, w_DN: adapter.unmerged(w_DN, gates))
+    return _rebuilt(adapted, adapted.config, values)
+
+
+def _check(loaded: Loaded, weights: Sequence[float] | None) -> None:
+    if not loaded.config.adapted:
+        raise ConfigError("the model has no adapters; see transform.add_adapters")
+    experts = {
+        adapter.num_experts for _, block, _ in adapted_blocks(loaded.model) for adapter in block.adapters.values()
+    }
+    if weights is None and experts != {1}:
+        raise ConfigError(
+            f"adapters {loaded.config.adapters.name!r} have up to {max(experts)} experts, mixed token by token; give "
+            "weights=, one number per expert, to merge them at those"
+        )
+    if weights is not None and {len(weights)} != experts:
+        raise ConfigError(f"weights: {len(weights)} numbers for {' or '.join(map(str, sorted(experts)))} experts")
+
+
+def adapted_blocks(model: Decoder):
+    """(path, stacked block, layer ids) of every block that has adapters."""
+    return (found for found in model.blocks() if found[1].adapted)
+
+
+def _changed(adapted: Loaded, values: Mapping[str, jax.Array], change: Callable) -> dict[str, jax.Array]:
+    """`values` with every adapted layer's weight as `change(adapter, w [D, N])` makes it, in float32."""
+    new = dict(values)
+    for path, block, _ in adapted_blocks(adapted.model):
+        for name, adapter in block.adapters.items():
+            w = values[f"{path}.{name}"]
+            flat = w.astype(jnp.promote_types(w.dtype, jnp.float32)).reshape(
+                w.shape[0], adapter.linear.in_features, adapter.linear.out_features
+            )
+            new[f"{path}.{name}"] = jax.vmap(change)(adapter, flat).reshape(w.shape).astype(w.dtype)
+    return new
+
+
+def _rebuilt(loaded: Loaded, config: ModelConfig, values: Mapping[str, jax.Array], seed: int = 0) -> Loaded:
+    """The model of `config` with `values` by path, the rest drawn, where the arrays of `loaded` are."""
+    mesh = next(iter(P.arrays(loaded.model).values())).sharding.mesh
+    model = Decoder(config, loaded.model.mesh)
+    put = lambda var, path, x: jax.device_put(x, sharding_of(mesh, var.logical_axes, x.shape, path))
+    return dataclasses.replace(loaded, model=P.materialize(model, seed, put, values), config=config)
