@@ -5,11 +5,16 @@ from moe_zoo.core.registry import Registry
 ADAPTERS = Registry(
     "adapter",
     {
+        "dynmole": "moe_zoo.adapters.dynmole:DynMole",
         "hydralora": "moe_zoo.adapters.hydralora:HydraLora",
         "lora": "moe_zoo.adapters.lora:Lora",
+        "lora_mixer": "moe_zoo.adapters.lora_mixer:LoraMixer",
         "loramoe": "moe_zoo.adapters.loramoe:LoraMoE",
+        "mixlora": "moe_zoo.adapters.mixlora:MixLora",
         "mola": "moe_zoo.adapters.mola:Mola",
         "mole": "moe_zoo.adapters.mole:Mole",
         "none": "moe_zoo.adapters.none:NoAdapter",
+        "poly": "moe_zoo.adapters.poly:Poly",
+        "smora": "moe_zoo.adapters.smora:Smora",
     },
 )

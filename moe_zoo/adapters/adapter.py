@@ -24,6 +24,7 @@ from moe_zoo.core.aux import Aux, Stat
 from moe_zoo.core.context import RoutingContext
 from moe_zoo.core.param import ByLayer, Constant, Frozen, Uniform, freeze, param
 from moe_zoo.core.schema import Choice
+from moe_zoo.layers.tap import below
 
 
 class Adapter(nnx.Module):
@@ -69,6 +70,11 @@ class Adapter(nnx.Module):
     def after_step(self, stats: dict[str, Stat]) -> dict[str, Array]:
         """New values of buffers after an optimizer step, given the block's reduced statistics."""
         return {}
+
+    @classmethod
+    def feed_forward(cls, mlp, x: Float[Array, "... D"], tapped: "Tapped") -> Float[Array, "... D"]:
+        """A block's dense feed-forward part with the adapters that are beside its linear layers."""
+        return mlp(x, below("ffn", tapped))
 
     def dropped(self, x_TD, ctx: RoutingContext):
         """The input as the experts see it: with dropout while training."""
@@ -123,6 +129,11 @@ class Adapter(nnx.Module):
 class BlockAdapters(nnx.Dict):
     """The adapters of a block by the name of the linear layer, `mixer.q`."""
 
+    def feed_forward(self, mlp, x, tapped: "Tapped"):
+        """The dense feed-forward part, as the adapters' kind has it."""
+        kinds = [type(adapter) for adapter in self.values()]
+        return kinds[0].feed_forward(mlp, x, tapped) if kinds else mlp(x)
+
     def flops_per_token(self) -> int:
         """Forward FLOPs of one token through all of them."""
         return sum(adapter.flops_per_token() for adapter in self.values())
@@ -176,5 +187,4 @@ def add_adapters(adapters: Choice, blocks: Sequence[tuple[nnx.Module, tuple[int,
     for (block, _), found in zip(blocks, linears, strict=True):
         freeze(block)
         targets = [linear for linear in found if any(map(adapters.config.targets, linear.names()))]
-        if targets:
-            block.adapters = BlockAdapters({linear.name: adapters.make(linear) for linear in targets})
+        block.adapters = BlockAdapters({linear.name: adapters.make(linear) for linear in targets})

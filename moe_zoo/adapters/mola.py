@@ -8,6 +8,7 @@ f counts all K T choices, so L is 1 at uniform. The paper's best of four shapes 
 import dataclasses
 
 from moe_zoo.adapters.routed import Routed, RoutedConfig, balance, top_k_gates
+from moe_zoo.adapters.targets import layer_of
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import join, positive
 
@@ -32,9 +33,9 @@ class MolaConfig(RoutedConfig):
                 where = join(path, "experts_by_depth" if self.experts_by_depth else "num_experts")
                 raise ConfigError(f"{where}: {E} experts, num_experts_per_tok={self.num_experts_per_tok} of them")
 
-    def experts(self, layer: int, num_layers: int) -> int:
+    def experts(self, name: str, num_layers: int) -> int:
         parts = self.experts_by_depth
-        return parts[layer * len(parts) // num_layers] if parts else self.num_experts
+        return parts[layer_of(name) * len(parts) // num_layers] if parts else self.num_experts
 
 
 class Mola(Routed):

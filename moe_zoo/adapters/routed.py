@@ -38,7 +38,7 @@ class RoutedConfig(AdapterConfig):
         super().validate(path)
         positive(self, path, "num_experts")
 
-    def experts(self, layer: int, num_layers: int) -> int:
+    def experts(self, name: str, num_layers: int) -> int:
         return self.num_experts
 
 

@@ -65,8 +65,7 @@ class AdapterConfig:
 
     def targets(self, name: str) -> bool:
         """Whether the linear layer of this per-layer name gets an adapter."""
-        layer = int(re.match(r"layers\.(\d+)\.", name)[1])
-        inside = self.layers_to_transform is None or layer in self.layers_to_transform
+        inside = self.layers_to_transform is None or layer_of(name) in self.layers_to_transform
         return inside and any(matches(name, pattern) for pattern in self.target_modules)
 
     def rank(self, name: str) -> int:
@@ -78,8 +77,8 @@ class AdapterConfig:
         rank = self.rank(name)
         return _first(self.alpha_pattern, name, self.lora_alpha) / (math.sqrt(rank) if self.use_rslora else rank)
 
-    def experts(self, layer: int, num_layers: int) -> int:
-        """How many experts a linear layer of this layer has."""
+    def experts(self, name: str, num_layers: int) -> int:
+        """How many experts the linear layer of this per-layer name has."""
         return 1
 
     def scales(self, linear: Linear) -> np.ndarray:
@@ -87,7 +86,7 @@ class AdapterConfig:
         layer does not have of them, and a layer that is no target, is zero: it computes nothing and never moves.
         """
         names = linear.names()
-        experts = [self.experts(i, linear.num_layers) for i in linear.layers]
+        experts = [self.experts(name, linear.num_layers) for name in names]
         out = np.zeros((len(names), max(experts), max(map(self.rank, names))), np.float32)
         for row, name, E in zip(out, names, experts, strict=True):
             if self.targets(name):
@@ -99,6 +98,11 @@ def _first(patterns: dict, name: str, default):
     return next((value for pattern, value in patterns.items() if matches(name, pattern)), default)
 
 
+def layer_of(name: str) -> int:
+    """The layer of a per-layer name, `layers.3.mixer.q`."""
+    return int(name.split(".")[1])
+
+
 def matches(name: str, pattern: str) -> bool:
     """Whether `pattern` is the name, or what stands behind a dot in it."""
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
@@ -108,7 +112,7 @@ def check_patterns(config: AdapterConfig, names: Iterable[str], path: str = "mod
     """Raises ConfigError for a pattern that matches no linear layer of the model, naming those there are."""
     names = list(names)
     below = sorted({re.sub(r"layers\.\d+\.", "", name) for name in names})
-    layers = {int(name.split(".")[1]) for name in names}
+    layers = set(map(layer_of, names))
     if unknown := sorted(set(config.layers_to_transform or ()) - layers):
         raise ConfigError(f"{path}.layers_to_transform: {unknown[0]}; the model has layers 0 to {max(layers)}")
     for key in ("target_modules", "rank_pattern", "alpha_pattern"):

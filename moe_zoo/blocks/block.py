@@ -62,7 +62,8 @@ class Block(nnx.Module):
         x = self._add(x, y, self.mixer_norm)
         with jax.named_scope("ffn"):
             if not self.routed:
-                y = self.ffn(self._before(self.ffn_norm, x), **taps["ffn"])
+                inside = self._before(self.ffn_norm, x)
+                y = self.adapters.feed_forward(self.ffn, inside, tapped) if self.adapted else self.ffn(inside)
                 aux, carry, router_cache = Aux(), ctx.carry, None
             else:
                 name, depth = self.ffn.router_name, ctx.carry

@@ -75,13 +75,20 @@ class MLP(nnx.Module):
         return ffn(x, gate, self.w_up[...].astype(x.dtype), self.w_down[...].astype(x.dtype), self.config.activation)
 
     def _general(self, x, tap: Tap):
-        def affine(x, name):
-            w = getattr(self, f"w_{name}")[...].astype(x.dtype)
-            y = tap(f"w_{name}", x, x @ w, w)
-            return y + getattr(self, f"b_{name}")[...].astype(x.dtype) if self.config.bias else y
+        return self.last(self.config.hidden(*self.first(x, tap)), tap)
 
-        gate = affine(x, "gate") if self.config.gated else None
-        return affine(self.config.hidden(gate, affine(x, "up")), "down")
+    def first(self, x, tap: Tap = untouched):
+        """(gate, up): the hidden layer's pre-activations; no gate is None."""
+        return self._affine(x, "gate", tap) if self.config.gated else None, self._affine(x, "up", tap)
+
+    def last(self, hidden, tap: Tap = untouched):
+        """The output from the hidden layer."""
+        return self._affine(hidden, "down", tap)
+
+    def _affine(self, x, name: str, tap: Tap):
+        w = getattr(self, f"w_{name}")[...].astype(x.dtype)
+        y = tap(f"w_{name}", x, x @ w, w)
+        return y + getattr(self, f"b_{name}")[...].astype(x.dtype) if self.config.bias else y
 
     def flops_per_token(self) -> int:
         return self.config.flops(*self.dims)

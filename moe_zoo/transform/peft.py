@@ -101,8 +101,8 @@ def _checked(adapter: peft.PeftLora, modules: Mapping[str, Module], path) -> pef
     for name in adapter.modules:
         if name not in modules:
             raise CheckpointError(
-                f"{path}: the model has no linear layer {name!r}{nearest(name, modules)} whose weight is a tensor of its "
-                "own"
+                f"{path}: the model has no linear layer {name!r}{nearest(name, modules)} whose weight is a tensor of "
+                "its own"
             )
     return adapter
 

@@ -10,11 +10,6 @@ import numpy as np
 from naive import softmax
 
 
-def lora(x_D, p, settings):
-    """One update."""
-    return p["scale"][0] * (p["a"][0] @ x_D) @ p["b"][0]
-
-
 def expert(x_D, p, e):
     """The output of expert e; A may be shared."""
     return (p["scale"][e] * (p["a"][e if len(p["a"]) > 1 else 0] @ x_D)) @ p["b"][e]
@@ -54,12 +49,55 @@ def mole_gates(x_D, p, settings, task):
     return probabilities(logits / np.exp(p["log_temperature"][0]), p)
 
 
+def tsallis_gates(x_D, p, settings, task):
+    probs = soft_gates(x_D, p, settings, task)
+    order = sorted(range(len(probs)), key=lambda e: (-probs[e], e))
+    kept, mass = [], 0.0
+    for rank, e in enumerate(order):
+        mass += probs[e]
+        kept += [e] if mass <= settings.top_p or rank < settings.keep_top_k else []
+    q, E = settings.entropy_index, len(probs)
+    entropy = (1 - ((probs + 1e-5) ** q).sum()) / (1 - E ** (1 - q))
+    return probs if entropy > settings.entropy_threshold else np.where(np.isin(range(E), kept), probs, 0)
+
+
+def rank_gates(x_D, p, settings, task):
+    q = 1 / (1 + np.exp(-x_D @ p["router"])) + p["bias"]
+    kept = sorted(range(len(q)), key=lambda e: (-q[e], e))[: settings.num_experts_per_tok]
+    out = np.zeros_like(q)
+    out[kept] = np.maximum(q[kept], 0)
+    return settings.num_experts_per_tok * out / out.sum()
+
+
+def task_gates(x_D, p, settings, task):
+    return np.eye(len(p["scale"]))[task]
+
+
+def merged_skills(x_D, p, settings, task):
+    """A and B mixed head by head, then one LoRA."""
+    S, R, D = p["a"].shape
+    N, h = p["b"].shape[-1], settings.num_splits
+    A, B = np.zeros((R, D)), np.zeros((R, N))
+    for head in range(h):
+        u = 1 / (1 + np.exp(-p["logits"][task, head]))
+        w = u / u.sum()
+        rows, columns = (slice(head * size // h, (head + 1) * size // h) for size in (D, N))
+        for s in range(S):
+            A[:, rows] += w[s] * p["a"][s][:, rows]
+            B[:, columns] += w[s] * p["b"][s][:, columns]
+    return p["scale"][0] * (A @ x_D) @ B
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Settings of an entry, and its gates for one token; None: it has one expert and none."""
+    """Settings of an entry; its gates for one token, or what it adds, if that is no sum over gates. `own_feed_forward`:
+    its feed-forward part is no sum of linear layers' and has a test of its own.
+    """
 
     settings: dict
     gates: Callable | None = None
+    adds: Callable | None = None
+    own_feed_forward: bool = False
 
 
 PATTERNS = {"target_modules": ["mixer.*", "w_up", "w_down"], "r": 3, "lora_alpha": 6.0}
@@ -74,4 +112,18 @@ CASES = {
     "mola": Case({"name": "mola", "experts_by_depth": [2, 4], "router_aux_loss_coef": 0.1}, top_gates),
     "hydralora": Case({"name": "hydralora", "num_experts": 3}, soft_gates),
     "mole": Case({"name": "mole", "num_experts": 3}, mole_gates),
+    "mixlora": Case(
+        {"name": "mixlora", "num_experts": 3, "target_modules": ["mixer.*", "ffn.*"], "router_aux_loss_coef": 0.1},
+        own_feed_forward=True,
+    ),
+    "dynmole": Case(
+        {"name": "dynmole", "num_experts": 4, "entropy_threshold": 0.7, "router_aux_loss_coef": 0.1}, tsallis_gates
+    ),
+    "smora": Case({"name": "smora", "r": 6, "num_experts_per_tok": 2, "bias_update_rate": 0.1}, rank_gates),
+    "lora_mixer": Case({"name": "lora_mixer", "num_experts": 3, "num_experts_per_tok": 2}, soft_gates),
+    "lora_mixer_by_task": Case(
+        {"name": "lora_mixer", "num_experts": 2, "num_experts_per_tok": 1, "routing": "task"}, task_gates
+    ),
+    "poly": Case({"name": "poly", "num_tasks": 2, "num_skills": 3}, adds=merged_skills),
+    "mhr": Case({"name": "poly", "num_tasks": 2, "num_skills": 3, "num_splits": 2}, adds=merged_skills),
 }
