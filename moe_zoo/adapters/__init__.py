@@ -5,6 +5,7 @@ from moe_zoo.core.registry import Registry
 ADAPTERS = Registry(
     "adapter",
     {
+        "arrow": "moe_zoo.adapters.arrow:Arrow",
         "dynmole": "moe_zoo.adapters.dynmole:DynMole",
         "hydralora": "moe_zoo.adapters.hydralora:HydraLora",
         "lora": "moe_zoo.adapters.lora:Lora",
@@ -16,5 +17,6 @@ ADAPTERS = Registry(
         "none": "moe_zoo.adapters.none:NoAdapter",
         "poly": "moe_zoo.adapters.poly:Poly",
         "smora": "moe_zoo.adapters.smora:Smora",
+        "xlora": "moe_zoo.adapters.xlora:XLora",
     },
 )

@@ -9,6 +9,7 @@ share: a file per idea holds that and nothing else. All experts are two matrix p
 T tokens, D and N the layer's input and output, E experts, R ranks of one.
 """
 
+import dataclasses
 import math
 import zlib
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -70,6 +72,25 @@ class Adapter(nnx.Module):
     def after_step(self, stats: dict[str, Stat]) -> dict[str, Array]:
         """New values of buffers after an optimizer step, given the block's reduced statistics."""
         return {}
+
+    def from_experts(
+        self,
+        a_ERD: Float[np.ndarray, "E R D"],
+        b_ERN: Float[np.ndarray, "E R N"],
+        scale_ER: Float[np.ndarray, "E R"],
+    ) -> dict[str, np.ndarray]:
+        """Values of one layer's variables that follow from experts that were trained before."""
+        return {}
+
+    @classmethod
+    def make_shared(
+        cls, config: AdapterConfig, names: Sequence[str], *, num_layers: int, hidden_size: int
+    ) -> nnx.Module | None:
+        """What decides for all layers of a model, if there is such a thing, given the names that have adapters. It has
+        `first()`, what adapters find as `ctx.shared["adapters"]` in a first pass through the layers, and `second(h)`,
+        what they find in the pass that counts, given the first one's last hidden states.
+        """
+        return None
 
     @classmethod
     def feed_forward(cls, mlp, x: Float[Array, "... D"], tapped: "Tapped") -> Float[Array, "... D"]:
@@ -178,13 +199,20 @@ def together(dicts: Sequence[dict], join) -> dict:
     return found
 
 
-def add_adapters(adapters: Choice, blocks: Sequence[tuple[nnx.Module, tuple[int, ...]]], num_layers: int) -> None:
+def add_adapters(
+    adapters: Choice, blocks: Sequence[tuple[nnx.Module, tuple[int, ...]]], *, num_layers: int, hidden_size: int
+) -> nnx.Module | None:
     """Gives blocks that are not stacked yet their adapters, and freezes all else in them. `blocks`: each with the
-    layers that it will stand for. Raises ConfigError, with the nearest names, if a pattern matches no linear layer.
+    layers that it will stand for. Returns what decides for all of them, if there is such a thing (`make_shared`).
+
+    Raises ConfigError, with the nearest names, if a pattern matches no linear layer.
     """
     linears = [linear_layers(block, layers, num_layers) for block, layers in blocks]
     check_patterns(adapters.config, [name for found in linears for linear in found for name in linear.names()])
-    for (block, _), found in zip(blocks, linears, strict=True):
+    targets = [[one for one in found if any(map(adapters.config.targets, one.names()))] for found in linears]
+    names = list(dict.fromkeys(one.name for found in targets for one in found))
+    for (block, _), found in zip(blocks, targets, strict=True):
         freeze(block)
-        targets = [linear for linear in found if any(map(adapters.config.targets, linear.names()))]
-        block.adapters = BlockAdapters({linear.name: adapters.make(linear) for linear in targets})
+        placed = [dataclasses.replace(one, place=names.index(one.name)) for one in found]
+        block.adapters = BlockAdapters({one.name: adapters.make(one) for one in placed})
+    return adapters.cls.make_shared(adapters.config, names, num_layers=num_layers, hidden_size=hidden_size)

@@ -19,7 +19,7 @@ from moe_zoo.core.schema import join, positive
 @dataclasses.dataclass(frozen=True)
 class Linear:
     """A linear layer y = x W of a block, stacked over `layers`: the name of its weight below the block, its sizes with
-    the logical axes that they lie on, and how many layers the model has.
+    the logical axes that they lie on, how many layers the model has, and its place among all names that have adapters.
     """
 
     name: str
@@ -28,6 +28,7 @@ class Linear:
     axes: tuple[str | None, str | None]
     layers: tuple[int, ...] = (0,)
     num_layers: int = 1
+    place: int = 0
 
     def names(self) -> list[str]:
         """Its name in every layer of the stack."""

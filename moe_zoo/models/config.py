@@ -16,7 +16,7 @@ from moe_zoo.adapters import ADAPTERS
 from moe_zoo.blocks.chain import ChainConfig
 from moe_zoo.blocks.moe import MoEConfig
 from moe_zoo.core.registry import ConfigError, nearest
-from moe_zoo.core.schema import Choice, build, choice, choices, join, overlay, positive, to_dict
+from moe_zoo.core.schema import Choice, build, build_choice, choice, choices, join, overlay, positive, to_dict
 from moe_zoo.dispatch import DISPATCHERS
 from moe_zoo.experts import EXPERTS
 from moe_zoo.layers.attention import AttentionConfig
@@ -62,7 +62,9 @@ class ModelConfig:
     experts: Choice = choice(EXPERTS, "feed_forward")
     dispatch: Choice = choice(DISPATCHERS, "dropless")
     losses: tuple[Choice, ...] = choices(LOSSES, {"load_balance": {"coef": 0.01}, "z_loss": {"coef": 0.001}})
-    adapters: Choice = choice(ADAPTERS, "none")
+    adapters: Choice = dataclasses.field(
+        default_factory=lambda: build_choice(ADAPTERS, "none", ""), metadata={"registry": ADAPTERS, "silent": True}
+    )
     norm: NormKind = "rms"
     norm_eps: float = 1e-6
     norm_placement: Literal["pre", "post"] = "pre"

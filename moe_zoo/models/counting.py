@@ -50,11 +50,16 @@ def router_parameters(model: Decoder) -> int:
 def train_flops_per_token(
     model: Decoder, seq_len: int, rows_per_token: dict[str, float] | None = None, passes: int = 1
 ) -> float:
-    """Active FLOPs to train on one token of rows of `seq_len`: forward and twice that for the backward pass.
+    """Active FLOPs to train on one token of rows of `seq_len`: forward and twice that for the backward pass; beside
+    adapters, whose base has no gradient of its own, once that, and once more the adapters.
 
     A token sees (seq_len + 1) / 2 keys on average; recomputation (remat) and the optimizer are not counted.
     `rows_per_token`: as measured, by the path of the stacked block; for other blocks what their routers say.
     `passes`: how often the objective runs the model on each token (`Objective.passes`).
     """
     rows = {path: block.ffn.router.rows_per_token(seq_len) for path, block, _ in model.routed()}
-    return passes * 3 * model.flops_per_token((seq_len + 1) / 2, {**rows, **(rows_per_token or {})})
+    forward = model.flops_per_token((seq_len + 1) / 2, {**rows, **(rows_per_token or {})})
+    if not model.config.adapted:
+        return passes * 3 * forward
+    adapters = sum(len(layers) * block.adapters.flops_per_token() for _, block, layers in model.blocks())
+    return passes * (2 * forward + adapters)

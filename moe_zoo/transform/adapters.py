@@ -12,7 +12,7 @@ from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import build, overlay, to_dict
 from moe_zoo.inference.loaded import Loaded
 from moe_zoo.models import Decoder, ModelConfig
-from moe_zoo.sharding import sharding_of
+from moe_zoo.sharding import make_mesh, sharding_of
 
 
 def add_adapters(
@@ -94,7 +94,8 @@ def _changed(adapted: Loaded, values: Mapping[str, jax.Array], change: Callable)
 
 def _rebuilt(loaded: Loaded, config: ModelConfig, values: Mapping[str, jax.Array], seed: int = 0) -> Loaded:
     """The model of `config` with `values` by path, the rest drawn, where the arrays of `loaded` are."""
-    mesh = next(iter(P.arrays(loaded.model).values())).sharding.mesh
+    where = next(iter(P.arrays(loaded.model).values())).sharding
+    mesh = where.mesh if hasattr(where, "mesh") else make_mesh(devices=jax.local_devices()[:1])
     model = Decoder(config, loaded.model.mesh)
     put = lambda var, path, x: jax.device_put(x, sharding_of(mesh, var.logical_axes, x.shape, path))
     return dataclasses.replace(loaded, model=P.materialize(model, seed, put, values), config=config)

@@ -153,6 +153,9 @@ def _values(loaded: Loaded, found: Sequence[peft.PeftLora]) -> dict[str, jax.Arr
                         continue
                     w = np.asarray(old[f"{path}.{name}"][row], np.float32).reshape(adapter.linear.in_features, -1)
                     _fill({key: array[row] for key, array in arrays.items()}, e, module, w)
+            rows = zip(arrays["a"], arrays["b"], arrays["scale"])
+            follows = [adapter.from_experts(*row) for row in rows]
+            arrays |= {key: np.stack([values[key] for values in follows]) for key in follows[0]}
             new |= {f"{prefix}.{key}": _placed(array, old[f"{prefix}.{key}"]) for key, array in arrays.items()}
     return new
 

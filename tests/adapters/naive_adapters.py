@@ -73,6 +73,14 @@ def task_gates(x_D, p, settings, task):
     return np.eye(len(p["scale"]))[task]
 
 
+#: gates that another part of the model decided, by task
+GIVEN = np.array([[0.5, 0.2, 0.3], [0.0, 0.9, 0.1]])
+
+
+def given_gates(x_D, p, settings, task):
+    return GIVEN[task]
+
+
 def merged_skills(x_D, p, settings, task):
     """A and B mixed head by head, then one LoRA."""
     S, R, D = p["a"].shape
@@ -86,6 +94,13 @@ def merged_skills(x_D, p, settings, task):
             A[:, rows] += w[s] * p["a"][s][:, rows]
             B[:, columns] += w[s] * p["b"][s][:, columns]
     return p["scale"][0] * (A @ x_D) @ B
+
+
+def arrow_gates(x_D, p, settings, task):
+    probs = probabilities(np.abs(x_D @ p["router"]), p)
+    kept = sorted(range(len(probs)), key=lambda e: (-probs[e], e))[: settings.num_experts_per_tok]
+    out = np.where(np.isin(range(len(probs)), kept), probs, 0)
+    return out / out.sum()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +139,11 @@ CASES = {
     "lora_mixer_by_task": Case(
         {"name": "lora_mixer", "num_experts": 2, "num_experts_per_tok": 1, "routing": "task"}, task_gates
     ),
+    "xlora": Case({"name": "xlora", "num_experts": 3}, given_gates),
+    "xlora_layerwise": Case(
+        {"name": "xlora", "num_experts": 3, "layerwise_scalings": True, "freeze_experts": False}, given_gates
+    ),
+    "arrow": Case({"name": "arrow", "num_experts": 3, "num_experts_per_tok": 2, "freeze_experts": False}, arrow_gates),
     "poly": Case({"name": "poly", "num_tasks": 2, "num_skills": 3}, adds=merged_skills),
     "mhr": Case({"name": "poly", "num_tasks": 2, "num_skills": 3, "num_splits": 2}, adds=merged_skills),
 }

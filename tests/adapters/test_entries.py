@@ -207,3 +207,32 @@ def test_stacked_buffers_move_once_a_step_and_are_the_adapters_own():
     for path, value in new.items():
         moved = np.asarray(value) - np.asarray(P.arrays(model)[path])
         assert moved.shape == (2, 6) and np.abs(moved).max() == pytest.approx(0.1, abs=1e-5)
+
+
+def test_xlora_mixes_as_its_classifier_says_of_the_base_and_decodes():
+    """Its second pass with gates that are the same for all tokens is the mixture merged at those."""
+    from moe_zoo.inference import Loaded, generate
+    from moe_zoo.transform import merge
+
+    values = {n: jnp.asarray(v) for n, v in trained("xlora").items()}
+    values["adapters.kernel"] = jnp.zeros_like(values["adapters.kernel"])
+    forward = jax.jit(lambda model: model(IDS)[0])
+    gates = np.array([0.7, 0.1, 0.2])
+    same = P.replace(adapted("xlora"), values | {"adapters.bias": jnp.log(jnp.float32(gates))})
+    merged = merge(Loaded(same, same.config, None), gates)
+    np.testing.assert_allclose(forward(same), forward(merged.model), atol=2e-4)
+    # what it decides by is the base's hidden state, which a head that is the identity shows
+    model = P.replace(adapted("xlora"), {n: jnp.asarray(v) for n, v in trained("xlora").items()})
+    D, V = model.config.hidden_size, model.config.vocab_size
+    plain = merge(Loaded(model, model.config, None), [0.0] * 3).model
+    shown = P.replace(plain, P.arrays(plain) | {"head.kernel": jnp.eye(D, V)})
+    h = np.asarray(forward(shown), np.float64)[..., :D].reshape(-1, D)
+    logits = h @ np.asarray(model.adapters.kernel[...]) + np.asarray(model.adapters.bias[...])
+    expected = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    _, aux, _ = jax.jit(lambda m: m(IDS))(model)
+    linears = len(model.segments[0].blocks[0].adapters)
+    np.testing.assert_allclose(aux.stats["segments.0.blocks.0"]["load"].total[0], linears * expected.sum(0), rtol=1e-4)
+    text = np.asarray(IDS[:1, :3])
+    for _ in range(3):
+        text = np.concatenate([text, np.asarray(jax.jit(lambda i: model(i)[0])(text))[:, -1:].argmax(-1)], axis=1)
+    np.testing.assert_array_equal(generate(model, [IDS[0, :3]], 3, temperature=0.0)[0], text[0, 3:])

@@ -49,7 +49,8 @@ def test_config_says_what_it_is_for(path):
 
 
 @pytest.mark.slow  # one training run of three steps and its validation: two programs
-def test_only_adapters_train_and_the_run_opens_again(tmp_path, capsys):
+def test_only_adapters_train_and_the_run_opens_again(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loop, "make_mesh", lambda config: make_mesh(devices=jax.devices()[:1]))
     settings, base = tiny_base()
     config = load_config("lora/mola:tiny", SMALL, {"model": settings})
     with pytest.raises(ConfigError, match="acts beside a trained model, .*--init-from"):

@@ -106,6 +106,19 @@ def test_experts_by_one_hot_gates_are_the_adapters_merged(two):
         assert np.abs(logits(alone.model) - logits(llama().model)).max() > 0.1
 
 
+def test_arrow_takes_the_direction_that_each_adapter_stretches_most(two):
+    made, paths = two
+    mixture = load_adapters(llama(), paths, {"name": "arrow", "num_experts_per_tok": 1})
+    router = np.asarray(P.arrays(mixture.model)["segments.0.blocks.0.adapters.mixer.q.router"])
+    for e, alone in enumerate(made):
+        q = alone.model.segments[0].blocks[0].adapters["mixer.q"]
+        for layer in (0, 2):
+            delta = np.asarray(jax.tree.map(lambda x, i=layer: x[i], q).delta())
+            first = np.linalg.svd(delta)[0][:, 0]
+            np.testing.assert_allclose(np.abs(router[layer, :, e] @ first), 1, atol=1e-5)
+    assert not router[1, :, 0].any(), "the first adapter leaves layer 1 out"
+
+
 def test_an_expert_that_a_layer_lacks_gets_no_gate(two):
     mixture = load_adapters(llama(), two[1], "loramoe")
     scale = {n: np.asarray(a) for n, a in P.arrays(mixture.model).items() if n.endswith(".scale")}
