@@ -50,6 +50,7 @@ class Poly(Adapter):
     """Poly and MHR: the parameters of S skills, mixed by a table of tasks, head by head."""
 
     Config = PolyConfig
+    takes_loras = False
 
     def __init__(self, config: PolyConfig, linear: Linear):
         super().__init__(config, linear, kind=Frozen if config.freeze_experts else nnx.Param)

@@ -236,7 +236,7 @@ def describe_adapters(trainer: Trainer) -> str:
     """How many layers matched, what trains, and the memory of it."""
     counts, size = count_adapters(trainer.abstract), group_bytes(trainer)
     share = counts["trainable"] / count_parameters(trainer.abstract)["total"]
-    memory = ", ".join(f"{value / 2**20:,.1f} MiB {name}" for name, value in size.items())
+    memory = ", ".join(f"{value / 2**20:,.2f} MiB {name}" for name, value in size.items())
     name = trainer.config.model.adapters.name
     return (
         f"adapters {name} beside {counts['matched']} of {counts['linear']} linear layers: {counts['trainable']:,} "

@@ -15,6 +15,7 @@ from moe_zoo.core import param as P
 from moe_zoo.core.context import RoutingContext
 from moe_zoo.core.schema import build, build_choice, overlay, to_dict
 from moe_zoo.models import Decoder, ModelConfig
+from moe_zoo.sharding import MeshConfig, make_mesh, sharding_of
 from moe_zoo.train.objective import cross_entropy
 from moe_zoo.train.step import partition
 
@@ -194,6 +195,15 @@ def test_a_gate_of_one_expert_is_that_expert_merged(name):
         np.testing.assert_allclose(x @ merged, alone, atol=2e-5, err_msg=where)
         np.testing.assert_allclose(adapter.unmerged(merged, one), w, atol=1e-6)
         assert np.abs(np.asarray(merged) - w).max() > 1e-2 or not adapter.live()[E - 1]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_variable_has_its_place_on_a_mesh(name):
+    mesh = make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])
+    for path, var in P.flat(Decoder(adapted(name).config)).items():
+        spec = sharding_of(mesh, var.logical_axes, var.get_value().shape, path).spec
+        if path.endswith(("mixer.q.a", "mixer.o.b")):
+            assert spec[-1] == "fsdp", path
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -60,7 +60,7 @@ def test_one_expert_is_lora():
         adapter, *layer = make(num_experts=1, **settings)
         lora = make(name="lora")[0]
         same = changed(adapter, a=lora.a[...], b=lora.b[...])
-        np.testing.assert_allclose(run(same, *make(name="lora")[1:])[0], plain, atol=1e-5)
+        np.testing.assert_allclose(run(same, *make(name="lora")[1:])[0], plain, rtol=1e-4, atol=1e-4)
 
 
 def test_dropout_drops_what_the_adapter_sees_while_training():
@@ -141,7 +141,7 @@ def test_dynmole_entropy_and_kept_experts():
     everything = make(name="dynmole", num_experts=4, entropy_threshold=1.0, top_p=1.0)
     loramoe = make(name="loramoe", num_experts=4)
     for other in (soft, everything):
-        np.testing.assert_allclose(run(*other)[0], run(*loramoe)[0], atol=1e-5)
+        np.testing.assert_allclose(run(*other)[0], run(*loramoe)[0], rtol=1e-4, atol=1e-4)
     adapter, x, y, w = make(name="dynmole", num_experts=4, router_aux_loss_coef=1.0)
     _, aux = run(changed(adapter, router=np.zeros((8, 4))), x, y, w)
     np.testing.assert_allclose(aux.losses["adapter_balance"], 1.0, rtol=1e-5)  # uniform and broadcast
@@ -160,13 +160,12 @@ def test_smora_gates_sum_to_k_and_the_bias_follows_the_load():
     full = changed(full, router=np.zeros((8, 6)), bias=np.zeros(6))
     lora = make(name="lora", r=6, lora_alpha=4.0)[0]
     lora = changed(lora, a=full.a[...].reshape(1, 6, 8), b=full.b[...].reshape(1, 6, 6))
-    np.testing.assert_allclose(run(full, x, y, w)[0], run(lora, x, y, w)[0], atol=1e-5)
+    np.testing.assert_allclose(run(full, x, y, w)[0], run(lora, x, y, w)[0], rtol=1e-4, atol=1e-4)
 
 
 def test_lora_mixer_trains_softly_and_infers_with_few():
-    adapter, x, y, w = make(
-        name="lora_mixer", num_experts=4, num_experts_per_tok=2, balance_coef=1.0, entropy_coef=-0.5
-    )
+    settings = dict(name="lora_mixer", num_experts=4, num_experts_per_tok=2)
+    adapter, x, y, w = make(**settings, balance_coef=1.0, entropy_coef=-0.5)
     even = changed(adapter, router=np.zeros((8, 4)))
     _, aux = run(even, x, y, w)
     np.testing.assert_allclose(aux.losses["adapter_balance"], 1 / 4, rtol=1e-5)
@@ -175,7 +174,7 @@ def test_lora_mixer_trains_softly_and_infers_with_few():
     np.testing.assert_allclose(aux.stats["experts_per_token"].value(), 2)
     np.testing.assert_allclose(aux.stats["load"].total.sum(), T, rtol=1e-5)
     top = make(**settings, routing="hard_soft")[0]
-    np.testing.assert_allclose(run(top, x, y, w)[0], run(adapter, x, y, w, CTX.replace(train=False))[0], atol=1e-5)
+    np.testing.assert_allclose(run(top, x, y, w)[0], run(adapter, x, y, w, CTX.replace(train=False))[0], rtol=1e-4, atol=1e-4)
     # backwards it is soft: the router hears from experts that were not kept
     slope = lambda made: np.asarray(jax.grad(lambda v: call(changed(made, b=v), x, y, w, CTX)[0].sum())(made.b[...]))
     assert np.abs(slope(top)).sum() > 0
@@ -184,15 +183,15 @@ def test_lora_mixer_trains_softly_and_infers_with_few():
 def test_poly_and_its_heads():
     one, x, y, w = make(name="poly", num_skills=1, num_tasks=2)
     lora = changed(make(name="lora")[0], a=one.a[...], b=one.b[...])
-    np.testing.assert_allclose(run(one, x, y, w)[0], run(lora, x, y, w)[0], atol=1e-5)
+    np.testing.assert_allclose(run(one, x, y, w)[0], run(lora, x, y, w)[0], rtol=1e-4, atol=1e-4)
     poly = make(name="poly", num_skills=3, num_tasks=2)[0]
     heads = make(name="poly", num_skills=3, num_tasks=2, num_splits=2)[0]
     same = np.broadcast_to(np.asarray(poly.logits[...]), (2, 2, 3))
     heads = changed(heads, a=poly.a[...], b=poly.b[...], logits=same)
-    np.testing.assert_allclose(run(heads, x, y, w)[0], run(poly, x, y, w)[0], atol=1e-5)
+    np.testing.assert_allclose(run(heads, x, y, w)[0], run(poly, x, y, w)[0], rtol=1e-4, atol=1e-4)
     # a token of no task: the average of A and of B
     mean = changed(lora, a=poly.a[...].mean(0, keepdims=True), b=poly.b[...].mean(0, keepdims=True))
-    np.testing.assert_allclose(run(poly, x, y, w)[0][5], run(mean, x, y, w)[0][5], atol=1e-5)
+    np.testing.assert_allclose(run(poly, x, y, w)[0][5], run(mean, x, y, w)[0][5], rtol=1e-4, atol=1e-4)
     with pytest.raises(ConfigError, match="num_splits: 3 heads do not divide 8 dims of 'mixer.q'"):
         make(name="poly", num_splits=3)
 

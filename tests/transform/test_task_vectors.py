@@ -21,7 +21,7 @@ UP = "segments.0.blocks.0.ffn.experts.w_up"
 
 
 def loaded(values) -> Loaded:
-    return Loaded(P.replace(P.materialize(Decoder(CONFIG), 0), values), CONFIG, None)
+    return Loaded(P.materialize(Decoder(CONFIG), 0, given=values), CONFIG, None)
 
 
 @pytest.fixture(scope="module")
