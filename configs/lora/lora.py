@@ -6,7 +6,8 @@ Cost:     500 steps of 16 rows of 128 tokens
 Reaches:  see docs/zoo/lora.md
 Presets:  "" (the above), "tiny" (20 steps of few rows: seconds, for tests)
 
-The tasks are the data's domains: `--config.data.source=FILE`, records with `prompt`, `answer` and `domain`.
+The tasks are the data's domains: ten tasks on strings, or `--config.data.source=FILE`, records with `prompt`, `answer`
+and `domain`.
 `--config.model.adapters.target_modules="('mixer.*', 'ffn.*')"` takes other linear layers, by pattern.
 """
 
@@ -21,11 +22,11 @@ def get_config(arg: str = "") -> ConfigDict:
 
 FULL = {
     "model": {"adapters": {"name": "lora", "r": 16, "lora_alpha": 32.0}},
-    "data": {"source": "arithmetic", "seq_len": 128, "batch_size": 16, "eval_batch_size": 64},
+    "data": {"source": "tasks", "seq_len": 128, "batch_size": 16, "eval_batch_size": 64},
     "optim": {"name": "adamw", "learning_rate": 2e-3, "b2": 0.999, "weight_decay": 0.0, "warmup_steps": 20},
     "train": {"steps": 500},
     "checkpoint": {"every": 250},
-    "log": {"every": 20, "eval_every": 250, "eval_rows": 256, "sample_prompt": "417+86=", "sample_tokens": 8},
+    "log": {"every": 20, "eval_every": 250, "eval_rows": 256, "sample_prompt": "reverse:hello=", "sample_tokens": 8},
 }
 
 # the model is what a run without --init-from would have; only tests make one
@@ -37,7 +38,7 @@ TINY = FULL | {
         "attention": {"num_attention_heads": 2},
         "adapters": {"name": "lora", "r": 4, "lora_alpha": 8.0},
     },
-    "data": {"source": "arithmetic", "seq_len": 64, "batch_size": 8},
+    "data": {"source": "tasks", "seq_len": 64, "batch_size": 8},
     "optim": FULL["optim"] | {"learning_rate": 1e-2, "warmup_steps": 5},
     "train": {"steps": 20},
     "checkpoint": {"every": 10},

@@ -1,4 +1,4 @@
-"""LoRA-Mixer, first stage: an expert for each of three tasks, trained by their labels.
+"""LoRA-Mixer, first stage: an expert for each of ten tasks, trained by their labels.
 
 Command:  python scripts/train.py --config=configs/lora/lora_mixer.py --init-from=PATH --workdir=runs/lora_mixer
 Cost:     500 steps of 16 rows of 128 tokens
@@ -20,8 +20,8 @@ def get_config(arg: str = "") -> ConfigDict:
 
 ADAPTERS = {
     "name": "lora_mixer",
-    "num_experts": 3,
-    "r": 8,
-    "lora_alpha": 16.0,
+    "num_experts": 10,
+    "r": 4,
+    "lora_alpha": 8.0,
     "routing": "task",
 }

@@ -1,4 +1,4 @@
-"""Poly: three tasks mix the parameters of four skills.
+"""Poly: ten tasks mix the parameters of four skills.
 
 Command:  python scripts/train.py --config=configs/lora/poly.py --init-from=PATH --workdir=runs/poly
 Cost:     500 steps of 16 rows of 128 tokens
@@ -21,7 +21,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 ADAPTERS = {
     "name": "poly",
-    "num_tasks": 3,
+    "num_tasks": 10,
     "num_skills": 4,
     "r": 4,
     "lora_alpha": 4.0,
