@@ -21,10 +21,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from moe_zoo.adapters.experts import ExpertLora
 from moe_zoo.adapters.targets import AdapterConfig, Linear, check_patterns, linear_layers
 from moe_zoo.core.aux import Aux, Stat
 from moe_zoo.core.context import RoutingContext
 from moe_zoo.core.param import ByLayer, Constant, Frozen, Uniform, freeze, param
+from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import Choice
 from moe_zoo.layers.tap import below
 
@@ -81,6 +83,14 @@ class Adapter(nnx.Module):
     ) -> dict[str, np.ndarray]:
         """Values of one layer's variables that follow from experts that were trained before."""
         return {}
+
+    @classmethod
+    def beside_experts(cls, config: AdapterConfig, linear: Linear) -> ExpertLora:
+        """What acts beside a linear layer of a routed layer's experts; raises ConfigError if nothing of this kind."""
+        raise ConfigError(
+            f"model.adapters.target_modules: {linear.name!r} is of experts that are routed already; beside those "
+            "'lora' has one update for each"
+        )
 
     @classmethod
     def make_shared(
@@ -214,5 +224,8 @@ def add_adapters(
     for (block, _), found in zip(blocks, targets, strict=True):
         freeze(block)
         placed = [dataclasses.replace(one, place=names.index(one.name)) for one in found]
-        block.adapters = BlockAdapters({one.name: adapters.make(one) for one in placed})
+        block.adapters = BlockAdapters({one.name: adapters.make(one) for one in placed if not one.bank})
+        if banks := [one for one in placed if one.bank]:
+            made = {one.name: adapters.cls.beside_experts(adapters.config, one) for one in banks}
+            block.ffn.experts.adapters = nnx.Dict({n.rpartition(".")[2]: adapter for n, adapter in made.items()})
     return adapters.cls.make_shared(adapters.config, names, num_layers=num_layers, hidden_size=hidden_size)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moe_zoo.adapters.adapter import Adapter
+from moe_zoo.adapters.experts import ExpertLora
 from moe_zoo.adapters.targets import AdapterConfig, Linear
 from moe_zoo.core.param import Constant, param
 from moe_zoo.core.registry import ConfigError
@@ -36,6 +37,14 @@ class Lora(Adapter):
         super().__init__(config, linear)
         if config.use_dora:
             self.magnitude = param((linear.out_features,), (linear.axes[1],), Constant(0.0))
+
+    @classmethod
+    def beside_experts(cls, config: LoraConfig, linear: Linear) -> ExpertLora:
+        if config.use_dora or config.lora_dropout:
+            raise ConfigError(
+                f"model.adapters: {linear.name!r} is of routed experts; beside those there is neither DoRA nor dropout"
+            )
+        return ExpertLora(config, linear)
 
     def __call__(self, x_TD, y_TN, w_DN, ctx):
         if not self.config.use_dora:

@@ -20,6 +20,7 @@ from moe_zoo.core.schema import join, positive
 class Linear:
     """A linear layer y = x W of a block, stacked over `layers`: the name of its weight below the block, its sizes with
     the logical axes that they lie on, how many layers the model has, and its place among all names that have adapters.
+    `bank`: how many experts have one each; 0: it is no expert's.
     """
 
     name: str
@@ -29,6 +30,12 @@ class Linear:
     layers: tuple[int, ...] = (0,)
     num_layers: int = 1
     place: int = 0
+    bank: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight in one layer, with inputs and outputs flat."""
+        return (self.bank,) * bool(self.bank) + (self.in_features, self.out_features)
 
     def names(self) -> list[str]:
         """Its name in every layer of the stack."""
@@ -136,13 +143,17 @@ def linear_names(block, layers: tuple[int, ...]) -> list[str]:
 def linear_layers(block, layers: tuple[int, ...], num_layers: int) -> list[Linear]:
     """Every linear layer of a block that is not stacked yet, from what its parts say of themselves (`linears`)."""
     found = []
-    parts = [("mixer", block.mixer), ("ffn", block.ffn), ("ffn.shared", getattr(block.ffn, "shared", None))]
-    for prefix, part in parts:
+    parts = {"mixer": block.mixer, "ffn": block.ffn}
+    parts |= {f"ffn.{name}": getattr(block.ffn, name, None) for name in ("shared", "experts")}
+    for prefix, part in parts.items():
         for name, inputs in getattr(part, "linears", {}).items():
             if not hasattr(part, name):
                 continue
             var = getattr(part, name)
-            shape, axes = var.get_value().shape, var.logical_axes
+            shape, axes, bank = var.get_value().shape, var.logical_axes, 0
+            if prefix == "ffn.experts":
+                bank, shape, axes = shape[0], shape[1:], axes[1:]
             sizes = math.prod(shape[:inputs]), math.prod(shape[inputs:])
-            found.append(Linear(f"{prefix}.{name}", *sizes, (axes[0], axes[inputs]), tuple(layers), num_layers))
+            where = tuple(layers), num_layers
+            found.append(Linear(f"{prefix}.{name}", *sizes, (axes[0], axes[inputs]), *where, bank=bank))
     return found

@@ -39,6 +39,12 @@ class Block(nnx.Module):
         """Whether linear layers of it have adapters (`adapters.add_adapters`)."""
         return hasattr(self, "adapters")
 
+    def each_adapter(self) -> dict:
+        """By the path of the weight that it acts beside, below this block."""
+        bank = getattr(getattr(self.ffn, "experts", None), "adapters", {})
+        own = dict(self.adapters.items()) if self.adapted else {}
+        return own | {f"ffn.experts.{name}": adapter for name, adapter in bank.items()}
+
     @property
     def shows_attention(self) -> bool:
         """Whether the router asks to see what the mixer did."""

@@ -1,5 +1,6 @@
 """Parameters and FLOPs: one formula, used everywhere."""
 
+from moe_zoo.adapters.experts import ExpertLora
 from moe_zoo.adapters.targets import linear_names
 from moe_zoo.core import param as P
 from moe_zoo.models.decoder import Decoder
@@ -35,9 +36,8 @@ def count_adapters(model: Decoder) -> dict[str, int]:
     for _, block, layers in model.blocks():
         names = linear_names(block, layers)
         linear += len(names)
-        if block.adapted:
-            matched += sum(map(config.targets, names))
-            idle += sum(adapter.idle_parameters() for adapter in block.adapters.values())
+        matched += sum(map(config.targets, names))
+        idle += sum(adapter.idle_parameters() for adapter in block.each_adapter().values())
     return {"linear": linear, "matched": matched, "trainable": count_parameters(model)["trainable"] - idle}
 
 
@@ -58,8 +58,12 @@ def train_flops_per_token(
     `passes`: how often the objective runs the model on each token (`Objective.passes`).
     """
     rows = {path: block.ffn.router.rows_per_token(seq_len) for path, block, _ in model.routed()}
-    forward = model.flops_per_token((seq_len + 1) / 2, {**rows, **(rows_per_token or {})})
+    rows |= rows_per_token or {}
+    forward = model.flops_per_token((seq_len + 1) / 2, rows)
     if not model.config.adapted:
         return passes * 3 * forward
     adapters = sum(len(layers) * block.adapters.flops_per_token() for _, block, layers in model.blocks())
+    for path, block, layers in model.routed():
+        beside = [a for a in block.each_adapter().values() if isinstance(a, ExpertLora)]
+        adapters += len(layers) * rows[path] * sum(adapter.flops_per_row() for adapter in beside)
     return passes * (2 * forward + adapters)

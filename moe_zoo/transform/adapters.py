@@ -62,8 +62,12 @@ def unmerge(merged: Loaded, adapted: Loaded, weights: Sequence[float] | None = N
 def _check(loaded: Loaded, weights: Sequence[float] | None) -> None:
     if not loaded.config.adapted:
         raise ConfigError("the model has no adapters; see transform.add_adapters")
+    if loaded.model.quantized and any(".experts.adapters." in name for name in P.arrays(loaded.model)):
+        raise ConfigError(
+            "merge: experts were narrowed to int8, and what is beside them would be, too; load them whole"
+        )
     experts = {
-        adapter.num_experts for _, block, _ in adapted_blocks(loaded.model) for adapter in block.adapters.values()
+        adapter.num_experts for _, block, _ in adapted_blocks(loaded.model) for adapter in block.each_adapter().values()
     }
     if weights is None and experts != {1}:
         raise ConfigError(
@@ -83,11 +87,9 @@ def _changed(adapted: Loaded, values: Mapping[str, jax.Array], change: Callable)
     """`values` with every adapted layer's weight as `change(adapter, w [D, N])` makes it, in float32."""
     new = dict(values)
     for path, block, _ in adapted_blocks(adapted.model):
-        for name, adapter in block.adapters.items():
+        for name, adapter in block.each_adapter().items():
             w = values[f"{path}.{name}"]
-            flat = w.astype(jnp.promote_types(w.dtype, jnp.float32)).reshape(
-                w.shape[0], adapter.linear.in_features, adapter.linear.out_features
-            )
+            flat = w.astype(jnp.promote_types(w.dtype, jnp.float32)).reshape(w.shape[0], *adapter.linear.shape)
             new[f"{path}.{name}"] = jax.vmap(change)(adapter, flat).reshape(w.shape).astype(w.dtype)
     return new
 
@@ -97,5 +99,7 @@ def _rebuilt(loaded: Loaded, config: ModelConfig, values: Mapping[str, jax.Array
     where = next(iter(P.arrays(loaded.model).values())).sharding
     mesh = where.mesh if hasattr(where, "mesh") else make_mesh(devices=jax.local_devices()[:1])
     model = Decoder(config, loaded.model.mesh)
+    if loaded.model.quantized:
+        model.quantize_experts()
     put = lambda var, path, x: jax.device_put(x, sharding_of(mesh, var.logical_axes, x.shape, path))
     return dataclasses.replace(loaded, model=P.materialize(model, seed, put, values), config=config)

@@ -53,7 +53,9 @@ def save_adapter(loaded: Loaded, path: str | Path, expert: int = 0) -> None:
     of_name = {module.name: path for path, module in modules.items()}
     found, rslora, dora = {}, config.use_rslora, getattr(config, "use_dora", False)
     for block_path, block, layers in adapted_blocks(loaded.model):
-        for name, adapter in block.adapters.items():
+        for name, adapter in block.each_adapter().items():
+            if name not in block.adapters:
+                raise ConfigError(f"{name!r}: LoRA beside routed experts is not written for PEFT; merge it instead")
             if expert >= adapter.num_experts:
                 raise ConfigError(f"expert: {expert}, of {adapter.num_experts}")
             w = P.arrays(loaded.model)[f"{block_path}.{name}"]

@@ -42,8 +42,9 @@ def test_config_says_what_it_is_for(path):
     spec.loader.exec_module(module)
     for word in ("Command:", f"configs/lora/{path.name}", "Cost:", "Reaches:", "Presets:"):
         assert word in module.__doc__, word
+    base = BASE | ({"layers": "3*dense"} if path.stem == "mixlora" else {})
     for arg in ("", ":tiny"):
-        config = load_config(f"lora/{path.stem}{arg}", (), {"model": BASE, "data": {"tokenizer": "bytes"}})
+        config = load_config(f"lora/{path.stem}{arg}", (), {"model": base, "data": {"tokenizer": "bytes"}})
         assert config.model.adapted and config.model.hidden_size == 16
         Trainer(config, make_mesh(devices=jax.devices()[:1]), config.train.objective.make())
 
@@ -57,9 +58,9 @@ def test_only_adapters_train_and_the_run_opens_again(tmp_path, capsys, monkeypat
         loop.train(config, tmp_path / "none")
     run = loop.train(config, tmp_path / "run", begin_from=base)
     state, counts = run["state"], count_adapters(run["trainer"].abstract)
-    assert counts["matched"] == 12 and counts["linear"] == 12 + 9
+    assert counts["matched"] == 12 and counts["linear"] == 12 + 9 + 6
     said = " ".join(capsys.readouterr().out.split())
-    assert f"adapters mola beside 12 of 21 linear layers: {counts['trainable']:,} parameters train" in said
+    assert f"adapters mola beside 12 of 27 linear layers: {counts['trainable']:,} parameters train" in said
     assert "moments" in said and "expert_load" in (tmp_path / "run/metrics.jsonl").read_text()
     # bit for bit, weight decay and the balancing bias of the base's routers included
     assert set(base) == {n for n in state["frozen"] if ".adapters." not in n} and not state["buffers"]
@@ -86,7 +87,7 @@ def test_the_files_adapters_go_onto_the_given_model_and_overrides_onto_them():
 
 @pytest.mark.parametrize("settings, message", [
     ({"target_modules": ["self_attn.q_proj"]}, r"'self_attn.q_proj' matches no linear layer \(did you mean 'q'\?\)"),
-    ({"target_modules": ["mixer.*", "ffn.w_gat"]}, r"did you mean 'ffn.w_gate'.*there are ffn.shared.w_down, "),
+    ({"target_modules": ["mixer.*", "ffn.w_gat"]}, r"did you mean 'ffn.w_gate'.*there are ffn.experts.w_down, "),
     ({"layers_to_transform": [3]}, "layers_to_transform: 3; the model has layers 0 to 2"),
     ({"rank_pattern": {"mixer.z": 2}}, "rank_pattern: 'mixer.z' matches no linear layer"),
     ({"name": "mola", "experts_by_depth": [1, 2]}, "experts_by_depth: 1 experts, num_experts_per_tok=2 of them"),
@@ -102,9 +103,9 @@ def test_parameters_are_counted_as_far_as_they_move():
     count = lambda **adapters: count_adapters(Decoder(build(ModelConfig, {**BASE, "adapters": adapters}, "model")))
     D, F = 16, 16
     plain = count(name="lora", target_modules=["mixer.q", "ffn.w_up"], r=4)
-    assert plain == {"linear": 21, "matched": 4, "trainable": 4 * (3 * 2 * D + D + F)}
+    assert plain == {"linear": 27, "matched": 4, "trainable": 4 * (3 * 2 * D + D + F)}
     fewer = count(name="lora", target_modules=["mixer.q"], layers_to_transform=[2], r=4, rank_pattern={"layers.1.*": 8})
-    assert fewer == {"linear": 21, "matched": 1, "trainable": 4 * 2 * D}
+    assert fewer == {"linear": 27, "matched": 1, "trainable": 4 * 2 * D}
     mola = count(name="mola", target_modules=["mixer.q"], r=1, experts_by_depth=[2, 3, 4])
     assert mola["trainable"] == (2 + 3 + 4) * 3 * D
     assert count(name="lora", use_dora=True, target_modules=["mixer.q"], r=1)["trainable"] == 3 * 3 * D
