@@ -15,6 +15,7 @@ ADAPTERS = Registry(
         "mola": "moe_zoo.adapters.mola:Mola",
         "mole": "moe_zoo.adapters.mole:Mole",
         "none": "moe_zoo.adapters.none:NoAdapter",
+        "phatgoose": "moe_zoo.adapters.phatgoose:Phatgoose",
         "poly": "moe_zoo.adapters.poly:Poly",
         "smora": "moe_zoo.adapters.smora:Smora",
         "xlora": "moe_zoo.adapters.xlora:XLora",

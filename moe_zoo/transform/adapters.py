@@ -6,7 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from moe_zoo.adapters import ADAPTERS
+from moe_zoo.adapters.adapter import Adapter
 from moe_zoo.core import param as P
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import build, overlay, to_dict
@@ -103,3 +106,65 @@ def _rebuilt(loaded: Loaded, config: ModelConfig, values: Mapping[str, jax.Array
         model.quantize_experts()
     put = lambda var, path, x: jax.device_put(x, sharding_of(mesh, var.logical_axes, x.shape, path))
     return dataclasses.replace(loaded, model=P.materialize(model, seed, put, values), config=config)
+
+
+def join_experts(base: Loaded, models: Sequence[Loaded], adapters: str | Mapping[str, Any], *, seed: int = 0) -> Loaded:
+    """The base with a mixture whose experts are the one adapter of each of `models`, runs of ours beside that base.
+
+    Where the mixture's router has the shape of theirs side by side, it is theirs (PHATGOOSE's gates); else it is drawn
+    with `seed`. Smaller ranks are filled up with zeros; a linear layer that a model leaves out has no such expert.
+    Raises ConfigError for models with more than one expert, DoRA, or a mixture whose experts are no LoRAs.
+    """
+    settings = {"name": adapters} if isinstance(adapters, str) else dict(adapters)
+    if not getattr(ADAPTERS.get(settings.get("name", ""), "adapters.name"), "takes_loras", False):
+        raise ConfigError(f"adapters: the experts of {settings['name']!r} are no LoRAs of their own")
+    found = [_by_layer(model) for model in models]
+    if any(
+        not isinstance(a, Adapter) or a.num_experts > 1 or hasattr(a, "magnitude") for f in found for a in f.values()
+    ):
+        raise ConfigError("join_experts: expected plain LoRA, one beside each linear layer of no routed expert")
+    names = sorted({f"layers.{layer}.{name}" for one in found for layer, name in one})
+    rank = max(adapter.dims[1] for one in found for adapter in one.values())
+    settings |= {"num_experts": len(models), "target_modules": names, "r": rank}
+    made = add_adapters(base, settings, seed=seed)
+    values = P.arrays(made.model)
+    for path, block, layers in adapted_blocks(made.model):
+        for name in block.adapters:
+            prefix = f"{path}.adapters.{name}."
+            old = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+            rows = [_side_by_side([one.get((layer, name)) for one in found], old) for layer in layers]
+            for key in rows[0]:
+                array = np.stack([row[key] for row in rows]).astype(old[key].dtype)
+                values[prefix + key] = jax.device_put(array, old[key].sharding)
+    made.model = P.replace(made.model, values)
+    return made
+
+
+def _by_layer(model: Loaded) -> dict[tuple[int, str], Any]:
+    """(layer, linear layer) -> the adapter of that layer alone, where it does anything. Raises ConfigError if none."""
+    _check(model, None)
+    found = {}
+    for _, block, layers in adapted_blocks(model.model):
+        for name, adapter in block.each_adapter().items():
+            for row, layer in enumerate(layers):
+                one = jax.tree.map(lambda x, row=row: np.asarray(x[row]), adapter)
+                if one.scale[...].any():
+                    found[layer, name] = one
+    return found
+
+
+def _side_by_side(experts: Sequence[Adapter | None], old: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+    """One layer's arrays for a mixture of these, shaped as a layer of `old`: what each expert has, and their routers if
+    those are a column each.
+    """
+    there = {e: P.arrays(adapter) for e, adapter in enumerate(experts) if adapter is not None}
+    rows = {key: np.zeros(old[key].shape[1:], np.float32) for key in ("a", "b", "scale")}
+    for e, arrays in there.items():
+        for key, row in rows.items():
+            row[e, : arrays[key].shape[1]] = arrays[key][0]
+    column = old["router"].shape[1:-1] if "router" in old else None
+    if column and all("router" in arrays and arrays["router"].shape == (*column, 1) for arrays in there.values()):
+        rows["router"] = np.zeros(old["router"].shape[1:], np.float32)
+        for e, arrays in there.items():
+            rows["router"][:, e] = arrays["router"][:, 0]
+    return rows

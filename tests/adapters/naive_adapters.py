@@ -103,6 +103,19 @@ def arrow_gates(x_D, p, settings, task):
     return out / out.sum()
 
 
+def sigmoid_gates(x_D, p, settings, task):
+    return 1 / (1 + np.exp(-x_D @ p["router"]))
+
+
+def standard_gates(x_D, p, settings, task):
+    standard = lambda v: (v - v.mean()) / np.sqrt(v.var() + 1e-5)
+    scores = np.array([standard(x_D) @ standard(v) for v in p["router"].T]) / np.sqrt(len(x_D))
+    probs = probabilities(scores, p)
+    kept = sorted(range(len(probs)), key=lambda e: (-probs[e], e))[: settings.num_experts_per_tok]
+    out = np.where(np.isin(range(len(probs)), kept), probs, 0)
+    return out / out.sum()
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """Settings of an entry; its gates for one token, or what it adds, if that is no sum over gates. `own_feed_forward`:
@@ -144,6 +157,10 @@ CASES = {
         {"name": "xlora", "num_experts": 3, "layerwise_scalings": True, "freeze_experts": False}, given_gates
     ),
     "arrow": Case({"name": "arrow", "num_experts": 3, "num_experts_per_tok": 2, "freeze_experts": False}, arrow_gates),
+    "phatgoose_gate": Case({"name": "phatgoose"}, sigmoid_gates),
+    "phatgoose": Case(
+        {"name": "phatgoose", "stage": "route", "num_experts": 3, "freeze_experts": False}, standard_gates
+    ),
     "poly": Case({"name": "poly", "num_tasks": 2, "num_skills": 3}, adds=merged_skills),
     "mhr": Case({"name": "poly", "num_tasks": 2, "num_skills": 3, "num_splits": 2}, adds=merged_skills),
 }

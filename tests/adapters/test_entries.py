@@ -16,6 +16,7 @@ from moe_zoo.core.context import RoutingContext
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import build_choice
 from moe_zoo.layers.mlp import MLP
+from moe_zoo.models import Decoder
 
 T = 6
 CTX = RoutingContext(batch=2, seq=3, domain=np.array([0, 0, 0, 1, 1, -1], np.int32), train=True)
@@ -237,3 +238,33 @@ def test_xlora_mixes_as_its_classifier_says_of_the_base_and_decodes():
     for _ in range(3):
         text = np.concatenate([text, np.asarray(jax.jit(lambda i: model(i)[0])(text))[:, -1:].argmax(-1)], axis=1)
     np.testing.assert_array_equal(generate(model, [IDS[0, :3]], 3, temperature=0.0)[0], text[0, 3:])
+
+
+def test_gates_that_were_learned_alone_become_the_router():
+    """Two runs of PHATGOOSE's first stage, joined: experts and gates side by side; a layer that one leaves out."""
+    from moe_zoo.inference import Loaded
+    from moe_zoo.transform import add_adapters, join_experts
+
+    base = Loaded(P.materialize(Decoder(BASE), 0), BASE, None)
+    learned = []
+    for seed, settings in enumerate([{"r": 2, "target_modules": ["q", "v"]}, {"r": 3, "layers_to_transform": [1]}]):
+        made = add_adapters(base, {"name": "phatgoose", "target_modules": ["q"], **settings})
+        rng, values = np.random.default_rng(seed), P.arrays(made.model)
+        for name in [n for n in values if n.endswith((".a", ".b", ".router"))]:
+            values[name] = jnp.float32(rng.standard_normal(values[name].shape))
+        made.model = P.replace(made.model, values)
+        learned.append(made)
+    joined = join_experts(base, learned, {"name": "phatgoose", "stage": "route"})
+    values, prefix = P.arrays(joined.model), "segments.0.blocks.0.adapters.mixer"
+    assert joined.config.adapters.config.num_experts == 2
+    live = lambda name: (np.asarray(values[f"{prefix}.{name}.scale"]) != 0).any(-1).tolist()
+    assert live("q") == [[True, False], [True, True]] and live("v") == [[True, False], [True, False]]
+    for e, (model, R) in enumerate(zip(learned, (2, 3))):
+        own = P.arrays(model.model)
+        np.testing.assert_array_equal(values[f"{prefix}.q.a"][1, e, :R], own[f"{prefix}.q.a"][1, 0])
+        np.testing.assert_array_equal(values[f"{prefix}.q.router"][1, :, e], own[f"{prefix}.q.router"][1, :, 0])
+    assert not np.asarray(values[f"{prefix}.q.b"])[1, 0, 2:].any()
+    drawn = join_experts(base, learned, "mole")
+    assert np.asarray(P.arrays(drawn.model)[f"{prefix}.q.router"]).shape[1:] == (2, 12, 2)
+    with pytest.raises(ConfigError, match="experts of 'smora' are no LoRAs of their own"):
+        join_experts(base, learned, "smora")
