@@ -15,8 +15,12 @@ from moe_zoo.train.config import extend
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    changes = {"model": {"adapters": ADAPTERS}} | ({} if arg else {"train": {"steps": 100}})
-    return ConfigDict(extend(f"lora/lora:{arg}", changes))
+    return ConfigDict(extend(f"lora/lora:{arg}", TINY if arg else FULL))
 
 
-ADAPTERS = {"name": "phatgoose", "stage": "gate", "r": 16, "lora_alpha": 32.0}
+# rank and alpha are those of lora.py
+FULL = {
+    "model": {"adapters": {"name": "phatgoose", "stage": "gate", "r": 16, "lora_alpha": 32.0}},
+    "train": {"steps": 100},
+}
+TINY = {"model": {"adapters": {"name": "phatgoose", "stage": "gate", "r": 4, "lora_alpha": 8.0}}}

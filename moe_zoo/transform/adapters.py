@@ -10,6 +10,7 @@ import numpy as np
 
 from moe_zoo.adapters import ADAPTERS
 from moe_zoo.adapters.adapter import Adapter
+from moe_zoo.adapters.targets import AdapterConfig
 from moe_zoo.core import param as P
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import build, overlay, to_dict
@@ -138,6 +139,21 @@ def join_experts(base: Loaded, models: Sequence[Loaded], adapters: str | Mapping
                 values[prefix + key] = jax.device_put(array, old[key].sharding)
     made.model = P.replace(made.model, values)
     return made
+
+
+def average_skills(loaded: Loaded) -> Loaded:
+    """The model with plain LoRA whose A and B are the averages of `poly`'s skills: where MHR-mu begins on a new task.
+
+    Averages of A and of B, not of their products. Raises ConfigError for other adapters.
+    """
+    if loaded.config.adapters.name != "poly":
+        raise ConfigError(f"average_skills: expected adapters 'poly', got {loaded.config.adapters.name!r}")
+    own = {field.name for field in dataclasses.fields(AdapterConfig)}
+    settings = {key: value for key, value in to_dict(loaded.config.adapters).items() if key in own}
+    config = build(ModelConfig, overlay(to_dict(loaded.config), {"adapters": {"name": "lora", **settings}}), "model")
+    averaged = lambda n, x: x.mean(1, keepdims=True) if n.endswith((".a", ".b")) else x[:, :1]
+    values = {n: averaged(n, x) if ".adapters." in n else x for n, x in P.arrays(loaded.model).items()}
+    return _rebuilt(loaded, config, values)
 
 
 def _by_layer(model: Loaded) -> dict[tuple[int, str], Any]:

@@ -199,6 +199,19 @@ def test_poly_and_its_heads():
         make(name="poly", num_splits=3)
 
 
+def test_averaged_skills_are_what_a_new_task_begins_from():
+    from moe_zoo.inference import Loaded
+    from moe_zoo.transform import average_skills
+
+    poly = P.replace(adapted("mhr"), {n: jnp.asarray(v) for n, v in trained("mhr").items()})
+    mu = average_skills(Loaded(poly, poly.config, None))
+    assert mu.config.adapters.name == "lora" and mu.config.adapters.config.r == 3
+    logits = jax.jit(lambda model: model(IDS)[0])  # no task is known
+    np.testing.assert_allclose(logits(mu.model), logits(poly), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ConfigError, match="expected adapters 'poly', got 'lora'"):
+        average_skills(mu)
+
+
 def test_stacked_buffers_move_once_a_step_and_are_the_adapters_own():
     model = P.replace(adapted("smora"), {n: jnp.asarray(v) for n, v in trained("smora").items()})
     domain = np.zeros(IDS.shape, np.int32)
