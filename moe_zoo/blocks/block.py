@@ -9,12 +9,15 @@ import dataclasses
 
 import jax
 from flax import nnx
+from jaxtyping import Array
 
+from moe_zoo.adapters.adapter import Tapped
 from moe_zoo.blocks.chain import Chain
 from moe_zoo.blocks.moe import MoE
-from moe_zoo.core.aux import Aux
+from moe_zoo.core.aux import Aux, Stat
 from moe_zoo.core.context import RoutingContext
 from moe_zoo.layers.attention import View
+from moe_zoo.layers.tap import below
 
 
 class Block(nnx.Module):
@@ -60,6 +63,17 @@ class Block(nnx.Module):
         return hasattr(self, "ffn") and isinstance(self.ffn, MoE)
 
     @property
+    def adapted(self) -> bool:
+        """Whether linear layers of it have adapters (`adapters.add_adapters`)."""
+        return hasattr(self, "adapters")
+
+    def each_adapter(self) -> dict:
+        """By the path of the weight that it acts beside, below this block."""
+        bank = getattr(getattr(getattr(self, "ffn", None), "experts", None), "adapters", {})
+        own = dict(self.adapters.items()) if self.adapted else {}
+        return own | {f"ffn.experts.{name}": adapter for name, adapter in bank.items()}
+
+    @property
     def shows_attention(self) -> bool:
         """Whether the router asks to see what the mixer did."""
         return self.routed and "attention" in self.ffn.router.requires
@@ -72,39 +86,55 @@ class Block(nnx.Module):
 
     def __call__(self, x, view: View, ctx: RoutingContext, cache: dict | None = None, at=None):
         """Returns (x, Aux, cache, carry of the router)."""
-        x, mixer_cache, attention = self._mix(x, view, ctx, cache, at)
-        if not hasattr(self, "ffn"):
-            return x, Aux(), None if cache is None else {"mixer": mixer_cache}, ctx.carry
-        with jax.named_scope("ffn"):
-            x, seen = self._before(self.ffn_norm, x)
-            if not self.routed:
-                y, aux, carry, router_cache = self.ffn(seen), Aux(), ctx.carry, None
-            else:
-                y, aux, router_cache, carry = self._route(seen, ctx, cache, attention)
-            y = self._after("ffn", y)
-            x = self._add(x, y) if self.outer_residual else y
+        tapped = Tapped(self.adapters, ctx) if self.adapted else None
+        x, mixer_cache, attention = self._mix(x, view, ctx, cache, at, tapped)
+        aux, carry, router_cache = Aux(), ctx.carry, None
+        if hasattr(self, "ffn"):
+            with jax.named_scope("ffn"):
+                x, seen = self._before(self.ffn_norm, x)
+                if self.routed:
+                    y, aux, router_cache, carry = self._route(seen, ctx, cache, attention, tapped)
+                else:
+                    y = self.ffn(seen) if tapped is None else self.adapters.feed_forward(self.ffn, seen, tapped)
+                y = self._after("ffn", y)
+                x = self._add(x, y) if self.outer_residual else y
+        if tapped is not None:
+            aux = aux | tapped.aux(self._prefix)
         if cache is None:
             return x, aux, None, carry
         new = {"mixer": mixer_cache, "router": router_cache} if self.routed else {"mixer": mixer_cache}
         return x, aux, new, carry
 
-    def _mix(self, x, view: View, ctx: RoutingContext, cache, at):
+    @property
+    def _prefix(self) -> str:
+        """Of the names of the adapters' statistics: the plain ones are a routed layer's."""
+        return "adapter_" if self.routed else ""
+
+    def after_step(self, stats: dict[str, Stat]) -> dict[str, Array]:
+        """New buffer values, keyed by their path below this block. A base that is frozen has none."""
+        if not self.adapted:
+            return {f"ffn.{name}": value for name, value in self.ffn.after_step(stats).items()}
+        own = {name.removeprefix(self._prefix): s for name, s in stats.items() if name.startswith(self._prefix)}
+        return {f"adapters.{name}": value for name, value in self.adapters.after_step(own).items()}
+
+    def _mix(self, x, view: View, ctx: RoutingContext, cache, at, tapped: Tapped | None):
         """(x with the mixer's branch, the mixer's cache, what it compared if the router asks for it)."""
         if not self.mixes:
             return x, None, None
+        taps = {} if tapped is None or not self.mixer.linears else {"tap": below("mixer", tapped)}
         with jax.named_scope("mixer"):
             mixer = self.mixer.observed if self.shows_attention else self.mixer
             x, seen = self._before(self.mixer_norm, x)
             view = dataclasses.replace(view, layer=ctx.layer)
-            y, mixer_cache, *attention = mixer(seen, view, None if cache is None else cache["mixer"], at)
+            y, mixer_cache, *attention = mixer(seen, view, None if cache is None else cache["mixer"], at, **taps)
         return self._add(x, self._after("mixer", y)), mixer_cache, attention[0] if attention else None
 
-    def _route(self, x, ctx: RoutingContext, cache, attention):
+    def _route(self, x, ctx: RoutingContext, cache, attention, tapped: Tapped | None):
         """(experts' output, Aux, the router's cache, carry of all routers)."""
         name, depth = self.ffn.router_name, ctx.carry
         router_cache = None if cache is None else cache["router"]
         mine = ctx.replace(cache=router_cache, carry=depth.get(name), shared=ctx.shared.get(name), attention=attention)
-        y, aux, routing = self.ffn(x, mine)
+        y, aux, routing = self.ffn(x, mine, **({} if tapped is None else {"tap": below("ffn", tapped)}))
         return y, aux, routing.cache, {**depth, name: routing.carry} if name in depth else depth
 
     def _before(self, norm, x):
@@ -125,6 +155,7 @@ class Block(nnx.Module):
 
     def flops_per_token(self, context: float, rows_per_token: float | None = None) -> float:
         flops = self.mixer.flops_per_token(context) if self.mixes else 0
+        flops += self.adapters.flops_per_token() if self.adapted else 0
         if self.routed:
             return flops + self.ffn.flops_per_token(rows_per_token) + self.ffn.router.context_flops(context)
         return flops + (self.ffn.flops_per_token() if hasattr(self, "ffn") else 0)

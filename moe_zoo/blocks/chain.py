@@ -23,6 +23,7 @@ from moe_zoo.core.aux import Aux, Stat, merge_stats
 from moe_zoo.core.context import Routing, RoutingContext
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import join, positive
+from moe_zoo.layers.tap import Tap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,14 +66,16 @@ class Chain(MoE):
         C = self.chain.iterations
         return [self.router, *(later.router for later in self.later)] if hasattr(self, "later") else [self.router] * C
 
-    def __call__(self, x_BSD: Float[Array, "B S D"], ctx: RoutingContext) -> tuple[Float[Array, "B S D"], Aux, Routing]:
+    def __call__(
+        self, x_BSD: Float[Array, "B S D"], ctx: RoutingContext, tap: Tap | None = None
+    ) -> tuple[Float[Array, "B S D"], Aux, Routing]:
         if "given" in ctx.inputs and self.chain.iterations > 1:
             raise ValueError(f"a given decision says nothing about {self.chain.iterations} iterations of one layer")
         auxes, loads = [], []
         for i, router in enumerate(self.routers()):
             key = ctx.key if ctx.key is None or i == 0 else jax.random.fold_in(ctx.key, i)
             with jax.named_scope(f"iteration_{i}"):
-                y_BSD, aux, routing = self.once(router, x_BSD, ctx.replace(key=key))
+                y_BSD, aux, routing = self.once(router, x_BSD, ctx.replace(key=key), tap)
             x_BSD = x_BSD + y_BSD if self.chain.inner_residual else y_BSD
             ctx = ctx.replace(carry=routing.carry)
             auxes.append(aux)

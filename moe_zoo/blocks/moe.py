@@ -17,6 +17,7 @@ from moe_zoo.core.decision import Decision, Dense, ExpertChoice, Soft, TokenChoi
 from moe_zoo.core.param import Constant, fan_in, param
 from moe_zoo.core.schema import Choice
 from moe_zoo.layers.mlp import MLP, FeedForwardConfig
+from moe_zoo.layers.tap import Tap, below
 from moe_zoo.routing.router import Dims
 
 
@@ -66,17 +67,20 @@ class MoE(nnx.Module):
         if config.sum_bias:
             self.sum_bias = param((D,), ("embed",), Constant(0.0))
 
-    def __call__(self, x_BSD: Float[Array, "B S D"], ctx: RoutingContext) -> tuple[Float[Array, "B S D"], Aux, Routing]:
-        return self.once(self.router, x_BSD, ctx)
+    def __call__(
+        self, x_BSD: Float[Array, "B S D"], ctx: RoutingContext, tap: Tap | None = None
+    ) -> tuple[Float[Array, "B S D"], Aux, Routing]:
+        """Output, Aux, Routing. `tap`: what is made of every linear layer's output in the shared expert."""
+        return self.once(self.router, x_BSD, ctx, tap)
 
-    def once(self, router, x_BSD: Float[Array, "B S D"], ctx: RoutingContext):
+    def once(self, router, x_BSD: Float[Array, "B S D"], ctx: RoutingContext, tap: Tap | None = None):
         """The layer with a router that is given: output, Aux, Routing."""
         x_TD = x_BSD.reshape(-1, self.hidden_size)
         with jax.named_scope("router"):
             routing = self._route(router, x_TD, ctx)
         y_TD, moved = self.dispatch(x_TD, routing.decision, self.experts, ctx)
         if hasattr(self, "shared"):
-            y_TD = y_TD + self._shared(x_TD)
+            y_TD = y_TD + self._shared(x_TD, tap)
         if hasattr(self, "sum_bias"):
             y_TD = y_TD + self.sum_bias[...].astype(y_TD.dtype)
         if routing.copy is not None:
@@ -96,8 +100,8 @@ class MoE(nnx.Module):
         routing = router(x_TD, ctx)
         return dataclasses.replace(routing, decision=routing.decision.masked(ctx.valid))
 
-    def _shared(self, x_TD):
-        y_TD = self.shared(x_TD)
+    def _shared(self, x_TD, tap: Tap | None):
+        y_TD = self.shared(x_TD, None if tap is None else below("shared", tap))
         if hasattr(self, "shared_gate"):
             y_TD = y_TD * jax.nn.sigmoid(x_TD @ self.shared_gate[...].astype(x_TD.dtype))
         return y_TD

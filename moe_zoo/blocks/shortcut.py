@@ -8,6 +8,7 @@ What experts return is added a block later, so that their communication has the 
 
 import jax
 
+from moe_zoo.adapters.adapter import Tapped
 from moe_zoo.blocks.block import Block
 from moe_zoo.core.context import RoutingContext
 from moe_zoo.layers.attention import View
@@ -25,14 +26,17 @@ class Shortcut(Block):
 
     def __call__(self, x, view: View, ctx: RoutingContext, cache: dict | None = None, at=None):
         """Returns (x, Aux, cache, carry of the router)."""
-        x, mixer_cache, attention = self._mix(x, view, ctx, cache, at)
+        tapped = Tapped(self.adapters, ctx) if self.adapted else None
+        x, mixer_cache, attention = self._mix(x, view, ctx, cache, at, tapped)
         x, u = self._before(self.ffn_norm, x)
         with jax.named_scope("ffn"):
-            routed, aux, router_cache, carry = self._route(u, ctx, cache, attention)
+            routed, aux, router_cache, carry = self._route(u, ctx, cache, attention, tapped)
             x = self._add(x, self._after("ffn", self.dense(u)))
         with jax.named_scope("second"):
             x, _, second, _ = self.second(x, view, ctx, None if cache is None else cache["second"], at)
         x = self._add(x, routed)
+        if tapped is not None:
+            aux = aux | tapped.aux(self._prefix)
         new = None if cache is None else {"mixer": mixer_cache, "router": router_cache, "second": second}
         return x, aux, new, carry
 

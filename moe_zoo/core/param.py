@@ -65,6 +65,19 @@ class Identity:
         return self.scale * np.eye(*shape, dtype=np.float32)
 
 
+@dataclasses.dataclass(frozen=True)
+class ByLayer:
+    """Values that are given, those of layer `layers[i]` being `values[i]`: an array [layers, *shape]."""
+
+    layers: tuple[int, ...]
+    values: np.ndarray = dataclasses.field(compare=False)
+
+    def at(self, name: str) -> Callable:
+        """The initializer of the parameter with this per-layer name."""
+        row = self.layers.index(int(name.split(".")[1]))
+        return lambda rng, shape: self.values[row].reshape(shape)
+
+
 def fan_in(size: int, scale: float = 1.0) -> Normal:
     """Normal with std = scale / sqrt(size): keeps the variance of `x @ W` at scale^2 times that of x."""
     return Normal(scale / math.sqrt(size))
@@ -111,6 +124,14 @@ def stack(block, layer_ids: tuple[int, ...]):
     return nnx.merge(graphdef, nnx.from_flat_state(new))
 
 
+def freeze(module) -> None:
+    """Makes every parameter and buffer of the module `Frozen`, in place: nothing moves it."""
+    for _, part in nnx.iter_modules(module):
+        for name, var in list(vars(part).items()):
+            if isinstance(var, nnx.Variable) and not isinstance(var, Frozen):
+                setattr(part, name, Frozen(var.get_value(), **var.get_metadata()))
+
+
 def layer_names(model) -> dict[str, tuple[str, ...]]:
     """Our stacked path -> one name per layer (`layers.7.ffn.router.kernel`); unstacked variables map to themselves.
 
@@ -143,5 +164,6 @@ def materialize(
 
 
 def _stream(seed: int, name: str, init, shape) -> np.ndarray:
+    init = init.at(name) if isinstance(init, ByLayer) else init
     key = int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=16).digest(), "little")
     return np.asarray(init(np.random.Generator(np.random.Philox(key=key)), shape))

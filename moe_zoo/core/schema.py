@@ -114,12 +114,16 @@ def build_choices(registry: Registry, values, path: str) -> tuple[Choice, ...]:
 
 
 def to_dict(built) -> dict:
-    """The inverse of `build`: plain nested dicts and lists that JSON can hold, every default written out."""
+    """The inverse of `build`: plain nested dicts and lists that JSON can hold, every default written out; but of a
+    field whose metadata says "silent": then settings written before there was such a field are what they are now.
+    """
     if isinstance(built, Choice):
         return {"name": built.name, **to_dict(built.config)}
     result = {}
     for field in dataclasses.fields(built):
         value = getattr(built, field.name)
+        if field.metadata.get("silent") and value == field.default_factory():
+            continue
         if isinstance(value, tuple) and field.metadata.get("many"):
             result[field.name] = {c.name: to_dict(c.config) for c in value}
         elif isinstance(value, Choice) or dataclasses.is_dataclass(value):

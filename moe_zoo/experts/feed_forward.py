@@ -15,6 +15,8 @@ class FeedForward(nnx.Module):
     """E feed-forward networks of width F: SwiGLU by default, GELU or ReLU with or without a gate."""
 
     Config = FeedForwardConfig
+    #: its linear layers -> how many dims of one expert's weight are inputs
+    linears = {"w_gate": 1, "w_up": 1, "w_down": 1}
     #: variables that are added to a sum over the hidden width, which may be split over devices
     after_sum = ("b_down",)
 
@@ -68,7 +70,7 @@ class FeedForward(nnx.Module):
 
     def routed(self, x_TD: Float[Array, "T D"], plan) -> Float[Array, "T D"]:
         """Sums each token's experts by a ragged RowPlan; tokens without a row come out zero."""
-        if not self.config.plain:
+        if not self._fused:
             return plan.combine(self._general_rows(plan.gather(x_TD), plan.group_sizes))
         return ops.routed_ffn(
             x_TD,
@@ -83,7 +85,7 @@ class FeedForward(nnx.Module):
 
     def batched(self, x_ECD: Float[Array, "E C D"]) -> Float[Array, "E C D"]:
         """The same number of rows for every expert."""
-        if not self.config.plain:
+        if not self._fused:
             return self._general(x_ECD, self._wide(x_ECD.dtype), lambda x, w: x @ w, lambda b_EX: b_EX[:, None])
         return ffn(x_ECD, *self._wide(x_ECD.dtype), self.config.activation)
 
@@ -98,17 +100,26 @@ class FeedForward(nnx.Module):
         )
         return jnp.where(jnp.arange(x_RD.shape[0])[:, None] < end_E[-1], y_RD, 0)
 
+    @property
+    def _fused(self) -> bool:
+        """Whether it is the formula of the fused kernels: no biases, limits, or adapters (`adapters.experts`)."""
+        return self.config.plain and not hasattr(self, "adapters")
+
     def _general(self, x, weights, multiply, spread):
-        """The formula with biases and limits; `spread` lays one vector per expert along the rows of x."""
+        """The formula with biases, limits and adapters; `spread` lays one vector per expert along the rows of x."""
         gate, up, down = weights
+        adapters = getattr(self, "adapters", {})
 
         def affine(x, w, name):
             y = multiply(x, w)
-            return y + spread(getattr(self, name)[...].astype(x.dtype)) if self.config.bias else y
+            if f"w_{name}" in adapters:
+                y = y + adapters[f"w_{name}"](x, multiply)
+            return y + spread(getattr(self, f"b_{name}")[...].astype(x.dtype)) if self.config.bias else y
 
-        gate = affine(x, gate, "b_gate") if self.config.gated else None
-        return affine(self.config.hidden(gate, affine(x, up, "b_up")), down, "b_down")
+        gate = affine(x, gate, "gate") if self.config.gated else None
+        return affine(self.config.hidden(gate, affine(x, up, "up")), down, "down")
 
     def flops_per_row(self) -> int:
         """Forward; multiply-adds count two."""
-        return self.config.flops(*self.dims[1:])
+        adapters = sum(adapter.flops_per_row() for adapter in getattr(self, "adapters", {}).values())
+        return self.config.flops(*self.dims[1:]) + adapters

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from moe_zoo.checkpoints import hf
+from moe_zoo.checkpoints import CheckpointError, hf
 from moe_zoo.inference.loaded import Loaded
 
 
@@ -13,6 +13,11 @@ def save_hf(loaded: Loaded, path: str | Path) -> str:
     the family that has its settings. Returns the name of its class. Raises CheckpointError when there is none, naming
     what does not fit.
     """
+    if loaded.config.adapted:
+        raise CheckpointError(
+            "published models have no adapters: transform.merge puts them into the weights, transform.save_adapter "
+            "writes them by themselves"
+        )
     tokens = {}
     if not loaded.published and loaded.tokenizer is not None:
         ids = {f"{kind}_token_id": getattr(loaded.tokenizer, f"{kind}_id") for kind in ("bos", "eos", "pad")}

@@ -21,6 +21,7 @@ from moe_zoo.core.sight import Sight
 from moe_zoo.layers.attend import attend, attend_causally
 from moe_zoo.layers.norm import NORMS, rms
 from moe_zoo.layers.rope import Angles, RopeScaling, angles, rotate
+from moe_zoo.layers.tap import Tap, untouched
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +176,8 @@ class Attention(nnx.Module):
     """Softmax attention with its own cache."""
 
     Config = AttentionConfig
+    #: its linear layers -> how many dims of the weight are inputs
+    linears = {"q": 1, "k": 1, "v": 1, "o": 2}
 
     def __init__(self, config: AttentionConfig, *, hidden_size: int, out_scale: float):
         D, N = hidden_size, config.num_attention_heads
@@ -223,15 +226,21 @@ class Attention(nnx.Module):
             "valid": jnp.zeros((batch, max_seq), bool),
         }
 
-    def __call__(self, x_BSD: Float[Array, "B S D"], view: View, cache: dict | None = None, at=None):
-        """Returns (output, cache). With a cache, the S new tokens are written at index `at` and see all before them."""
-        return self.observed(x_BSD, view, cache, at)[:2]
+    def __call__(
+        self, x_BSD: Float[Array, "B S D"], view: View, cache: dict | None = None, at=None, tap: Tap = untouched
+    ):
+        """Returns (output, cache). With a cache, the S new tokens are written at index `at` and see all before them.
+        `tap`: what is made of every linear layer's output.
+        """
+        return self.observed(x_BSD, view, cache, at, tap)[:2]
 
-    def observed(self, x_BSD: Float[Array, "B S D"], view: View, cache: dict | None = None, at=None):
+    def observed(
+        self, x_BSD: Float[Array, "B S D"], view: View, cache: dict | None = None, at=None, tap: Tap = untouched
+    ):
         """Returns (output, cache, AttentionView): as a call, with what was compared and mixed."""
         D, N, M, H = self.dims
         B, S, _ = x_BSD.shape
-        q_BNSH, k_BMSH, v_BMSH = self._project(x_BSD)
+        q_BNSH, k_BMSH, v_BMSH = self._project(x_BSD, tap)
         q_BNSH, k_BMSH = self._position(q_BNSH, k_BMSH, view)
         if cache is not None:
             cache = self._append(cache, k_BMSH, v_BMSH, view, at)
@@ -239,11 +248,11 @@ class Attention(nnx.Module):
         sight = self._sight(view, cache, at)
         out_BNSH = self._mix(q_BNSH, k_BMSH, v_BMSH, sight)
         o = self.o[...].astype(x_BSD.dtype).reshape(N * H, D)
-        out = out_BNSH.transpose(0, 2, 1, 3).reshape(B * S, N * H)
+        mixed = out_BNSH.transpose(0, 2, 1, 3).reshape(B * S, N * H)
         if self.config.output_gate:
             gate = x_BSD.reshape(B * S, D) @ self.gate[...].astype(x_BSD.dtype).reshape(D, N * H)
-            out = out * jax.nn.sigmoid(gate)
-        out = (out @ o).reshape(B, S, D)
+            mixed = mixed * jax.nn.sigmoid(gate)
+        out = tap("o", mixed, mixed @ o, o).reshape(B, S, D)
         seen = self._seen(q_BNSH, k_BMSH, v_BMSH, out, sight)
         if self.config.output_bias:
             out = out + self.o_bias[...].astype(out.dtype)
@@ -265,12 +274,16 @@ class Attention(nnx.Module):
         scale = q.shape[-1] ** -0.5 if self.config.softmax_scale is None else self.config.softmax_scale
         return AttentionView(q * scale, k, v, self.o[...], out, sight, self.config.sliding_window)
 
-    def _project(self, x_BSD):
+    def _project(self, x_BSD, tap: Tap):
         """q, k, v by one dot on flat tokens: a CPU core reaches its peak only on wide matrices."""
         D, N, M, H = self.dims
         B, S, _ = x_BSD.shape
-        w = jnp.concatenate([p[...].reshape(D, -1).astype(x_BSD.dtype) for p in (self.q, self.k, self.v)], axis=1)
-        qkv = x_BSD.reshape(B * S, D) @ w
+        weights = [p[...].reshape(D, -1).astype(x_BSD.dtype) for p in (self.q, self.k, self.v)]
+        x_TD = x_BSD.reshape(B * S, D)
+        qkv = x_TD @ jnp.concatenate(weights, axis=1)
+        if tap is not untouched:
+            parts = jnp.split(qkv, [N * H, (N + M) * H], axis=-1)
+            qkv = jnp.concatenate([tap(n, x_TD, y, w) for n, y, w in zip("qkv", parts, weights)], axis=-1)
         if self.config.qkv_bias:
             qkv = qkv + jnp.concatenate([b[...] for b in (self.q_bias, self.k_bias, self.v_bias)]).astype(qkv.dtype)
         if self.config.clip_qkv is not None:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 import pallas_kernels as ops
 from moe_zoo.core.param import Constant, Normal, fan_in, param
 from moe_zoo.layers.attention import Attention, AttentionConfig, View
+from moe_zoo.layers.tap import Tap, untouched
 
 
 class HeadExperts(Attention):
@@ -40,7 +41,11 @@ class HeadExperts(Attention):
         E, K = self.choices
         return {"q": K / E, "o": K / E}
 
-    def observed(self, x_BSD: Float[Array, "B S D"], view: View, cache: dict | None = None, at=None):
+    linears = {}  # none that adapters could act beside
+
+    def observed(
+        self, x_BSD: Float[Array, "B S D"], view: View, cache: dict | None = None, at=None, tap: Tap = untouched
+    ):
         """Returns (output, cache, None): there is no single output projection to show."""
         (D, N, M, H), (E, K) = self.dims, self.choices
         B, S, _ = x_BSD.shape

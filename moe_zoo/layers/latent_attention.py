@@ -14,12 +14,14 @@ from moe_zoo.core.param import fan_in, param
 from moe_zoo.layers.attention import Attention, AttentionConfig, RotaryKey, View
 from moe_zoo.layers.norm import RMSNorm
 from moe_zoo.layers.rope import rotate
+from moe_zoo.layers.tap import Tap, untouched
 
 
 class LatentAttention(Attention):
     """Softmax attention over keys and values from a latent; queries from one too, if `q_lora_rank` is given."""
 
     Config = AttentionConfig
+    linears = {"q": 1, "q_a": 1, "q_b": 1, "kv_a": 1, "kv_b": 1, "o": 2}
 
     def __init__(self, config: AttentionConfig, *, hidden_size: int, out_scale: float):
         D, N, c = hidden_size, config.num_attention_heads, config.latent
@@ -51,13 +53,15 @@ class LatentAttention(Attention):
             "valid": jnp.zeros((batch, max_seq), bool),
         }
 
-    def observed(self, x_BSD: Float[Array, "B S D"], view: View, cache: dict | None = None, at=None):
+    def observed(
+        self, x_BSD: Float[Array, "B S D"], view: View, cache: dict | None = None, at=None, tap: Tap = untouched
+    ):
         """Returns (output, cache, AttentionView), as `Attention`."""
         c, sin_cos = self.config.latent, view.rotary[self.rotary_key]
         turn = lambda x: rotate(x, sin_cos, self.config.rope_interleaved)
-        q = self._queries(x_BSD) * c.q_scale
+        q = self._queries(x_BSD, tap) * c.q_scale
         q = jnp.concatenate([q[..., : c.qk_nope_head_dim], turn(q[..., c.qk_nope_head_dim :])], -1)
-        both = x_BSD @ self.kv_a[...].astype(x_BSD.dtype)
+        both = self._linear("kv_a", x_BSD, tap)
         latent = self.kv_norm(both[..., : c.kv_lora_rank]) * c.kv_scale
         rotated = turn(both[:, None, :, c.kv_lora_rank :])[:, 0]
         if cache is not None:
@@ -66,25 +70,32 @@ class LatentAttention(Attention):
             write = lambda old, value: jax.lax.dynamic_update_slice_in_dim(old, value.astype(old.dtype), at, 1)
             cache = {name: write(old, new[name]) for name, old in cache.items()}
             latent, rotated = (cache[name].astype(q.dtype) for name in ("latent", "rotated"))
-        k, v = self._expand(latent, rotated)
+        k, v = self._expand(latent, rotated, tap)
         sight = self._sight(view, cache, at)
         out = self._mix(q, k, v, sight)
-        out = jnp.einsum("bnsh,nhd->bsd", out, self.o[...].astype(out.dtype))
+        B, N, S, V = out.shape
+        out = self._linear("o", out.transpose(0, 2, 1, 3).reshape(B, S, N * V), tap)
         return out, cache, self._seen(q, k, v, out, sight)
 
-    def _queries(self, x_BSD):
+    def _queries(self, x_BSD, tap: Tap):
+        H = self.dims[3]
         if not self.config.latent.q_lora_rank:
-            return jnp.einsum("bsd,dnh->bnsh", x_BSD, self.q[...].astype(x_BSD.dtype))
-        latent = self.q_norm(x_BSD @ self.q_a[...].astype(x_BSD.dtype))
-        return jnp.einsum("bsr,rnh->bnsh", latent, self.q_b[...].astype(x_BSD.dtype))
+            return _heads(self._linear("q", x_BSD, tap), H)
+        return _heads(self._linear("q_b", self.q_norm(self._linear("q_a", x_BSD, tap)), tap), H)
 
-    def _expand(self, latent_BLR, rotated_BLr):
+    def _expand(self, latent_BLR, rotated_BLr, tap: Tap):
         """Keys and values of every head."""
-        N, nope = self.dims[1], self.config.latent.qk_nope_head_dim
-        both = jnp.einsum("blr,rnh->bnlh", latent_BLR, self.kv_b[...].astype(latent_BLR.dtype))
+        N, c = self.dims[1], self.config.latent
+        nope = c.qk_nope_head_dim
+        both = _heads(self._linear("kv_b", latent_BLR, tap), nope + c.v_head_dim)
         B, _, L, _ = both.shape
         shared = jnp.broadcast_to(rotated_BLr[:, None], (B, N, L, rotated_BLr.shape[-1]))
         return jnp.concatenate([both[..., :nope], shared], -1), both[..., nope:]
+
+    def _linear(self, name: str, x, tap: Tap):
+        """x [..., in] through the weight of that name, its dims flat."""
+        w = getattr(self, name)[...].astype(x.dtype).reshape(x.shape[-1], -1)
+        return tap(name, x, x @ w, w)
 
     def flops_per_token(self, context: float) -> float:
         """Projections, scores and mixing over `context` visible keys on average. Forward; multiply-adds count two."""
@@ -93,3 +104,8 @@ class LatentAttention(Attention):
         queries = c.q_lora_rank * (D + N * H) if c.q_lora_rank else D * N * H
         keys = D * (c.kv_lora_rank + c.qk_rope_head_dim) + c.kv_lora_rank * N * (c.qk_nope_head_dim + c.v_head_dim)
         return 2 * (queries + keys + N * c.v_head_dim * D) + 2 * N * (H + c.v_head_dim) * self._visible(context)
+
+
+def _heads(x_BSX: Float[Array, "B S NH"], H: int) -> Float[Array, "B N S H"]:
+    B, S, _ = x_BSX.shape
+    return x_BSX.reshape(B, S, -1, H).transpose(0, 2, 1, 3)

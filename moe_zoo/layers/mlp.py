@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_zoo.core.param import Constant, fan_in, param
+from moe_zoo.layers.tap import Tap, untouched
 from pallas_kernels.expert_ffn.activations import hidden
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"]
@@ -50,6 +51,9 @@ def ffn(x, w_gate, w_up, w_down, activation: str):
 class MLP(nnx.Module):
     """SwiGLU by default."""
 
+    #: its linear layers -> how many dims of the weight are inputs
+    linears = {"w_gate": 1, "w_up": 1, "w_down": 1}
+
     def __init__(self, config: FeedForwardConfig, *, hidden_size: int, intermediate_size: int, out_scale: float):
         D, F = hidden_size, intermediate_size
         self.config, self.dims = config, (D, F)
@@ -63,19 +67,28 @@ class MLP(nnx.Module):
             self.b_up = param((F,), ("mlp",), Constant(0.0))
             self.b_down = param((D,), ("embed",), Constant(0.0))
 
-    def __call__(self, x):
-        if not self.config.plain:
-            return self._general(x)
+    def __call__(self, x, tap: Tap | None = None):
+        """`tap`: what is made of every linear layer's output."""
+        if tap is not None or not self.config.plain:
+            return self._general(x, tap or untouched)
         gate = self.w_gate[...].astype(x.dtype) if self.config.gated else None
         return ffn(x, gate, self.w_up[...].astype(x.dtype), self.w_down[...].astype(x.dtype), self.config.activation)
 
-    def _general(self, x):
-        def affine(x, name):
-            y = x @ getattr(self, f"w_{name}")[...].astype(x.dtype)
-            return y + getattr(self, f"b_{name}")[...].astype(x.dtype) if self.config.bias else y
+    def _general(self, x, tap: Tap):
+        return self.last(self.config.hidden(*self.first(x, tap)), tap)
 
-        gate = affine(x, "gate") if self.config.gated else None
-        return affine(self.config.hidden(gate, affine(x, "up")), "down")
+    def first(self, x, tap: Tap = untouched):
+        """(gate, up): the hidden layer's pre-activations; no gate is None."""
+        return self._affine(x, "gate", tap) if self.config.gated else None, self._affine(x, "up", tap)
+
+    def last(self, hidden, tap: Tap = untouched):
+        """The output from the hidden layer."""
+        return self._affine(hidden, "down", tap)
+
+    def _affine(self, x, name: str, tap: Tap):
+        w = getattr(self, f"w_{name}")[...].astype(x.dtype)
+        y = tap(f"w_{name}", x, x @ w, w)
+        return y + getattr(self, f"b_{name}")[...].astype(x.dtype) if self.config.bias else y
 
     def flops_per_token(self) -> int:
         return self.config.flops(*self.dims)

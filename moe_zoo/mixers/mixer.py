@@ -4,7 +4,7 @@ B batch, S sequence, D model.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,8 @@ class Mixer(nnx.Module):
 
     #: angles that it rotates by: none
     rotary_key = None
+    #: linear layers that adapters can act beside: none
+    linears: ClassVar[dict[str, int]] = {}
 
     def init_cache(self, batch: int, max_seq: int, dtype) -> dict:
         """The state before the first token."""

@@ -15,10 +15,11 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from moe_zoo.adapters import ADAPTERS
 from moe_zoo.blocks.chain import ChainConfig
 from moe_zoo.blocks.moe import MoEConfig
 from moe_zoo.core.registry import ConfigError, nearest
-from moe_zoo.core.schema import Choice, build, choice, choices, join, overlay, positive, to_dict
+from moe_zoo.core.schema import Choice, build, build_choice, choice, choices, join, overlay, positive, to_dict
 from moe_zoo.dispatch import DISPATCHERS
 from moe_zoo.experts import EXPERTS
 from moe_zoo.layers.attention import AttentionConfig
@@ -32,7 +33,7 @@ from moe_zoo.routing import ROUTERS
 KINDS = ("dense", "moe", "shortcut", "mixer")
 _WHOLE_MODEL = (
     "vocab_size", "hidden_size", "layers", "ngram", "tie_word_embeddings", "lm_head_bias", "embedding_multiplier",
-    "logits_scaling", "dtype", "remat", "variants",
+    "logits_scaling", "adapters", "dtype", "remat", "variants",
 )  # fmt: skip
 
 
@@ -47,6 +48,7 @@ class ModelConfig:
     multiplied, logits divided by the three numbers that Granite has for it.
     `mixer` is what mixes tokens: "attention", with the settings of `attention`, or a recurrent state with its own.
     `chain` repeats the routed layer on its own output (Chain-of-Experts).
+    `adapters` act beside linear layers; with any, they alone are trained.
     `dtype` is the compute type; parameters, router, softmax and losses are float32. `remat`: what the backward pass
     recomputes: nothing ("none"), all but matrix products ("dots"), or whole blocks ("block").
     """
@@ -69,6 +71,9 @@ class ModelConfig:
     experts: Choice = choice(EXPERTS, "feed_forward")
     dispatch: Choice = choice(DISPATCHERS, "dropless")
     losses: tuple[Choice, ...] = choices(LOSSES, {"load_balance": {"coef": 0.01}, "z_loss": {"coef": 0.001}})
+    adapters: Choice = dataclasses.field(
+        default_factory=lambda: build_choice(ADAPTERS, "none", ""), metadata={"registry": ADAPTERS, "silent": True}
+    )
     norm: NormKind = "rms"
     norm_eps: float = 1e-6
     norm_placement: Literal["pre", "post", "both", "stream"] = "pre"
@@ -169,6 +174,11 @@ class ModelConfig:
     def _changed(self, base: str, settings: Mapping[str, Any], where: str) -> "ModelConfig":
         changed = {**to_dict(self), "layers": f"1*{base}", "variants": {}}
         return build(ModelConfig, overlay(changed, settings), where)
+
+    @property
+    def adapted(self) -> bool:
+        """Whether there are adapters, beside a base that is frozen."""
+        return self.adapters.name != "none"
 
     def moe(self) -> MoEConfig:
         return MoEConfig(

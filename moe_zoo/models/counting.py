@@ -1,5 +1,7 @@
 """Parameters and FLOPs: one formula, used everywhere."""
 
+from moe_zoo.adapters.experts import ExpertLora
+from moe_zoo.adapters.targets import linear_names
 from moe_zoo.core import param as P
 from moe_zoo.models.decoder import Decoder
 
@@ -31,6 +33,19 @@ def count_parameters(model: Decoder, trainable=None) -> dict[str, int]:
     return {"total": sum(size.values()), "active": sum(active.values()), "trainable": sum(size[n] for n in trainable)}
 
 
+def count_adapters(model: Decoder) -> dict[str, int]:
+    """{"linear", "matched", "trainable"}: linear layers, those of them that have an adapter, and the trained numbers
+    that take part: ranks and experts that a layer does not have are stored beside those of others, and never move.
+    """
+    config, linear, matched, idle = model.config.adapters.config, 0, 0, 0
+    for _, block, layers in model.blocks():
+        names = linear_names(block, layers)
+        linear += len(names)
+        matched += sum(map(config.targets, names))
+        idle += sum(adapter.idle_parameters() for adapter in block.each_adapter().values())
+    return {"linear": linear, "matched": matched, "trainable": count_parameters(model)["trainable"] - idle}
+
+
 def router_parameters(model: Decoder) -> int:
     """Parameters that are the routers', of all layers together: frozen ones, and what the routers share, included."""
     own = lambda name: ".router." in name or name.startswith("shared.")
@@ -40,11 +55,20 @@ def router_parameters(model: Decoder) -> int:
 def train_flops_per_token(
     model: Decoder, seq_len: int, rows_per_token: dict[str, float] | None = None, passes: int = 1
 ) -> float:
-    """Active FLOPs to train on one token of rows of `seq_len`: forward and twice that for the backward pass.
+    """Active FLOPs to train on one token of rows of `seq_len`: forward and twice that for the backward pass; beside
+    adapters, whose base has no gradient of its own, once that, and once more the adapters.
 
     A token sees (seq_len + 1) / 2 keys on average; recomputation (remat) and the optimizer are not counted.
     `rows_per_token`: as measured, by the path of the stacked block; for other blocks what their routers say.
     `passes`: how often the objective runs the model on each token (`Objective.passes`).
     """
     rows = {path: block.ffn.router.rows_per_token(seq_len) for path, block, _ in model.routed()}
-    return passes * 3 * model.flops_per_token((seq_len + 1) / 2, {**rows, **(rows_per_token or {})})
+    rows |= rows_per_token or {}
+    forward = model.flops_per_token((seq_len + 1) / 2, rows)
+    if not model.config.adapted:
+        return passes * 3 * forward
+    adapters = sum(len(layers) * block.adapters.flops_per_token() for _, block, layers in model.blocks())
+    for path, block, layers in model.routed():
+        beside = [a for a in block.each_adapter().values() if isinstance(a, ExpertLora)]
+        adapters += len(layers) * rows[path] * sum(adapter.flops_per_row() for adapter in beside)
+    return passes * (2 * forward + adapters)

@@ -14,13 +14,14 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from moe_zoo.adapters.adapter import add_adapters
 from moe_zoo.blocks.block import Block
 from moe_zoo.blocks.chain import Chain, ChainConfig
 from moe_zoo.blocks.moe import MoE
 from moe_zoo.blocks.shortcut import Shortcut
 from moe_zoo.core.aux import Aux, Stat, is_stat
 from moe_zoo.core.context import PROVIDABLE, RoutingContext
-from moe_zoo.core.param import stack
+from moe_zoo.core.param import freeze, stack
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.layers.attention import RotaryKey, View
 from moe_zoo.layers.embedding import Embedding, Head
@@ -82,14 +83,21 @@ class Decoder(nnx.Module):
         for segment in config.segments():
             P, R = len(segment.pattern), segment.repeats
             ids = [tuple(first + r * P + p for r in range(R)) for p in range(P)]
-            blocks = [make_block(config.variant(kind), kind, config) for kind in segment.pattern]
-            segments.append(SegmentBlocks([stack(block, layers) for block, layers in zip(blocks, ids)], ids))
+            segments.append(([make_block(config.variant(kind), kind, config) for kind in segment.pattern], ids))
             first += P * R
-        self.segments = nnx.List(segments)
         self.shared = nnx.Dict(shared_modules(config))
         self.norm = NORMS[config.norm](D, config.norm_eps)
         if not config.tie_word_embeddings:
             self.head = Head(config.vocab_size, D, config.lm_head_bias)
+        if config.adapted:
+            freeze(self)
+            blocks = [pair for blocks, ids in segments for pair in zip(blocks, ids, strict=True)]
+            deciding = add_adapters(config.adapters, blocks, num_layers=config.num_layers, hidden_size=D)
+            if deciding is not None:
+                self.adapters = deciding
+        self.segments = nnx.List(
+            SegmentBlocks([stack(block, layers) for block, layers in zip(blocks, ids)], ids) for blocks, ids in segments
+        )
 
     def __call__(
         self,
@@ -133,9 +141,13 @@ class Decoder(nnx.Module):
         dtype = jnp.dtype(self.config.dtype)
         view = View(positions, segment_ids, valid).with_rotary(self._rotary_keys(), dtype)
         x, ngram_cache = self._embed(tokens, positions, cache, dtype)
-        state = _Run(x, ctx, view, cache, at, inputs or {})
-        for index, segment in enumerate(self.segments):
-            state.run_segment(index, segment, self.config.remat if train else "none")
+        first_cache = None
+        if self.two_passes:
+            first = {**shared, "adapters": self.adapters.first()}
+            passed = self._layers(x, ctx.replace(shared=first), view, cache, "first", inputs)
+            ctx = ctx.replace(shared={**shared, "adapters": self.adapters.second(self.norm(passed.x))})
+            first_cache = passed.caches
+        state = self._layers(x, ctx, view, cache, "segments", inputs)
         x = self.norm(state.x[:, -1:] if last else state.x)
         logits = self.embed.attend(x) if self.config.tie_word_embeddings else self.head(x)
         if self.config.logits_scaling != 1.0:
@@ -144,7 +156,20 @@ class Decoder(nnx.Module):
         new_cache = None
         if cache is not None:
             new_cache = {"at": at + S, "ngram": ngram_cache, "shared": shared_cache, "segments": state.caches}
+            new_cache |= {"first": first_cache} if self.two_passes else {}
         return logits.astype(wide), ModelAux(state.losses, state.layers), new_cache
+
+    def _layers(self, x, ctx: RoutingContext, view: View, cache, key: str, inputs) -> "_Run":
+        """All segments, one after the other, with the caches that are `cache[key]`."""
+        state = _Run(x, ctx, view, None if cache is None else cache[key], ctx.at, inputs or {})
+        for index, segment in enumerate(self.segments):
+            state.run_segment(index, segment, self.config.remat if ctx.train else "none")
+        return state
+
+    @property
+    def two_passes(self) -> bool:
+        """Whether adapters want a first pass to decide by (X-LoRA)."""
+        return hasattr(self, "adapters")
 
     def set_layers_apart(self) -> None:
         """Cuts the stacked layers into segments of one repeat each. The arrays are copies, and every path changes.
@@ -169,14 +194,18 @@ class Decoder(nnx.Module):
         segments = [[one(block, segment.repeats) for block in segment.blocks] for segment in self.segments]
         ngram = self.ngram.init_cache(batch) if self.config.ngram.orders else None
         shared = {name: module.init_cache(batch, max_seq) for name, module in self.shared.items()}
-        return {"at": jnp.zeros((), jnp.int32), "ngram": ngram, "shared": shared, "segments": segments}
+        cache = {"at": jnp.zeros((), jnp.int32), "ngram": ngram, "shared": shared, "segments": segments}
+        return cache | ({"first": segments} if self.two_passes else {})
+
+    def blocks(self):
+        """(path, stacked block, layer ids) of every block."""
+        for s, segment in enumerate(self.segments):
+            for p, block in enumerate(segment.blocks):
+                yield f"segments.{s}.blocks.{p}", block, segment.layer_ids[p]
 
     def routed(self):
         """(path, stacked block, layer ids) of every routed block."""
-        for s, segment in enumerate(self.segments):
-            for p, block in enumerate(segment.blocks):
-                if block.routed:
-                    yield f"segments.{s}.blocks.{p}", block, segment.layer_ids[p]
+        return (found for found in self.blocks() if found[1].routed)
 
     def quantize_experts(self) -> bool:
         """Declares the matrices of all routed experts as int8, before there are values. Whether there are any."""
@@ -205,9 +234,10 @@ class Decoder(nnx.Module):
     def after_step(self, stats: dict[str, dict[str, Stat]]) -> dict[str, Array]:
         """New buffer values by path, from the step's statistics per stacked block."""
         new = {}
-        for path, block, _ in self.routed():
-            values = jax.vmap(lambda ffn, s: ffn.after_step(s))(block.ffn, stats[path])
-            new.update({f"{path}.ffn.{name}": value for name, value in values.items()})
+        for path, block, _ in self.blocks():
+            if path in stats:
+                values = jax.vmap(lambda block, s: block.after_step(s))(block, stats[path])
+                new.update({f"{path}.{name}": value for name, value in values.items()})
         return new
 
     def _embed(self, tokens, positions, cache, dtype):
@@ -242,12 +272,14 @@ class Decoder(nnx.Module):
         `rows_per_token`: measured expert rows per token of each routed stacked block, where compute is dynamic.
         """
         rows = rows_per_token or {}
-        flops = 2.0 * self.config.hidden_size * self.config.vocab_size
-        flops += sum(module.flops_per_token(context) for module in self.shared.values())
+        flops = 0.0
         for s, segment in enumerate(self.segments):
             for p, block in enumerate(segment.blocks):
                 flops += segment.repeats * block.flops_per_token(context, rows.get(f"segments.{s}.blocks.{p}"))
-        return flops
+        if self.two_passes:
+            flops = 2 * flops + self.adapters.flops_per_token()
+        flops += sum(module.flops_per_token(context) for module in self.shared.values())
+        return flops + 2.0 * self.config.hidden_size * self.config.vocab_size
 
 
 def shared_modules(config: ModelConfig) -> dict[str, Shared]:
@@ -322,14 +354,14 @@ class _Run:
     """One forward pass: what goes from segment to segment."""
 
     def __init__(self, x, ctx: RoutingContext, view: View, cache, at, inputs):
-        self.x, self.ctx, self.view, self.cache, self.at, self.inputs = x, ctx, view, cache, at, inputs
+        self.x, self.ctx, self.view, self.cached, self.at, self.inputs = x, ctx, view, cache, at, inputs
         self.losses, self.layers, self.caches = {}, {}, []
 
     def run_segment(self, index: int, segment: SegmentBlocks, remat: str) -> None:
         blocks = list(segment.blocks)
         ids = [jnp.asarray(ids, jnp.int32) for ids in segment.layer_ids]
         inputs = [jax.tree.map(lambda a, i=i: a[i], self.inputs) for i in ids]
-        caches = None if self.cache is None else self.cache["segments"][index]
+        caches = None if self.cached is None else self.cached[index]
 
         def body(carry, xs):
             x, depth = carry

@@ -24,6 +24,7 @@ DEFAULT_RULES: Mapping[str, tuple[str, ...]] = {
     "expert": ("expert",),
     "expert_mlp": ("tensor",),
     "expert_logits": (),
+    "adapter": (),
 }
 
 

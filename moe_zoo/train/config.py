@@ -24,7 +24,7 @@ from moe_zoo.train.objective import OBJECTIVES
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """`source`: "embedded", "arithmetic", a file or a folder (`moe_zoo.data.load_corpus`). `fractions`: train,
+    """`source`: "embedded", "arithmetic", "tasks", a file or a folder (`moe_zoo.data.load_corpus`). `fractions`: train,
     validation, test, by document.
 
     `eval_stride`: evaluation windows of seq_len overlap so that every scored token sees at least seq_len - eval_stride
@@ -226,12 +226,16 @@ def load_config(spec: str, overrides: Sequence[tuple[str, str]] = (), given: Map
     """`"configs/quickstart.py:tiny"` and `[("optim.learning_rate", "3e-4")]` -> Config.
 
     `given`: `{"model": settings, "data": {"tokenizer": ...}}` of a model to begin from. It takes the place of the
-    file's model section and of those keys of other sections; overrides come after it.
+    file's model section, but for the adapters that the file puts on it, and of those keys of other sections; overrides
+    come after it.
     Raises ConfigError for a missing file, an unknown preset, key or value; always one line.
     """
     tree = dict(read_config_file(spec))
     for section, values in (given or {}).items():
-        tree[section] = values if section == "model" else {**tree.get(section, {}), **values}
+        own = tree.get(section, {})
+        tree[section] = (
+            {**values, **{k: own[k] for k in own if k == "adapters"}} if section == "model" else own | values
+        )
     config = config_from_dict(tree)
     if not overrides:
         return config
@@ -272,9 +276,10 @@ def _run_config_file(path: Path, take: Callable[[types.ModuleType], Any]) -> Any
 
 
 def known_configs() -> dict[str, Path]:
-    """{bare name: file} of the configs that come with the project."""
+    """{bare name: file} of the configs that come with the project; of one in a folder `FOLDER/NAME`."""
     folders = [Path(__file__).parents[2] / "configs", Path(__file__).parents[1] / "configs"]
-    return {p.stem: p for folder in folders if folder.is_dir() for p in sorted(folder.glob("*.py"))}
+    files = [(p.relative_to(folder), p) for folder in folders if folder.is_dir() for p in sorted(folder.rglob("*.py"))]
+    return {name.with_suffix("").as_posix(): path for name, path in files}
 
 
 def find_config(name: str) -> Path:
@@ -283,9 +288,11 @@ def find_config(name: str) -> Path:
     if path.is_file():
         return path
     known = known_configs()
-    if path.stem in known and path.suffix in ("", ".py"):
-        return known[path.stem]
-    raise ConfigError(f"no config file {name!r}{nearest(path.stem, known)}; known: {', '.join(known)}")
+    bare = path.with_suffix("").as_posix().removeprefix("configs/")
+    for stem in (bare, path.stem):
+        if stem in known and path.suffix in ("", ".py"):
+            return known[stem]
+    raise ConfigError(f"no config file {name!r}{nearest(bare, known)}; known: {', '.join(known)}")
 
 
 def preset(name: str, presets: Mapping[str, object]):

@@ -16,14 +16,14 @@ import moe_zoo
 from moe_zoo.checkpoints import CheckpointError, Checkpoints
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.data import DataError, load_corpus, load_tokenizer, split, train_iterator
-from moe_zoo.models.counting import count_parameters
+from moe_zoo.models.counting import count_adapters, count_parameters
 from moe_zoo.sharding import batch_sharding, make_mesh
 from moe_zoo.train import distributed
 from moe_zoo.train.config import Config
 from moe_zoo.train.evaluate import evaluate
 from moe_zoo.train.guard import explain
 from moe_zoo.train.log_writers import JsonlWriter, TensorBoardWriter, Writer, Writers
-from moe_zoo.train.memory import check_memory
+from moe_zoo.train.memory import check_memory, group_bytes
 from moe_zoo.train.metrics import first_non_finite, flatten
 from moe_zoo.train.progress import Progress
 from moe_zoo.train.step import Trainer
@@ -86,6 +86,11 @@ def train(
             step = latest
             _go_on(data, watch, meta, checkpoints.path / str(latest) / "meta")
         else:
+            if config.model.adapted and begin_from is None:
+                raise ConfigError(
+                    f"model.adapters: {config.model.adapters.name!r} acts beside a trained model, and there is none to "
+                    "begin from: --init-from=PATH, of a run or a published directory"
+                )
             counts = parts["train"].token_counts(config.model.vocab_size)
             state = trainer.init_state(counts, begin_from, corpus.domains)
         distributed.main_only(lambda: write_settings(workdir, config, corpus.fingerprint))
@@ -98,7 +103,7 @@ def train(
         speed = lambda: watch.steps_per_second * tokens_per_step
         tokens_per_step = config.data.batch_size * config.data.seq_len
         stats = None
-        layer_ids = {path: ids for path, _, ids in trainer.abstract.routed()}
+        layer_ids = {path: ids for path, _, ids in trainer.abstract.blocks()}
         saved = step
 
         def save():
@@ -208,6 +213,8 @@ def announce(progress: Progress, trainer: Trainer, parts, step: int, begin_from)
         f"{counts['trainable']:,} trained; router {config.model.router.name}, "
         f"{config.model.num_experts} experts, layers {config.model.layers}"
     )
+    if config.model.adapted:
+        progress.print(describe_adapters(trainer))
     trained = sum(parts["train"].trained_bytes_per_domain().values())
     answers = "" if parts["train"].trained is None else f"; trained on the answers, {trained / 1e6:.1f} MB"
     size = {name: part.num_bytes.sum() / 1e6 for name, part in parts.items()}
@@ -223,6 +230,18 @@ def announce(progress: Progress, trainer: Trainer, parts, step: int, begin_from)
     where += f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     begin = f"goes on from step {step}" if step else "starts"
     progress.print(f"{begin} on {where}, jax {jax.__version__}; the first step compiles")
+
+
+def describe_adapters(trainer: Trainer) -> str:
+    """How many layers matched, what trains, and the memory of it."""
+    counts, size = count_adapters(trainer.abstract), group_bytes(trainer)
+    share = counts["trainable"] / count_parameters(trainer.abstract)["total"]
+    memory = ", ".join(f"{value / 2**20:,.2f} MiB {name}" for name, value in size.items())
+    name = trainer.config.model.adapters.name
+    return (
+        f"adapters {name} beside {counts['matched']} of {counts['linear']} linear layers: {counts['trainable']:,} "
+        f"parameters train ({share:.2%}); memory: {memory}"
+    )
 
 
 def plural(n: int, noun: str) -> str:

@@ -19,6 +19,14 @@ def state_bytes(trainer: Trainer) -> dict[jax.Device, int]:
     return per_device
 
 
+def group_bytes(trainer: Trainer) -> dict[str, int]:
+    """Bytes of all devices together: {"frozen", "trained", "moments"}."""
+    state = trainer.abstract_state()
+    size = lambda tree: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    frozen = size(state["frozen"]) + size(state["buffers"])
+    return {"frozen": frozen, "trained": size(state["trainable"]), "moments": size(state["opt"])}
+
+
 def check_memory(trainer: Trainer) -> None:
     """Raises ConfigError when weights, moments and gradients alone exceed the memory of a device, or of the host."""
     needed = state_bytes(trainer)

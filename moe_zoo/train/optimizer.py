@@ -66,7 +66,7 @@ def is_matrix(name: str, axes: tuple) -> bool:
 
 
 def _own_axes(axes: tuple) -> list[int]:
-    return [i for i, axis in enumerate(axes) if axis not in ("layers", "expert", "channels")]
+    return [i for i, axis in enumerate(axes) if axis not in ("layers", "expert", "adapter", "channels")]
 
 
 def _optax_optimizer(config: OptimConfig, decay: dict[str, bool]) -> optax.GradientTransformation:

@@ -1,0 +1,28 @@
+"""Poly: ten tasks mix the parameters of four skills.
+
+Command:  python scripts/train.py --config=configs/lora/poly.py --init-from=PATH --workdir=runs/poly
+Cost:     500 steps of 16 rows of 128 tokens
+Reaches:  see docs/zoo/poly.md
+Presets:  "" (the above), "tiny" (20 steps of few rows: seconds, for tests)
+
+MHR: `--config.model.adapters.num_splits=4`.
+"""
+
+from ml_collections import ConfigDict
+
+from moe_zoo.train.config import extend
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    return ConfigDict(
+        extend(f"lora/lora:{arg}", {"model": {"adapters": ADAPTERS}, "optim": {"lr_scales": ["*.logits=100"]}})
+    )
+
+
+ADAPTERS = {
+    "name": "poly",
+    "num_tasks": 10,
+    "num_skills": 4,
+    "r": 4,
+    "lora_alpha": 4.0,
+}
