@@ -13,6 +13,7 @@ from moe_zoo.blocks.moe import MoE
 from moe_zoo.core import param as P
 from moe_zoo.core.aux import Stat
 from moe_zoo.core.registry import ConfigError
+from moe_zoo.layers.attention import View
 from moe_zoo.models.counting import count_parameters, router_parameters
 from moe_zoo.sharding import MeshConfig, make_mesh
 
@@ -146,7 +147,7 @@ def test_without_outer_residual_the_stream_is_the_normed_one():
         block = P.replace(block, {n: 0 * v if n.endswith("w_down") else v for n, v in P.arrays(block).items()})
         block.mixer = lambda x, view, cache, at: (jnp.zeros_like(x), cache)
         x = normal(5, 1, T, D)
-        outputs[outer] = block(x, None, context(T))[0]
+        outputs[outer] = block(x, View(jnp.zeros(x.shape[:2], jnp.int32)), context(T))[0]
         normed = block.ffn_norm(x)
     np.testing.assert_allclose(outputs[False], normed, atol=1e-6)
     np.testing.assert_allclose(outputs[True], x + normed, atol=1e-6)
