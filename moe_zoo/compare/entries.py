@@ -9,6 +9,7 @@ from typing import Any
 
 from moe_zoo.compare.claims import Claim, Reference
 from moe_zoo.core.registry import ConfigError, nearest
+from moe_zoo.models.config import is_routed
 from moe_zoo.train.config import (
     Config,
     config_file_value,
@@ -203,7 +204,7 @@ def _cost(config: Config, width: int | None, by: str) -> float:
 
 
 def _width_key(config: Config) -> str:
-    routed = any(kind.partition(":")[0] == "moe" for s in config.model.segments() for kind in s.pattern)
+    routed = any(is_routed(kind) for s in config.model.segments() for kind in s.pattern)
     return "moe_intermediate_size" if routed else "intermediate_size"
 
 

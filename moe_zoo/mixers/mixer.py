@@ -55,6 +55,8 @@ class Mixer(nnx.Module):
     rotary_key = None
     #: linear layers that adapters can act beside: none
     linears: ClassVar[dict[str, int]] = {}
+    #: variables that a token uses only in part: none
+    shares: ClassVar[dict[str, float]] = {}
 
     def init_cache(self, batch: int, max_seq: int, dtype) -> dict:
         """The state before the first token."""

@@ -204,7 +204,7 @@ class ModelConfig:
 
 def is_routed(kind: str) -> bool:
     """Whether blocks of this kind have experts."""
-    return kind.partition(":")[0] != "dense"
+    return kind.partition(":")[0] in ("moe", "shortcut")
 
 
 @dataclasses.dataclass(frozen=True)
