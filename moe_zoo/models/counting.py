@@ -20,7 +20,7 @@ def count_parameters(model: Decoder, trainable=None) -> dict[str, int]:
     }
     for s, segment in enumerate(model.segments):
         for p, block in enumerate(segment.blocks):
-            for name, share in block.mixer.shares.items():
+            for name, share in (block.mixer.shares if block.mixes else {}).items():
                 path = f"segments.{s}.blocks.{p}.mixer.{name}"
                 active[path] = round(size[path] * share)
     for path, block, _ in model.routed():
