@@ -22,7 +22,8 @@ IDS = jnp.asarray(np.random.default_rng(0).integers(0, 32, (2, 6)))
 
 def model():
     made = tiny_model(layers="1*shortcut", num_experts=E, router=ROUTER, losses={})
-    draw = {n: normal(i, *a.shape, scale=0.4) for i, (n, a) in enumerate(P.arrays(made).items())}
+    scale = lambda name: 0.02 if "correction" in name else 0.4
+    draw = {n: normal(i, *a.shape, scale=scale(n)) for i, (n, a) in enumerate(P.arrays(made).items())}
     return P.replace(made, draw)
 
 
