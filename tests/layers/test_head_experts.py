@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import naive
 import numpy as np
@@ -21,14 +22,19 @@ CONFIG = AttentionConfig(
 EXPERTS = dict(num_experts=E, num_experts_per_tok=K)
 
 
+@jax.jit
+def run(made, x, places, cache=None, at=None):
+    view = View(jnp.broadcast_to(places, x.shape[:2])).with_rotary({made.rotary_key}, x.dtype)
+    return made(x, view, cache, at)
+
+
 def test_every_token_asks_with_its_experts_heads_over_keys_that_all_share():
     config = dataclasses.replace(CONFIG, experts=dataclasses.replace(CONFIG.experts, **EXPERTS))
     config.validate("attention")
     made = P.materialize(HeadExperts(config, hidden_size=D, out_scale=1.0), 0)
     made = P.replace(made, {n: normal(i, *a.shape, scale=0.5) for i, (n, a) in enumerate(P.arrays(made).items())})
     x = normal(9, 2, 6, D)
-    at = lambda places: View(jnp.broadcast_to(places, (2, len(places)))).with_rotary({made.rotary_key}, x.dtype)
-    whole = made(x, at(jnp.arange(6)))[0]
+    whole = run(made, x, jnp.arange(6))[0]
     w, X = {n: np.asarray(a, np.float64) for n, a in P.arrays(made).items()}, np.asarray(x, np.float64)
     used = set()
     for b in range(2):
@@ -49,7 +55,7 @@ def test_every_token_asks_with_its_experts_heads_over_keys_that_all_share():
     cache, pieces = made.init_cache(2, 8, jnp.float32), []
     assert cache["k"].shape == (2, M, 8, H)
     for part in (slice(0, 4), slice(4, 6)):
-        out, cache = made(x[:, part], at(jnp.arange(6)[part]), cache, jnp.int32(part.start))
+        out, cache = run(made, x[:, part], jnp.arange(6)[part], cache, jnp.int32(part.start))
         pieces.append(out)
     np.testing.assert_allclose(np.concatenate(pieces, 1), whole, rtol=1e-4, atol=1e-5)
 
@@ -68,4 +74,4 @@ def test_what_is_active_and_what_does_not_fit():
         with pytest.raises(ConfigError, match=words):
             tiny_config(layers="1*dense", attention=attention | wrong)
     with pytest.raises(ConfigError, match="looks at attention"):
-        tiny_model(layers="1*moe", router={"name": "token_graph"}, losses={}, attention=attention)
+        tiny_model(layers="1*moe", router={"name": "attention_aware"}, losses={}, attention=attention)

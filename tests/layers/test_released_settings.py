@@ -88,11 +88,11 @@ def test_chunks_gates_clips_and_norms_behind_the_rotation():
     )  # fmt: skip
     config.validate("attention")
     x, positions = normal(9, 1, 7, 8), np.arange(2, 9)
+    run = jax.jit(lambda m, x, p, *at: m(x, View(p).with_rotary({m.rotary_key}, x.dtype), *at))
     for rotary in (None, 0):
         made = P.materialize(Attention(dataclasses.replace(config, rotary_dim=rotary), hidden_size=8, out_scale=1.0), 0)
         assert (made.rotary_key is None) == (rotary == 0)
-        view = View(jnp.asarray(positions)[None]).with_rotary({made.rotary_key}, x.dtype)
-        whole = np.asarray(made(x, view)[0])
+        whole = np.asarray(run(made, x, jnp.asarray(positions)[None])[0])
         w, X = {n: np.asarray(a, np.float64) for n, a in P.arrays(made).items()}, np.asarray(x[0], np.float64)
         turn = lambda v, p, rotary=rotary: v if rotary == 0 else naive.rope(v, p, 50.0)
         q, k, v = (np.clip(np.einsum("sd,dnh->snh", X, w[n]), -0.7, 0.7) for n in "qkv")
@@ -109,7 +109,7 @@ def test_chunks_gates_clips_and_norms_behind_the_rotation():
             np.testing.assert_allclose(whole[0, i], np.einsum("nh,nhd->d", heads, w["o"]), rtol=2e-3, atol=1e-5)
     cache, pieces = made.init_cache(1, 8, jnp.float32), []
     for start, stop in ((0, 5), (5, 7)):
-        out, cache = made(x[:, start:stop], View(jnp.asarray(positions)[None, start:stop]), cache, jnp.int32(start))
+        out, cache = run(made, x[:, start:stop], jnp.asarray(positions)[None, start:stop], cache, jnp.int32(start))
         pieces.append(out)
     np.testing.assert_allclose(np.concatenate(pieces, 1), whole, rtol=1e-4, atol=1e-5)
     assert made.flops_per_token(9.0) == made.flops_per_token(2.0)
