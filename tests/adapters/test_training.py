@@ -13,7 +13,7 @@ from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import build, to_dict
 from moe_zoo.models import Decoder, ModelConfig
 from moe_zoo.models.counting import count_adapters, count_parameters
-from moe_zoo.sharding import make_mesh
+from moe_zoo.sharding import MeshConfig, make_mesh
 from moe_zoo.train import loop
 from moe_zoo.train.config import load_config
 from moe_zoo.train.step import Trainer
@@ -75,6 +75,30 @@ def test_only_adapters_train_and_the_run_opens_again(tmp_path, capsys, monkeypat
     assert loaded.config.adapters.name == "mola"
     for name, value in P.arrays(loaded.model).items():
         np.testing.assert_array_equal(value, {**state["frozen"], **state["trainable"]}[name])
+
+
+@pytest.mark.slow  # two train steps are compiled, one of them for four devices
+def test_a_step_on_a_mesh_is_the_step_on_one_device():
+    settings, base = tiny_base()
+    adapters = [("model.adapters.router_aux_loss_coef", "1.0"), ("data.seq_len", "8"), ("data.batch_size", "4")]
+    config = load_config("lora/mola:tiny", adapters, {"model": settings})
+    ids = np.random.default_rng(0).integers(0, 256, (4, 9)).astype(np.int32)
+    batch = {
+        "tokens": ids[:, :-1], "targets": ids[:, 1:], "segment_ids": np.ones((4, 8), np.int32),
+        "positions": np.tile(np.arange(8, dtype=np.int32), (4, 1)), "domain": np.zeros((4, 8), np.int32),
+        "loss_mask": np.ones((4, 8), bool),
+    }  # fmt: skip
+    losses, gradients = [], []
+    for mesh in (make_mesh(devices=jax.devices()[:1]), make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])):
+        trainer = Trainer(config, mesh, config.train.objective.make())
+        _, stats = trainer.train_step(trainer.init_state(given=base), batch, np.float32(0))
+        losses.append({name: float(value) for name, value in stats["scalars"].items()})
+        gradients.append(stats["gradient_norms"])
+    assert losses[0]["router_loss"] > 1
+    for name, value in losses[0].items():
+        np.testing.assert_allclose(losses[1][name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+    assert len(jax.tree.leaves(gradients[0])) >= 3 * 4
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), *gradients)
 
 
 def test_the_files_adapters_go_onto_the_given_model_and_overrides_onto_them():
