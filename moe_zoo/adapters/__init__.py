@@ -20,4 +20,5 @@ ADAPTERS = Registry(
         "smora": "moe_zoo.adapters.smora:Smora",
         "xlora": "moe_zoo.adapters.xlora:XLora",
     },
+    base="moe_zoo.adapters.adapter:Adapter",
 )

@@ -73,6 +73,10 @@ class Block(nnx.Module):
         own = dict(self.adapters.items()) if self.adapted else {}
         return own | {f"ffn.experts.{name}": adapter for name, adapter in bank.items()}
 
+    def adapter_path(self, name: str) -> str:
+        """Where the adapter beside the weight of that path is, below this block."""
+        return f"adapters.{name}" if name in self.adapters else name.replace("ffn.experts.", "ffn.experts.adapters.")
+
     @property
     def shows_attention(self) -> bool:
         """Whether the router asks to see what the mixer did."""

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from moe_zoo.checkpoints.hf.safetensors import Files, read_header, write
+from moe_zoo.checkpoints.hf.safetensors import Files, read_header
+from moe_zoo.checkpoints.hf.safetensors import write as write_file
 from moe_zoo.checkpoints.native import CheckpointError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -67,8 +68,21 @@ class PeftLora:
 
 def read(folder: str | Path) -> PeftLora:
     """Raises CheckpointError when it is no LoRA, has what a LoRA of ours cannot have, or contradicts itself."""
-    folder = Path(folder)
-    path = folder / CONFIG
+    folder, settings = Path(folder), read_settings(folder)
+    _check_settings(settings, folder / CONFIG)
+    tensors: dict[str, dict[str, np.ndarray]] = {}
+    for name, array in read_tensors(folder).items():
+        match = _KEY.fullmatch(name)
+        if not match:
+            raise CheckpointError(f"{folder / WEIGHTS}: tensor {name!r} is no part of a LoRA of linear layers")
+        tensors.setdefault(match[1], {})[match[2]] = array
+    modules = {module: _module(module, parts, settings, folder / WEIGHTS) for module, parts in sorted(tensors.items())}
+    return PeftLora(settings, modules, bool(settings.get("use_rslora")), bool(settings.get("use_dora")))
+
+
+def read_settings(folder: str | Path) -> dict[str, Any]:
+    """adapter_config.json of any kind of adapter. Raises CheckpointError."""
+    path = Path(folder) / CONFIG
     try:
         settings = json.loads(path.read_bytes())
         if not isinstance(settings, dict):
@@ -77,26 +91,26 @@ def read(folder: str | Path) -> PeftLora:
         raise CheckpointError(
             f"{path} cannot be read: {str(error)[:200]}; expected a PEFT adapter's settings"
         ) from error
-    _check_settings(settings, path)
-    weights = folder / WEIGHTS
+    return settings
+
+
+def read_tensors(folder: str | Path) -> dict[str, np.ndarray]:
+    """Views of adapter_model.safetensors, by name below the model. Raises CheckpointError."""
+    weights = Path(folder) / WEIGHTS
     if not weights.is_file():
-        pickle = (
-            " (adapter_model.bin is a pickle, which is never read here)"
-            if (folder / "adapter_model.bin").is_file()
-            else ""
+        pickle = (Path(folder) / "adapter_model.bin").is_file()
+        raise CheckpointError(
+            f"{weights} is missing{' (adapter_model.bin is a pickle, which is never read here)' * pickle}"
         )
-        raise CheckpointError(f"{weights} is missing{pickle}")
-    tensors: dict[str, dict[str, np.ndarray]] = {}
     files = Files(read_header(weights))
-    for name in files.tensors:
-        match = _KEY.fullmatch(name.removeprefix(_PREFIX))
-        if not match or not name.startswith(_PREFIX):
-            raise CheckpointError(f"{weights}: tensor {name!r} is no part of a LoRA of linear layers")
-        tensors.setdefault(match[1], {})[match[2]] = np.asarray(files[name])
-    modules = {module: _module(module, parts, settings, weights) for module, parts in sorted(tensors.items())}
-    if not modules:
+    if not files.tensors:
         raise CheckpointError(f"{weights} has no tensors")
-    return PeftLora(settings, modules, bool(settings.get("use_rslora")), bool(settings.get("use_dora")))
+    for name in files.tensors:
+        if not name.startswith(_PREFIX):
+            raise CheckpointError(
+                f"{weights}: tensor {name!r} is of no adapter: expected a name that begins {_PREFIX!r}"
+            )
+    return {name.removeprefix(_PREFIX): np.asarray(files[name]) for name in files.tensors}
 
 
 def _check_settings(settings: Mapping[str, Any], path: Path) -> None:
@@ -151,20 +165,25 @@ def save(folder: str | Path, adapter: PeftLora, layer_of: Mapping[str, tuple[int
     Settings of `adapter` that do not follow from its modules are written as they are. Raises CheckpointError with the
     system's words when the disk says no; then what was there before is as it was.
     """
-    folder = Path(folder)
     text = {**_DEFAULTS, **adapter.settings, **_settings(adapter, layer_of, num_layers)}
     tensors = {}
     for module, m in adapter.modules.items():
-        tensors[f"{_PREFIX}{module}.lora_A.weight"] = m.a
-        tensors[f"{_PREFIX}{module}.lora_B.weight"] = m.b
+        tensors[f"{module}.lora_A.weight"] = m.a
+        tensors[f"{module}.lora_B.weight"] = m.b
         if m.magnitude is not None:
-            tensors[f"{_PREFIX}{module}.lora_magnitude_vector"] = m.magnitude
+            tensors[f"{module}.lora_magnitude_vector"] = m.magnitude
+    write(folder, text, tensors)
+
+
+def write(folder: str | Path, settings: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
+    """A directory of these settings and tensors, by name below the model. Raises CheckpointError."""
+    folder = Path(folder)
     temporary = folder / f".saving-{os.getpid()}"
     try:
         temporary.mkdir(parents=True)
-        entries = [(name, array.dtype, array.shape) for name, array in sorted(tensors.items())]
-        write(temporary / WEIGHTS, entries, tensors.__getitem__)
-        (temporary / CONFIG).write_text(json.dumps(text, indent=2, sort_keys=True) + "\n")
+        entries = [(_PREFIX + name, array.dtype, array.shape) for name, array in sorted(tensors.items())]
+        write_file(temporary / WEIGHTS, entries, lambda name: tensors[name.removeprefix(_PREFIX)])
+        (temporary / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
         for name in (WEIGHTS, CONFIG):
             os.replace(temporary / name, folder / name)
     except OSError as error:

@@ -10,7 +10,8 @@ def count_parameters(model: Decoder, trainable=None) -> dict[str, int]:
     """{"total", "active", "trainable"}: buffers are not parameters; active counts what one token uses: its experts, and
     one row of each n-gram table.
 
-    `trainable`: paths that are trained; all but frozen ones if None.
+    `trainable`: paths that are trained; all but frozen ones if None. Ranks and experts that a layer's adapters do not
+    have, stored beside those of other layers, never move and are no trained parameters.
     """
     variables = {n: v for n, v in P.flat(model).items() if not isinstance(v, P.Buffer)}
     size = {name: var.get_value().size for name, var in variables.items()}
@@ -30,20 +31,24 @@ def count_parameters(model: Decoder, trainable=None) -> dict[str, int]:
                 active[name] = round(size[name] * share)
     if trainable is None:
         trainable = [n for n, v in variables.items() if not isinstance(v, P.Frozen)]
-    return {"total": sum(size.values()), "active": sum(active.values()), "trainable": sum(size[n] for n in trainable)}
+    moving = sum(size[n] for n in trainable) - _idle(model, set(trainable))
+    return {"total": sum(size.values()), "active": sum(active.values()), "trainable": moving}
+
+
+def _idle(model: Decoder, trainable: set[str]) -> int:
+    """Numbers of adapters among the trained that never move."""
+    return sum(
+        adapter.idle_parameters()
+        for path, block, _ in model.blocks()
+        for name, adapter in block.each_adapter().items()
+        if f"{path}.{block.adapter_path(name)}.b" in trainable
+    )
 
 
 def count_adapters(model: Decoder) -> dict[str, int]:
-    """{"linear", "matched", "trainable"}: linear layers, those of them that have an adapter, and the trained numbers
-    that take part: ranks and experts that a layer does not have are stored beside those of others, and never move.
-    """
-    config, linear, matched, idle = model.config.adapters.config, 0, 0, 0
-    for _, block, layers in model.blocks():
-        names = linear_names(block, layers)
-        linear += len(names)
-        matched += sum(map(config.targets, names))
-        idle += sum(adapter.idle_parameters() for adapter in block.each_adapter().values())
-    return {"linear": linear, "matched": matched, "trainable": count_parameters(model)["trainable"] - idle}
+    """{"linear", "matched"}: linear layers of all layers, and those of them that have an adapter."""
+    names = [name for _, block, layers in model.blocks() for name in linear_names(block, layers)]
+    return {"linear": len(names), "matched": sum(map(model.config.adapters.config.targets, names))}
 
 
 def router_parameters(model: Decoder) -> int:

@@ -235,11 +235,12 @@ def announce(progress: Progress, trainer: Trainer, parts, step: int, begin_from)
 def describe_adapters(trainer: Trainer) -> str:
     """How many layers matched, what trains, and the memory of it."""
     counts, size = count_adapters(trainer.abstract), group_bytes(trainer)
-    share = counts["trainable"] / count_parameters(trainer.abstract)["total"]
+    parameters = count_parameters(trainer.abstract, trainer.partition.trainable)
+    share = parameters["trainable"] / parameters["total"]
     memory = ", ".join(f"{value / 2**20:,.2f} MiB {name}" for name, value in size.items())
     name = trainer.config.model.adapters.name
     return (
-        f"adapters {name} beside {counts['matched']} of {counts['linear']} linear layers: {counts['trainable']:,} "
+        f"adapters {name} beside {counts['matched']} of {counts['linear']} linear layers: {parameters['trainable']:,} "
         f"parameters train ({share:.2%}); memory: {memory}"
     )
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from moe_zoo.adapters import ADAPTERS
-from moe_zoo.checkpoints import CheckpointError, hf, peft
+from moe_zoo.checkpoints import CheckpointError, hf, peft, peft_poly
 from moe_zoo.checkpoints.hf.layout import Stored
 from moe_zoo.core import param as P
 from moe_zoo.core.registry import ConfigError, nearest
@@ -29,21 +29,26 @@ def load_adapters(
     seed: int = 0,
 ) -> Loaded:
     """The model with PEFT's LoRAs beside its linear layers: one directory for `lora`, or one for each expert of the
-    mixture that `adapters` names; what routes is drawn with `seed`.
+    mixture that `adapters` names; what routes is drawn with `seed`. A directory of PEFT's Poly or MHR is `poly`.
 
     A linear layer that one of them leaves out has no such expert; smaller ranks are filled up with zeros. Raises
     CheckpointError for a directory that does not fit the model, ConfigError for a mixture that does not fit them.
     """
     paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
     modules = linear_modules(loaded)
-    found = [_checked(peft.read(path), modules, path) for path in paths]
+    if len(paths) == 1 and peft.read_settings(paths[0]).get("peft_type") == "POLY":
+        return _load_poly(loaded, _checked(peft_poly.read(paths[0]), modules, paths[0]), modules)
+    found = [peft.read(path) for path in paths]
+    for one, path in zip(found, paths, strict=True):
+        _checked(one.modules, modules, path)
     settings = _settings(found, modules, {"name": adapters} if isinstance(adapters, str) else dict(adapters), paths)
     plain = add_adapters(loaded, settings, seed=seed)
     return dataclasses.replace(plain, model=P.replace(plain.model, P.arrays(plain.model) | _values(plain, found)))
 
 
 def save_adapter(loaded: Loaded, path: str | Path, expert: int = 0) -> None:
-    """Writes an expert of the model's adapters as a directory that PEFT opens; of a mixture's gates PEFT has no files.
+    """Writes an expert of the model's adapters as a directory that PEFT opens, or Poly as a whole; of other mixtures'
+    gates PEFT has no files.
 
     Raises ConfigError if there are no adapters, or this one is no plain LoRA.
     """
@@ -51,6 +56,9 @@ def save_adapter(loaded: Loaded, path: str | Path, expert: int = 0) -> None:
         raise ConfigError("the model has no adapters to save; see transform.add_adapters")
     modules, config = linear_modules(loaded), loaded.config.adapters.config
     of_name = {module.name: path for path, module in modules.items()}
+    folder = str(loaded.published.folder) if loaded.published else None
+    if loaded.config.adapters.name == "poly":
+        return _save_poly(loaded, path, of_name, {"base_model_name_or_path": folder})
     found, rslora, dora = {}, config.use_rslora, getattr(config, "use_dora", False)
     for block_path, block, layers in adapted_blocks(loaded.model):
         for name, adapter in block.each_adapter().items():
@@ -65,8 +73,7 @@ def save_adapter(loaded: Loaded, path: str | Path, expert: int = 0) -> None:
                     found[of_name[f"layers.{layer}.{name}"]] = module
     if not found:
         raise ConfigError(f"expert {expert} acts beside no linear layer")
-    name = loaded.published.folder if loaded.published else None
-    settings = {"base_model_name_or_path": None if name is None else str(name), "lora_dropout": config.lora_dropout}
+    settings = {"base_model_name_or_path": folder, "lora_dropout": config.lora_dropout}
     layer_of = {path: (modules[path].layer, modules[path].below) for path in found}
     peft.save(path, peft.PeftLora(settings, found, rslora, dora), layer_of, loaded.config.num_layers)
 
@@ -99,14 +106,49 @@ def linear_modules(loaded: Loaded) -> dict[str, Module]:
     return found
 
 
-def _checked(adapter: peft.PeftLora, modules: Mapping[str, Module], path) -> peft.PeftLora:
-    for name in adapter.modules:
+def _checked(found: Mapping[str, Any], modules: Mapping[str, Module], path) -> Mapping[str, Any]:
+    for name in found:
         if name not in modules:
             raise CheckpointError(
                 f"{path}: the model has no linear layer {name!r}{nearest(name, modules)} whose weight is a tensor of "
                 "its own"
             )
-    return adapter
+    return found
+
+
+def _load_poly(loaded: Loaded, found: Mapping[str, peft_poly.PolyModule], modules: Mapping[str, Module]) -> Loaded:
+    """PEFT's Poly, whose scale is 1 / r."""
+    tasks, h, S = next(iter(found.values())).logits.shape
+    rank = next(iter(found.values())).a.shape[1]
+    settings = {"name": "poly", "num_tasks": tasks, "num_splits": h, "num_skills": S, "r": rank, "lora_alpha": 1.0}
+    made = add_adapters(loaded, settings | {"target_modules": [modules[path].name for path in found]})
+    of_name = {modules[path].name: module for path, module in found.items()}
+    values = P.arrays(made.model)
+    for path, block, layers in adapted_blocks(made.model):
+        for name in block.adapters:
+            for key in ("a", "b", "logits"):
+                old = values[f"{path}.adapters.{name}.{key}"]
+                array = np.zeros(old.shape, np.float32)
+                for row, layer in enumerate(layers):
+                    if (module := of_name.get(f"layers.{layer}.{name}")) is not None:
+                        array[row] = getattr(module, key)
+                values[f"{path}.adapters.{name}.{key}"] = _placed(array, old)
+    return dataclasses.replace(made, model=P.replace(made.model, values))
+
+
+def _save_poly(loaded: Loaded, path, of_name: Mapping[str, str], settings: Mapping[str, Any]) -> None:
+    found = {}
+    for _, block, layers in adapted_blocks(loaded.model):
+        for name, adapter in block.adapters.items():
+            if len(set(map(adapter.config.rank, adapter.linear.names()))) > 1 or adapter.dims[1] != adapter.config.r:
+                raise ConfigError("PEFT's Poly has one rank everywhere; this model's rank_pattern says otherwise")
+            for row, layer in enumerate(layers):
+                one = {key: np.asarray(array[row], np.float32) for key, array in P.arrays(adapter).items()}
+                if one["scale"].any():
+                    # theirs is 1 / r: alpha goes into B
+                    b = one["b"] * np.float32(_round(one["scale"].flat[0] * adapter.config.r))
+                    found[of_name[f"layers.{layer}.{name}"]] = peft_poly.PolyModule(one["a"], b, one["logits"])
+    peft_poly.save(path, found, settings)
 
 
 def _settings(found, modules: Mapping[str, Module], settings: dict[str, Any], paths) -> dict[str, Any]:
@@ -180,6 +222,11 @@ def _placed(array: np.ndarray, like: jax.Array) -> jax.Array:
     return jax.device_put(array.astype(like.dtype), like.sharding)
 
 
+def _round(alpha: float) -> float:
+    """What was a short number before it was divided by a rank, in float32, is one again."""
+    return float(f"{alpha:.6g}")
+
+
 def _module(adapter, row: int, e: int, rslora: bool, w) -> peft.LoraModule | None:
     """Expert e of one layer as PEFT has it; None if the layer has no such expert."""
     if adapter.shared_a:
@@ -191,8 +238,7 @@ def _module(adapter, row: int, e: int, rslora: bool, w) -> peft.LoraModule | Non
     a = np.asarray(adapter.a[...][row, e, :R])
     b = np.ascontiguousarray(np.asarray(adapter.b[...][row, e, :R]).T)
     scale = float(scale_R[0])
-    # what was a round number before it was divided is one again
-    alpha = float(f"{scale * (R**0.5 if rslora else R):.6g}")
+    alpha = _round(scale * (R**0.5 if rslora else R))
     magnitude = None
     if hasattr(adapter, "magnitude"):
         w_DN = np.asarray(w, np.float32).reshape(adapter.linear.in_features, -1)

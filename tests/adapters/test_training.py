@@ -12,8 +12,8 @@ from moe_zoo.core import param as P
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import build, to_dict
 from moe_zoo.models import Decoder, ModelConfig
-from moe_zoo.models.counting import count_adapters
-from moe_zoo.sharding import make_mesh
+from moe_zoo.models.counting import count_adapters, count_parameters
+from moe_zoo.sharding import MeshConfig, make_mesh
 from moe_zoo.train import loop
 from moe_zoo.train.config import load_config
 from moe_zoo.train.step import Trainer
@@ -57,23 +57,48 @@ def test_only_adapters_train_and_the_run_opens_again(tmp_path, capsys, monkeypat
     with pytest.raises(ConfigError, match="acts beside a trained model, .*--init-from"):
         loop.train(config, tmp_path / "none")
     run = loop.train(config, tmp_path / "run", begin_from=base)
-    state, counts = run["state"], count_adapters(run["trainer"].abstract)
+    state, abstract = run["state"], run["trainer"].abstract
+    counts, trained = count_adapters(abstract), count_parameters(abstract)["trainable"]
     assert counts["matched"] == 12 and counts["linear"] == 12 + 9 + 6
     said = " ".join(capsys.readouterr().out.split())
-    assert f"adapters mola beside 12 of 27 linear layers: {counts['trainable']:,} parameters train" in said
+    assert f"adapters mola beside 12 of 27 linear layers: {trained:,} parameters train" in said
     assert "moments" in said and "expert_load" in (tmp_path / "run/metrics.jsonl").read_text()
     # bit for bit, weight decay and the balancing bias of the base's routers included
     assert set(base) == {n for n in state["frozen"] if ".adapters." not in n} and not state["buffers"]
     for name, value in base.items():
         np.testing.assert_array_equal(state["frozen"][name], value, err_msg=name)
     moments = [leaf.shape for leaf in jax.tree.leaves(state["opt"]) if leaf.ndim]
-    trained = [value.shape for value in state["trainable"].values()]
-    assert sorted(moments) == sorted(2 * trained) and all(".adapters." in n for n in state["trainable"])
+    shapes = [value.shape for value in state["trainable"].values()]
+    assert sorted(moments) == sorted(2 * shapes) and all(".adapters." in n for n in state["trainable"])
     assert all(np.abs(v).max() > 0 for n, v in state["trainable"].items() if n.endswith(".b"))
     loaded = moe_zoo.load(tmp_path / "run")
     assert loaded.config.adapters.name == "mola"
     for name, value in P.arrays(loaded.model).items():
         np.testing.assert_array_equal(value, {**state["frozen"], **state["trainable"]}[name])
+
+
+@pytest.mark.slow  # two train steps are compiled, one of them for four devices
+def test_a_step_on_a_mesh_is_the_step_on_one_device():
+    settings, base = tiny_base()
+    adapters = [("model.adapters.router_aux_loss_coef", "1.0"), ("data.seq_len", "8"), ("data.batch_size", "4")]
+    config = load_config("lora/mola:tiny", adapters, {"model": settings})
+    ids = np.random.default_rng(0).integers(0, 256, (4, 9)).astype(np.int32)
+    batch = {
+        "tokens": ids[:, :-1], "targets": ids[:, 1:], "segment_ids": np.ones((4, 8), np.int32),
+        "positions": np.tile(np.arange(8, dtype=np.int32), (4, 1)), "domain": np.zeros((4, 8), np.int32),
+        "loss_mask": np.ones((4, 8), bool),
+    }  # fmt: skip
+    losses, gradients = [], []
+    for mesh in (make_mesh(devices=jax.devices()[:1]), make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])):
+        trainer = Trainer(config, mesh, config.train.objective.make())
+        _, stats = trainer.train_step(trainer.init_state(given=base), batch, np.float32(0))
+        losses.append({name: float(value) for name, value in stats["scalars"].items()})
+        gradients.append(stats["gradient_norms"])
+    assert losses[0]["router_loss"] > 1
+    for name, value in losses[0].items():
+        np.testing.assert_allclose(losses[1][name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+    assert len(jax.tree.leaves(gradients[0])) >= 3 * 4
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), *gradients)
 
 
 def test_the_files_adapters_go_onto_the_given_model_and_overrides_onto_them():
@@ -100,7 +125,10 @@ def test_mistakes_are_named_before_anything_is_made(settings, message):
 
 
 def test_parameters_are_counted_as_far_as_they_move():
-    count = lambda **adapters: count_adapters(Decoder(build(ModelConfig, {**BASE, "adapters": adapters}, "model")))
+    def count(**adapters):
+        model = Decoder(build(ModelConfig, {**BASE, "adapters": adapters}, "model"))
+        return count_adapters(model) | {"trainable": count_parameters(model)["trainable"]}
+
     D, F = 16, 16
     plain = count(name="lora", target_modules=["mixer.q", "ffn.w_up"], r=4)
     assert plain == {"linear": 27, "matched": 4, "trainable": 4 * (3 * 2 * D + D + F)}

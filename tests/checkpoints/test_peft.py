@@ -151,6 +151,33 @@ def test_merging_and_unmerging_restores_the_base():
         add_adapters(made, "lora")
 
 
+@pytest.mark.parametrize("alpha", [1.0, 4.0])
+def test_poly_out_and_in_again(alpha, tmp_path):
+    settings = {"name": "poly", "target_modules": ["q", "w_up"], "layers_to_transform": [0, 2], "r": 2, "num_tasks": 3,
+                "num_skills": 4, "num_splits": 2, "lora_alpha": alpha}  # fmt: skip
+    made = add_adapters(llama(), settings)
+    rng, values = np.random.default_rng(0), P.arrays(made.model)
+    for path in [n for n in values if n.endswith((".a", ".b", ".logits"))]:
+        values[path] = jax.numpy.float32(rng.standard_normal(values[path].shape))
+    made.model = P.replace(made.model, values)
+    save_adapter(made, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["n_tasks"], config["n_skills"], config["n_splits"]) == ("POLY", 3, 4, 2)
+    tensors = Files(read_header(tmp_path / "adapter_model.safetensors"))
+    name = "base_model.model.model.layers.2.mlp.up_proj.poly_lora_A"
+    assert len(tensors.tensors) == 4 * 3 and tensors[name].shape == (2, 4, 8, 2)
+    w_up = "segments.0.blocks.0.adapters.ffn.w_up"
+    np.testing.assert_array_equal(tensors[name][1, 3, 5, 1], values[f"{w_up}.a"][2, 3, 1, 8 + 5])
+    again = load_adapters(llama(), tmp_path)
+    for path, value in P.arrays(again.model).items():
+        if path.endswith((".a", ".logits")):
+            live = np.array([1, 0, 1]).reshape(3, *[1] * (value.ndim - 1))
+            np.testing.assert_array_equal(value, live * values[path], err_msg=path)
+    domain = np.repeat(np.array([[2], [0]], np.int32), IDS.shape[1], 1)
+    of_task = jax.jit(lambda model: model(IDS, domain=domain)[0])
+    np.testing.assert_allclose(of_task(again.model), of_task(made.model), atol=1e-4)
+
+
 def test_settings_are_matched_as_peft_matches_them(tmp_path):
     """Keys are regular expressions over the end of the path; the first one counts."""
     save_adapter(with_lora(), tmp_path)

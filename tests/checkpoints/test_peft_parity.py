@@ -9,6 +9,8 @@ torch = pytest.importorskip("torch", reason="parity with PEFT: pip install 'moe-
 transformers = pytest.importorskip("transformers", reason="parity with PEFT: pip install 'moe-zoo[parity]'")
 peft = pytest.importorskip("peft", reason="parity with PEFT: pip install 'moe-zoo[parity]'")
 
+import jax  # noqa: E402
+
 import moe_zoo  # noqa: E402
 from moe_zoo.checkpoints.hf.safetensors import Files, read_header  # noqa: E402
 from moe_zoo.core import param as P  # noqa: E402
@@ -115,3 +117,34 @@ def test_several_adapters_mixed_by_one_hot_gates_are_each_of_theirs(base, tmp_pa
     for e, model in enumerate(models):
         merged = merge(mixture, [float(e == 0), float(e == 1)])
         np.testing.assert_allclose(merged(IDS).logits, theirs(model), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("splits", [1, 4], ids=["poly", "mhr"])
+def test_poly_is_theirs_for_every_task_and_out_again_bit_for_bit(splits, base, tmp_path):
+    config = peft.PolyConfig(
+        task_type="CAUSAL_LM", r=3, n_tasks=3, n_skills=2, n_splits=splits, target_modules=["q_proj", "down_proj"]
+    )
+    model = peft.get_peft_model(llama(), config).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "poly_" in name:
+                p.add_((2.0 if "logits" in name else 0.2) * torch.randn_like(p))
+    model.save_pretrained(tmp_path / "theirs")
+    ours = load_adapters(base, tmp_path / "theirs")
+    logits = jax.jit(lambda model, task: model(IDS.astype(np.int32), domain=task)[0])
+    outputs = []
+    for tasks in ([0, 2], [1, 1]):
+        with torch.no_grad():
+            outputs.append(model(torch.tensor(IDS), task_ids=torch.tensor(tasks)).logits.numpy())
+        domain = np.repeat(np.array(tasks, np.int32)[:, None], IDS.shape[1], axis=1)
+        np.testing.assert_allclose(logits(ours.model, domain), outputs[-1], rtol=0, atol=2e-4)
+    assert np.abs(outputs[0] - outputs[1]).max() > 0.01
+    save_adapter(ours, tmp_path / "ours")
+    old, new = (Files(read_header(tmp_path / name / WEIGHTS)) for name in ("theirs", "ours"))
+    assert old.tensors.keys() == new.tensors.keys()
+    for name in old.tensors:
+        np.testing.assert_array_equal(new[name], old[name], err_msg=name)
+    again = peft.PeftModel.from_pretrained(llama(), tmp_path / "ours").eval()
+    with torch.no_grad():
+        same = again(torch.tensor(IDS), task_ids=torch.tensor([1, 1])).logits.numpy()
+    np.testing.assert_allclose(same, outputs[1], rtol=0, atol=1e-6)

@@ -245,3 +245,16 @@ def test_command_lines_find_modules_in_the_working_directory(tmp_path, monkeypat
     build_it = lambda argv: found.append(made(part={"name": argv[0], "size": 7}).part)
     assert common.run(build_it, ["a_part_of_my_own:Mine"]) == 0
     assert found[0].config.size == 7 and sys.path[-1] == str(tmp_path)
+
+
+def test_a_silent_field_is_written_only_where_it_says_something():
+    """Settings from before there was such a field are what they are now."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Settings:
+        size: int = 1
+        extra: dict[str, int] = dataclasses.field(default_factory=dict, metadata={"silent": True})
+
+    assert to_dict(build(Settings, {})) == {"size": 1}
+    said = to_dict(build(Settings, {"extra": {"a": 2}}))
+    assert said == {"size": 1, "extra": {"a": 2}} and to_dict(build(Settings, said)) == said
