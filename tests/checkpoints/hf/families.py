@@ -185,7 +185,7 @@ TINY = {
         "JetMoeConfig",
         dict(
             intermediate_size=24, num_local_experts=6, num_experts_per_tok=2, kv_channels=8, rms_norm_eps=1e-2,
-            initializer_range=0.1,
+            initializer_range=0.05,
         ),
     ),
     "qwen3_next": (
