@@ -4,8 +4,6 @@ in the stream: x = norm(x), x + mixer(x), x = norm(x), x + ffn(x).
 Either branch may be missing.
 """
 
-import dataclasses
-
 import jax
 from flax import nnx
 
@@ -64,9 +62,7 @@ class Block(nnx.Module):
             with jax.named_scope("mixer"):
                 mixer = self.mixer.observed if self.shows_attention else self.mixer
                 x, seen = self._before(self.mixer_norm, x)
-                y, mixer_cache, *attention = mixer(
-                    seen, dataclasses.replace(view, layer=ctx.layer), None if cache is None else cache["mixer"], at
-                )
+                y, mixer_cache, *attention = mixer(seen, view, None if cache is None else cache["mixer"], at)
             x = self._add(x, y, self.mixer_norm)
         if not hasattr(self, "ffn"):
             return x, Aux(), None if cache is None else {"mixer": mixer_cache}, ctx.carry
