@@ -5,8 +5,6 @@ x = norm(x), x + ffn(x).
 Either branch may be missing.
 """
 
-import dataclasses
-
 import jax
 from flax import nnx
 from jaxtyping import Array
@@ -129,7 +127,6 @@ class Block(nnx.Module):
         with jax.named_scope("mixer"):
             mixer = self.mixer.observed if self.shows_attention else self.mixer
             x, seen = self._before(self.mixer_norm, x)
-            view = dataclasses.replace(view, layer=ctx.layer)
             y, mixer_cache, *attention = mixer(seen, view, None if cache is None else cache["mixer"], at, **taps)
         return self._add(x, self._after("mixer", y)), mixer_cache, attention[0] if attention else None
 

@@ -371,7 +371,8 @@ class _Run:
                 key = None if self.ctx.key is None else jax.random.fold_in(self.ctx.key, ids[p])
                 ctx = self.ctx.replace(layer=ids[p], key=key, carry=depth, inputs=inputs[p])
                 cache = None if caches is None else caches[p]
-                x, aux, new, depth = block(x, self.view, ctx, cache, self.at)
+                view = dataclasses.replace(self.view, layer=ids[p])
+                x, aux, new, depth = block(x, view, ctx, cache, self.at)
                 auxes.append(aux)
                 new_caches.append(new)
             return (x, depth), (auxes, new_caches)

@@ -48,9 +48,10 @@ class _Sizes:
         }
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
+        written = {"pad_token_id": None}  # the default of their class is beyond a smaller vocabulary
         if config.mixer.name != "kimi_delta":
-            return {}
-        return {theirs: getattr(config.mixer.config, ours) for ours, theirs in _FLAT.items()}
+            return written
+        return written | {theirs: getattr(config.mixer.config, ours) for ours, theirs in _FLAT.items()}
 
 
 @dataclasses.dataclass(frozen=True)
