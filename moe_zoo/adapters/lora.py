@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from moe_zoo.adapters.adapter import Adapter
 from moe_zoo.adapters.experts import ExpertLora
 from moe_zoo.adapters.targets import AdapterConfig, Linear
+from moe_zoo.core.aux import Aux
 from moe_zoo.core.param import Constant, param
 from moe_zoo.core.registry import ConfigError
 
@@ -54,8 +55,7 @@ class Lora(Adapter):
         length_N = self.length(w_DN).astype(y_TN.dtype)
         # PEFT drops the base's input as well where its direction is scaled; without dropout it is the formula above
         base_TN = y_TN if seen_TD is x_TD else seen_TD @ w_DN
-        out, aux = y_TN + (length_N - 1) * base_TN + length_N * delta_TN, super().gate(seen_TD, None, ctx)[1]
-        return out, aux
+        return y_TN + (length_N - 1) * base_TN + length_N * delta_TN, Aux()
 
     def length(self, w_DN: Float[Array, "D N"]) -> Float[Array, "N"]:
         """m / ||W + s A B||; 1 where a layer is no target."""

@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from moe_zoo.adapters.adapter import Adapter
-from moe_zoo.adapters.routed import Routed, RoutedConfig, gate_stats, top_k_gates
+from moe_zoo.adapters.routed import Routed, RoutedConfig, gate_stats, largest
 from moe_zoo.core.aux import Aux
 from moe_zoo.core.param import Uniform, param
 from moe_zoo.core.registry import ConfigError
@@ -30,7 +30,8 @@ from moe_zoo.routing.router import linear_logits
 @dataclasses.dataclass(frozen=True)
 class XLoraConfig(RoutedConfig):
     """Names are PEFT's. `layerwise_scalings`: gates for each linear layer of each layer. `top_k_lora`: only the so many
-    largest gates are kept, and with `enable_softmax_topk` made to sum to 1. The classifier has one layer.
+    largest gates are kept; with `enable_softmax_topk` another softmax is taken of those, of the gates and not of their
+    logits, as PEFT does. The classifier has one layer.
     """
 
     freeze_experts: bool = True
@@ -72,7 +73,9 @@ class XLoraClassifier(nnx.Module):
         logits = linear_logits(h_TD, self.kernel[...]) + self.bias[...]
         gates_TX = jax.nn.softmax(logits.reshape(-1, c.num_experts) / c.softmax_temperature)
         if c.top_k_lora is not None:
-            gates_TX = top_k_gates(gates_TX, c.top_k_lora, renormalise=c.enable_softmax_topk)
+            kept = largest(gates_TX, c.top_k_lora)
+            again = jax.nn.softmax(jnp.where(kept, gates_TX, -jnp.inf)) if c.enable_softmax_topk else gates_TX
+            gates_TX = jnp.where(kept, again, 0)
         return jnp.moveaxis(gates_TX.reshape(-1, *self.shape, c.num_experts), 0, 2)
 
     def flops_per_token(self) -> int:

@@ -148,3 +148,39 @@ def test_poly_is_theirs_for_every_task_and_out_again_bit_for_bit(splits, base, t
     with torch.no_grad():
         same = again(torch.tensor(IDS), task_ids=torch.tensor([1, 1])).logits.numpy()
     np.testing.assert_allclose(same, outputs[1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [
+    dict(layerwise_scalings=False, softmax_temperature=2.0),
+    dict(layerwise_scalings=True, scaling_pass_value=0.3, global_scaling_weight=1.5),
+    dict(layerwise_scalings=True, top_k_lora=1, enable_softmax_topk=True),
+], ids=["one", "layerwise", "top_k"])  # fmt: skip
+def test_xlora_mixes_as_theirs(settings, base, tmp_path):
+    paths = []
+    for i, rank in enumerate((4, 3)):
+        lora = peft.LoraConfig(task_type="CAUSAL_LM", r=rank, target_modules=["q_proj", "v_proj", "down_proj"])
+        model = peft.get_peft_model(llama(), lora)
+        torch.manual_seed(i)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "lora_" in name:
+                    p.add_(0.3 * torch.randn_like(p))
+        paths.append(tmp_path / str(i))
+        model.save_pretrained(paths[-1])
+    theirs_base = llama()
+    theirs_base.config.use_cache = False
+    adapters = {str(i): str(path) for i, path in enumerate(paths)}
+    config = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=32, xlora_depth=1, adapters=adapters, **settings)
+    model = peft.get_peft_model(theirs_base, config).eval()
+    last = model.base_model.internal_xlora_classifier.layers[-1]
+    with torch.no_grad():
+        last.weight.copy_(torch.randn_like(last.weight))
+        last.bias.copy_(torch.randn_like(last.bias))
+        expected = model(input_ids=torch.tensor(IDS)).logits.numpy()
+    ours = load_adapters(base, paths, {"name": "xlora", **settings})
+    values = P.arrays(ours.model)
+    values["adapters.kernel"] = jax.numpy.asarray(last.weight.detach().numpy().T)
+    values["adapters.bias"] = jax.numpy.asarray(last.bias.detach().numpy())
+    ours.model = P.replace(ours.model, values)
+    np.testing.assert_allclose(ours(IDS).logits, expected, rtol=0, atol=2e-4)
+    assert np.abs(np.asarray(base(IDS).logits) - expected).max() > 0.05
