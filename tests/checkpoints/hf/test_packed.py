@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from released import RELEASED
-from test_files import SMALL, config_with, folder, random, refused, small  # noqa: F401, a fixture
+from test_files import SMALL, config_with, folder, random, refused, saved, small  # noqa: F401, fixtures
 
 import moe_zoo
 from moe_zoo.checkpoints import CheckpointError, hf

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_contract import BASE, IDS, adapted, layers_of, trained
+from test_adapter_contract import BASE, IDS, adapted, layers_of, trained
 
 from moe_zoo.adapters import ADAPTERS
 from moe_zoo.adapters.adapter import Tapped
