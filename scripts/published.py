@@ -130,6 +130,7 @@ def _same(one: Path, other: Path, unused: tuple[str, ...]) -> bool:
 def write_results(names: list[str]) -> None:
     """Measures `names` (all if there are none) and keeps what is known of the others."""
     import families
+    import jax
     import reference
 
     known = [*families.TINY, *reference.TINY]
@@ -138,6 +139,7 @@ def write_results(names: list[str]) -> None:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in names or known:
         results[name] = measure(name)
+        jax.clear_caches()  # each compiled program takes mappings, of which a process has 65,530
         print(name, results[name], flush=True)
         ordered = {name: results[name] for name in known if name in results}
         RESULTS.write_text(json.dumps(ordered, indent=1) + "\n")

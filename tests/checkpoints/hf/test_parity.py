@@ -16,12 +16,14 @@ import moe_zoo  # noqa: E402
 from moe_zoo.checkpoints.hf.safetensors import Files, read_folder, write  # noqa: E402
 from moe_zoo.core import param as P  # noqa: E402
 from moe_zoo.inference import generate  # noqa: E402
+from moe_zoo.models.config import is_routed  # noqa: E402
 from moe_zoo.sharding import MeshConfig, make_mesh  # noqa: E402
 
 torch.set_num_threads(1)
 
-#: transformers lets padding on the left into the convolution, by the bias behind a projection
-COUNTS_PADDING = ("granitemoehybrid", "lfm2_moe")
+#: transformers counts padding on the left: into the position that decides the temperature of a query (llama4), into a
+#: convolution, by the bias behind the projection before it
+COUNTS_PADDING = ("llama4", "granitemoehybrid", "lfm2_moe")
 
 B, S, NEW = 3, 19, 32
 #: none, left, right
@@ -48,10 +50,6 @@ SAME_CACHE = (
     "qwen3_5_moe",
     "granitemoehybrid_dense",
 )
-
-
-#: transformers counts padding on the left into the position that decides the temperature of a query
-COUNTS_PADDING = ("llama4",)
 
 
 def dbrx(logits):
@@ -108,7 +106,7 @@ def test_logits_routes_and_gates_are_theirs_with_padding_on_either_side(pair):
         valid[1] = False
     np.testing.assert_allclose(np.asarray(out.logits)[valid], logits[valid], rtol=0, atol=2e-4)
     stats, flat = out.aux.stats, valid.reshape(-1)
-    assert len(routed) == len(stats.get("router_logits", ())) == sum("dense" not in k for k in kinds(ours))
+    assert len(routed) == len(stats.get("router_logits", ())) == sum(map(is_routed, kinds(ours)))
     for i, (their_logits, their_gates) in enumerate(routed):
         ours_at, gates, experts = (np.asarray(stats[f"router_{k}"][i]) for k in ("logits", "gates", "experts"))
         np.testing.assert_allclose(ours_at[flat], their_logits[flat], rtol=0, atol=2e-4)
