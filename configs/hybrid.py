@@ -2,7 +2,7 @@
 
 Command:  python scripts/train.py --config=configs/hybrid.py --workdir=runs/hybrid
 Cost:     as the quickstart, at most 5 minutes of training on 2 CPU cores
-Reaches:  REACHES
+Reaches:  not trained to the end yet; "tiny" goes from 7.9 bits per byte at step 5 to 7.4 at step 10
 Presets:  "" (the above), "tiny" (20 steps of a very small model: seconds, for tests)
 
 Another mixer: --config.model.mixer.name=mamba2 (or mamba, short_conv, kimi_delta, lightning), each with sizes of its
