@@ -89,7 +89,7 @@ def measure(name: str) -> dict[str, Any]:
         return {
             "class": json.loads((folder / "config.json").read_text())["architectures"][0],
             "import": bool(apart < APART),
-            "export": _same(folder, folder / "out", loaded.published.family.unused),
+            "export": _same(folder, folder / "out", loaded),
             "cache": bool(np.abs(np.concatenate(rows, 1) - whole[:1]).max() < APART),
             "sharding": bool(np.abs(many - whole)[valid].max() < APART),
             "apart": float(apart),
@@ -117,14 +117,17 @@ def _reference(name: str, folder: Path):
     return reference.logits(name, ids)[0][None], ids[None], np.ones((1, 9), int), np.ones((1, 9), bool)
 
 
-def _same(one: Path, other: Path, unused: tuple[str, ...]) -> bool:
+def _same(one: Path, other: Path, loaded) -> bool:
     """Whether all that is in `one`, but for what nothing reads, is in `other`, and no more."""
     from moe_zoo.checkpoints.hf.safetensors import Files, read_folder
 
-    a, b = Files(read_folder(one)), Files(read_folder(other))
-    names = {n for n in a.tensors if n in b.tensors or not any(re.fullmatch(pattern, n) for pattern in unused)}
-    same = names == b.tensors.keys() and all(a[n].dtype == b[n].dtype and np.array_equal(a[n], b[n]) for n in names)
-    return same and json.loads((one / "config.json").read_text()) == json.loads((other / "config.json").read_text())
+    family = loaded.published.family
+    a, b = (Files(family.unpack(read_folder(folder))) for folder in (one, other))
+    given, again = (json.loads((folder / "config.json").read_text()) for folder in (one, other))
+    computed = family.derived(loaded.config, given)  # as close as two libraries' exponentials
+    equal = lambda n: np.allclose(a[n], b[n], rtol=1e-5) if n in computed else np.array_equal(a[n], b[n])
+    names = {n for n in a.tensors if n in b.tensors or not any(re.fullmatch(pattern, n) for pattern in family.unused)}
+    return given == again and names == b.tensors.keys() and all(a[n].dtype == b[n].dtype and equal(n) for n in names)
 
 
 def write_results(names: list[str]) -> None:

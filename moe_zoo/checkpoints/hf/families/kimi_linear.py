@@ -1,5 +1,6 @@
-"""Kimi Linear (arXiv 2510.26692): Kimi Delta Attention, every fourth layer latent attention without positions; the
-routing of DeepSeek-V3.
+"""Kimi Linear (arXiv 2510.26692): Kimi Delta Attention, every fourth layer latent attention without positions.
+
+The routing of DeepSeek-V3.
 """
 
 import dataclasses

@@ -1,5 +1,6 @@
-"""Nemotron-H and Nemotron 3 Nano (arXiv 2504.03624): a layer is Mamba-2, attention without positions, a feed-forward
-network or a mixture of them; no gates, squared ReLU, the routing of DeepSeek-V3.
+"""Nemotron-H and Nemotron 3 Nano (arXiv 2504.03624): a layer is Mamba-2, attention, dense or routed, squared ReLU.
+
+Attention without positions, feed-forward networks without gates, the routing of DeepSeek-V3.
 """
 
 from typing import Any
