@@ -17,8 +17,15 @@ _TUNABLES = {"glibc.malloc.hugetlb": "1", "glibc.malloc.arena_max": "1"}
 _KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 # mallopt's names for: free memory at the end that goes back to the kernel, pieces that are mapped on their own
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-#: a heap can hold a step's memory twice when small pieces lie in between: only where there is room for it
+_MMAP_MAX = 65536  # of the latter, as it is if nobody sets it
+#: only where there is room: what other pieces lie in between is then held by the process as well
 _ROOM = 8
+#: Free memory below a step's own. malloc takes a new piece from the smallest free one that it fits in: from here, not
+#: from the step's, which would be too small the next time. Untouched, it is no memory.
+_POOL = 1 << 26
+#: what jax reports when a program is about to be compiled, and when it is
+_BEFORE = "/jax/core/compile/jaxpr_to_mlir_module_duration"
+_AFTER = "/jax/core/compile/backend_compile_duration"
 
 
 def environment(current: Mapping[str, str]) -> dict[str, str] | None:
@@ -46,20 +53,28 @@ def keep_memory() -> None:
     if _set(os.environ.get("GLIBC_TUNABLES", "")):
         import jax
 
-        jax.monitoring.register_event_duration_secs_listener(_compiled)
+        jax.monitoring.register_event_duration_secs_listener(_heard)
 
 
-def _compiled(event: str, seconds: float, **_) -> None:
+def _heard(event: str, seconds: float, **_) -> None:
     import jax
 
-    if event != "/jax/core/compile/backend_compile_duration" or jax.default_backend() != "cpu":
+    if event not in (_BEFORE, _AFTER) or jax.default_backend() != "cpu":
         return
     glibc = ctypes.CDLL(None)
+    if event == _BEFORE:  # what compiling takes is given back piece by piece
+        glibc.mallopt(_M_MMAP_MAX, _MMAP_MAX)
+        return
     glibc.malloc_trim(0)
     resident, available = _memory()
-    keep = available > _ROOM * resident
-    glibc.mallopt(_M_MMAP_MAX, 0 if keep else 65536)
-    glibc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1 if keep else 2**17)
+    if available < _ROOM * resident:
+        return
+    glibc.mallopt(_M_MMAP_MAX, 0)
+    glibc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    if seconds > 1:
+        glibc.malloc.restype, glibc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+        pool, _stays = glibc.malloc(_POOL), glibc.malloc(4096)
+        glibc.free(pool)
 
 
 def _memory() -> tuple[int, int]:
