@@ -22,7 +22,7 @@ PREPARED = "runs/corpus"
 def compare(argv: Sequence[str]) -> None:
     """Does what the flags ask for, in this order: list, train, page, cards."""
     arguments = parse(argv)
-    allocator.keep_memory()
+    allocator.give_back()
 
     from moe_zoo.compare.entries import MATCHES, SCALES, load_entries, pick
     from moe_zoo.compare.store import Store

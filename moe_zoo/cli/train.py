@@ -54,7 +54,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]
 
 def train_and_report(arguments: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> dict[str, Any] | None:
     """The work of one process."""
-    allocator.keep_memory()
+    allocator.give_back()
     # settings first: a mistake in them must not wait for anything heavier
     from moe_zoo.train.config import differences, load_config
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from moe_zoo.data.embedded import DOMAINS
 from moe_zoo.routing import ROUTERS
 from moe_zoo.sharding import make_mesh
 from moe_zoo.train.config import extend, load_config
@@ -32,7 +33,7 @@ def test_tiny_preset_trains_in_one_compilation_and_nan_shows(path):
     """Loss falls over a few steps of one program; poisoned weights reach the metrics and are named."""
     config = load_config(f"{path}:tiny")
     trainer = Trainer(config, make_mesh(devices=jax.devices()[:1]), config.train.objective.make())
-    state = trainer.init_state(np.ones(config.model.vocab_size))
+    state = trainer.init_state(np.ones(config.model.vocab_size), domains=DOMAINS)
     B, S = config.data.batch_size, config.data.seq_len
     # a text that repeats: a few steps are enough to see learning
     tokens = np.tile(np.arange(S + 1) % 7 + 97, (B, 1)).astype(np.int32)

@@ -1,4 +1,4 @@
-"""What transformers has of mixtures of experts and no family reads; made by `scripts/published.py others`."""
+"""What transformers has of mixtures of experts and no family reads; made by `scripts/checkpoint_families.py others`."""
 
 TRANSFORMERS = "5.24.0"
 

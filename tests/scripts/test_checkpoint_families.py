@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
-import published  # noqa: E402
+import checkpoint_families as published  # noqa: E402
 
 from moe_zoo.checkpoints.hf import families  # noqa: E402
 from moe_zoo.checkpoints.hf.families import MODULES, others  # noqa: E402
@@ -17,7 +17,7 @@ from moe_zoo.checkpoints.hf.families import MODULES, others  # noqa: E402
 
 def test_the_table_is_made_from_the_families_and_the_measurements():
     rows = published.table(json.loads(published.RESULTS.read_text()))
-    assert rows in published.DOC.read_text(), "python scripts/published.py"
+    assert rows in published.DOC.read_text(), "python scripts/checkpoint_families.py"
     assert len(rows.splitlines()) == len(MODULES) + 2
     assert all(f"`{name}`" in rows for family in families() for name in family.architectures)
 
@@ -35,5 +35,7 @@ def test_what_is_refused_by_name_is_all_that_transformers_has():
     from importlib.metadata import version
 
     if version("transformers") != others.TRANSFORMERS:
-        pytest.skip(f"the list is that of transformers {others.TRANSFORMERS}: python scripts/published.py others")
+        pytest.skip(
+            f"the list is that of transformers {others.TRANSFORMERS}: python scripts/checkpoint_families.py others"
+        )
     assert published.scan() == others.OTHERS

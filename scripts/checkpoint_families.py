@@ -1,8 +1,8 @@
 """Which published models can be read: the table of docs/checkpoints.md, and the classes that are refused by name.
 
-    python scripts/published.py                       # writes the table from docs/results/families.json
-    python scripts/published.py measure [NAME ...]    # tiny models of transformers (extra `parity`): about 20 s each
-    python scripts/published.py others                # the mixtures of experts of the installed transformers
+    python scripts/checkpoint_families.py                       # writes the table from docs/results/families.json
+    python scripts/checkpoint_families.py measure [NAME ...]    # tiny models of transformers (extra `parity`), 20 s each
+    python scripts/checkpoint_families.py others                # the mixtures of experts of the installed transformers
 
 A family's row is the first line of its file in moe_zoo/checkpoints/hf/families. What works is measured on the tiny
 models of tests/checkpoints/hf: import (the same logits, padding on either side), export (the same tensors, bit by bit,
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/checkpoints/hf")]
 DOC, RESULTS = ROOT / "docs/checkpoints.md", ROOT / "docs/results/families.json"
 OTHERS = ROOT / "moe_zoo/checkpoints/hf/families/others.py"
-COMMAND = "scripts/published.py"
+COMMAND = "scripts/checkpoint_families.py"
 BEGIN, END = f"<!-- made by {COMMAND} -->", "<!-- end -->"
 WORKS = ("import", "export", "cache", "sharding")
 APART = 2e-4  # as in the tests
