@@ -1,7 +1,7 @@
 """Which published models can be read: the table of docs/checkpoints.md, and the classes that are refused by name.
 
     python scripts/checkpoint_families.py                       # writes the table from docs/results/families.json
-    python scripts/checkpoint_families.py measure [NAME ...]    # tiny models of transformers (extra `parity`), 20 s each
+    python scripts/checkpoint_families.py measure [NAME ...]    # tiny models of transformers (extra `parity`)
     python scripts/checkpoint_families.py others                # the mixtures of experts of the installed transformers
 
 A family's row is the first line of its file in moe_zoo/checkpoints/hf/families. What works is measured on the tiny
