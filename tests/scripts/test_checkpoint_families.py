@@ -9,22 +9,22 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
-import checkpoint_families as published  # noqa: E402
+import checkpoint_families  # noqa: E402
 
 from moe_zoo.checkpoints.hf import families  # noqa: E402
 from moe_zoo.checkpoints.hf.families import MODULES, others  # noqa: E402
 
 
 def test_the_table_is_made_from_the_families_and_the_measurements():
-    rows = published.table(json.loads(published.RESULTS.read_text()))
-    assert rows in published.DOC.read_text(), "python scripts/checkpoint_families.py"
+    rows = checkpoint_families.table(json.loads(checkpoint_families.RESULTS.read_text()))
+    assert rows in checkpoint_families.DOC.read_text(), "python scripts/checkpoint_families.py"
     assert len(rows.splitlines()) == len(MODULES) + 2
     assert all(f"`{name}`" in rows for family in families() for name in family.architectures)
 
 
 def test_what_is_not_measured_is_not_claimed():
     result = {"class": "MixtralForCausalLM", "import": True, "export": False, "cache": True, "sharding": True}
-    lines = published.table({"mixtral": result | {"apart": 1.5e-6}}).splitlines()
+    lines = checkpoint_families.table({"mixtral": result | {"apart": 1.5e-6}}).splitlines()
     assert next(line for line in lines if line.startswith("| Mixtral")).endswith("| yes | - | yes | yes | 1.5e-06 |")
     assert next(line for line in lines if line.startswith("| OLMoE")).endswith("| - | - | - | - | - |")
 
@@ -38,4 +38,4 @@ def test_what_is_refused_by_name_is_all_that_transformers_has():
         pytest.skip(
             f"the list is that of transformers {others.TRANSFORMERS}: python scripts/checkpoint_families.py others"
         )
-    assert published.scan() == others.OTHERS
+    assert checkpoint_families.scan() == others.OTHERS
