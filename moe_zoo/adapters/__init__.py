@@ -7,6 +7,7 @@ ADAPTERS = Registry(
     {
         "arrow": "moe_zoo.adapters.arrow:Arrow",
         "dynmole": "moe_zoo.adapters.dynmole:DynMole",
+        "glider": "moe_zoo.adapters.glider:Glider",
         "hydralora": "moe_zoo.adapters.hydralora:HydraLora",
         "lora": "moe_zoo.adapters.lora:Lora",
         "lora_mixer": "moe_zoo.adapters.lora_mixer:LoraMixer",
@@ -14,6 +15,7 @@ ADAPTERS = Registry(
         "mixlora": "moe_zoo.adapters.mixlora:MixLora",
         "mola": "moe_zoo.adapters.mola:Mola",
         "mole": "moe_zoo.adapters.mole:Mole",
+        "mos": "moe_zoo.adapters.mos:Mos",
         "none": "moe_zoo.adapters.none:NoAdapter",
         "phatgoose": "moe_zoo.adapters.phatgoose:Phatgoose",
         "poly": "moe_zoo.adapters.poly:Poly",

@@ -22,6 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from moe_zoo.adapters.experts import ExpertLora
+from moe_zoo.adapters.shared import SharedAdapters
 from moe_zoo.adapters.targets import AdapterConfig, Linear, check_patterns, linear_layers
 from moe_zoo.core.aux import Aux, Stat
 from moe_zoo.core.context import RoutingContext
@@ -94,11 +95,10 @@ class Adapter(nnx.Module):
 
     @classmethod
     def make_shared(
-        cls, config: AdapterConfig, names: Sequence[str], *, num_layers: int, hidden_size: int
-    ) -> nnx.Module | None:
-        """What decides for all layers of a model, if there is such a thing, given the names that have adapters. It has
-        `first()`, what adapters find as `ctx.shared["adapters"]` in a first pass through the layers, and `second(h)`,
-        what they find in the pass that counts, given the first one's last hidden states.
+        cls, config: AdapterConfig, linears: Sequence[Linear], *, num_layers: int, hidden_size: int
+    ) -> SharedAdapters | None:
+        """What the adapters of all layers of a model have in common, if there is such a thing, given the linear layers
+        that have one, block by block.
         """
         return None
 
@@ -211,21 +211,22 @@ def together(dicts: Sequence[dict], join) -> dict:
 
 def add_adapters(
     adapters: Choice, blocks: Sequence[tuple[nnx.Module, tuple[int, ...]]], *, num_layers: int, hidden_size: int
-) -> nnx.Module | None:
+) -> SharedAdapters | None:
     """Gives blocks that are not stacked yet their adapters, and freezes all else in them. `blocks`: each with the
-    layers that it will stand for. Returns what decides for all of them, if there is such a thing (`make_shared`).
+    layers that it will stand for. Returns what all of them share, if there is such a thing (`make_shared`).
 
     Raises ConfigError, with the nearest names, if a pattern matches no linear layer.
     """
-    linears = [linear_layers(block, layers, num_layers) for block, layers in blocks]
-    check_patterns(adapters.config, [name for found in linears for linear in found for name in linear.names()])
-    targets = [[one for one in found if any(map(adapters.config.targets, one.names()))] for found in linears]
+    there = [linear_layers(block, layers, num_layers) for block, layers in blocks]
+    check_patterns(adapters.config, [name for found in there for linear in found for name in linear.names()])
+    targets = [[one for one in found if any(map(adapters.config.targets, one.names()))] for found in there]
     names = list(dict.fromkeys(one.name for found in targets for one in found))
-    for (block, _), found in zip(blocks, targets, strict=True):
+    targets = [[dataclasses.replace(one, place=names.index(one.name)) for one in found] for found in targets]
+    for (block, _), placed in zip(blocks, targets, strict=True):
         freeze(block)
-        placed = [dataclasses.replace(one, place=names.index(one.name)) for one in found]
         block.adapters = BlockAdapters({one.name: adapters.make(one) for one in placed if not one.bank})
         if banks := [one for one in placed if one.bank]:
             made = {one.name: adapters.cls.beside_experts(adapters.config, one) for one in banks}
             block.ffn.experts.adapters = nnx.Dict({n.rpartition(".")[2]: adapter for n, adapter in made.items()})
-    return adapters.cls.make_shared(adapters.config, names, num_layers=num_layers, hidden_size=hidden_size)
+    linears = [one for placed in targets for one in placed]
+    return adapters.cls.make_shared(adapters.config, linears, num_layers=num_layers, hidden_size=hidden_size)

@@ -58,7 +58,7 @@ class Routed(Adapter):
         self.router = param((D, E), axes, Uniform(1 / math.sqrt(D)))
 
     def gate(self, x_TD, hidden_TER, ctx: RoutingContext):
-        logits_TE = self.among_live(self.logits(x_TD, hidden_TER))
+        logits_TE = self.among_live(self.informed(self.logits(x_TD, hidden_TER), ctx))
         probs_TE = jax.nn.softmax(logits_TE)
         gates_TE = self.chosen(probs_TE, ctx)
         losses = self.losses(probs_TE, gates_TE, ctx)
@@ -70,6 +70,10 @@ class Routed(Adapter):
     def logits(self, x_TD: Float[Array, "T D"], hidden_TER: Float[Array, "T E R"]) -> Float[Array, "T E"]:
         """z, in float32."""
         return linear_logits(x_TD, self.router[...])
+
+    def informed(self, logits_TE: Float[Array, "T E"], ctx: RoutingContext) -> Float[Array, "T E"]:
+        """z with what is known from elsewhere than the layer's input."""
+        return logits_TE
 
     def chosen(self, probs_TE: Float[Array, "T E"], ctx: RoutingContext) -> Float[Array, "T E"]:
         """The gates: p itself, unless a subclass thins it out."""

@@ -15,11 +15,12 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float
 
 from moe_zoo.adapters.adapter import Adapter
 from moe_zoo.adapters.routed import Routed, RoutedConfig, gate_stats, largest
+from moe_zoo.adapters.shared import SharedAdapters
+from moe_zoo.adapters.targets import Linear
 from moe_zoo.core.aux import Aux
 from moe_zoo.core.param import Uniform, param
 from moe_zoo.core.registry import ConfigError
@@ -49,20 +50,23 @@ class XLoraConfig(RoutedConfig):
             raise ConfigError(f"{join(path, 'top_k_lora')}: {self.top_k_lora} of num_experts={self.num_experts}")
 
 
-class XLoraClassifier(nnx.Module):
+class XLoraClassifier(SharedAdapters):
     """One for the whole model: the first pass's gates, and those that it leads to, each [layers, linear layers, T, E];
     an axis of size 1 stands for all.
     """
 
-    def __init__(self, config: XLoraConfig, names: Sequence[str], *, num_layers: int, hidden_size: int):
+    two_passes = True
+
+    def __init__(self, config: XLoraConfig, linears: Sequence[Linear], *, num_layers: int, hidden_size: int):
         D, E = hidden_size, config.num_experts
         self.config = config
-        self.shape = (num_layers, len(names)) if config.layerwise_scalings else (1, 1)
+        places = 1 + max(linear.place for linear in linears)
+        self.shape = (num_layers, places) if config.layerwise_scalings else (1, 1)
         size = math.prod(self.shape) * E
         self.kernel = param((D, size), ("embed", "expert_logits"), Uniform(1 / math.sqrt(D)))
         self.bias = param((size,), ("expert_logits",), Uniform(1 / math.sqrt(D)))
 
-    def first(self) -> Float[Array, "1 1 1 E"]:
+    def first(self, instructions: Array | None) -> Float[Array, "1 1 1 E"]:
         """The gates of the first pass."""
         return jnp.full((1, 1, 1, self.config.num_experts), self.config.scaling_pass_value, jnp.float32)
 
@@ -92,8 +96,8 @@ class XLora(Routed):
         """What decides is the model's, not the layer's."""
 
     @classmethod
-    def make_shared(cls, config, names, *, num_layers, hidden_size):
-        return XLoraClassifier(config, names, num_layers=num_layers, hidden_size=hidden_size)
+    def make_shared(cls, config, linears, *, num_layers, hidden_size):
+        return XLoraClassifier(config, linears, num_layers=num_layers, hidden_size=hidden_size)
 
     def gate(self, x_TD, hidden_TER, ctx):
         gates = ctx.shared["adapters"]

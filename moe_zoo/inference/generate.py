@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moe_zoo.adapters.instructions import of_each
 from moe_zoo.inference.sampling import Sampling, draw
 from moe_zoo.sharding import readable
 
@@ -37,6 +38,7 @@ def generate(
     pad_id: int = 0,
     on_tokens: Callable[[int, np.ndarray], bool | None] | None = None,
     chunk: int = _CHUNK,
+    instructions: str | Sequence[str] | np.ndarray | None = None,
 ) -> list[np.ndarray]:
     """Continues every prompt (int arrays, at least one id each) by up to `max_new_tokens` ids.
 
@@ -46,6 +48,8 @@ def generate(
 
     `on_tokens(row, ids)` receives each sequence's new ids while the rest is still to come, at most `chunk` (1 to 16)
     at a time; returning True ends that sequence.
+
+    `instructions`: what each sequence asks for, a text or its embedding, for adapters that route by it (Glider).
 
     Raises ValueError for an empty prompt or settings out of range.
     """
@@ -63,6 +67,7 @@ def generate(
     # all from the host, where every process of a run has the same
     how = jax.device_get(sampling.arrays(model.config.vocab_size))
     how |= {"keys": np.asarray(jax.random.key_data(keys)), "stops": np.asarray(stops, np.int32)}
+    how |= {} if instructions is None else {"instructions": of_each(model, instructions, B)}
     rows = _Rows(B, set(stop_ids), on_tokens)
     first, carry = _prefill(graphdef, bucket(S + max_new_tokens), state, tokens, valid, how)
     rows.take(jax.device_get(first))
@@ -118,6 +123,11 @@ def _pick(logits_BSV, step, how):
     return draw(keys_B, logits_BSV[:, -1], how)
 
 
+def _asked(how) -> dict:
+    """What the model is told in every call besides its tokens."""
+    return {name: how[name] for name in ("instructions",) if name in how}
+
+
 def _merged(graphdef, state):
     """The model, its layers apart where that pays."""
     model = nnx.merge(graphdef, state)
@@ -133,7 +143,7 @@ def _prefill(graphdef, L, state, tokens, valid, how):
     model = _merged(graphdef, state)
     positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0).astype(jnp.int32)
     cache = model.init_cache(tokens.shape[0], L)
-    logits, _, cache = model(tokens, positions=positions, valid=valid, cache=cache, last=True)
+    logits, _, cache = model(tokens, positions=positions, valid=valid, cache=cache, last=True, **_asked(how))
     first = _pick(logits, 0, how)
     return readable(model.mesh, first[:, None]), (jnp.int32(1), first, positions[:, -1] + 1, cache)
 
@@ -149,7 +159,7 @@ def _decode(graphdef, state, carry, done, limit, how):
 
     def advance(loop):
         i, ids, done, (step, last, position, cache) = loop
-        logits, _, cache = model(last[:, None], positions=position[:, None], cache=cache)
+        logits, _, cache = model(last[:, None], positions=position[:, None], cache=cache, **_asked(how))
         last = _pick(logits, step, how)
         ids = jax.lax.dynamic_update_index_in_dim(ids, last, i, axis=1)
         done = done | (last[:, None] == how["stops"]).any(-1)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moe_zoo.adapters.instructions import of_each
 from moe_zoo.checkpoints import CheckpointError, Checkpoints, hf
 from moe_zoo.core import param as P
 from moe_zoo.core.schema import build, overlay, to_dict
@@ -67,11 +68,18 @@ class Loaded:
     published: hf.Published | None = None
 
     def __call__(
-        self, input_ids, attention_mask=None, decoder_input_ids=None, *, return_routing: bool = False
+        self,
+        input_ids,
+        attention_mask=None,
+        decoder_input_ids=None,
+        *,
+        instructions=None,
+        return_routing: bool = False,
     ) -> Output:
         """Logits for int ids [B, S]. `attention_mask` [B, S]: 0 marks padding, left or right; positions follow it.
 
-        `return_routing`: what every routed layer did with every token, see `RoutedAux`.
+        `return_routing`: what every routed layer did with every token, see `RoutedAux`. `instructions`: as in
+        `inference.generate`.
         `decoder_input_ids` belongs to encoder-decoders, and is an error for a model that is a decoder alone.
         """
         if decoder_input_ids is not None:
@@ -92,8 +100,9 @@ class Loaded:
                 raise ValueError(
                     f"attention_mask: expected the shape of input_ids {list(ids.shape)}, got {list(valid.shape)}"
                 )
+        asked = {} if instructions is None else {"instructions": of_each(self.model, instructions, len(ids))}
         graphdef, state = nnx.split(self.model)
-        logits, aux = _forward(graphdef, return_routing, state, jnp.asarray(ids, jnp.int32), valid)
+        logits, aux = _forward(graphdef, return_routing, state, jnp.asarray(ids, jnp.int32), valid, asked)
         return Output(logits, RoutedAux(aux.losses, aux.layers) if return_routing else aux)
 
     def generate(self, prompts: str | Sequence[str], max_new_tokens: int = 200, **how) -> list[str]:
@@ -205,10 +214,10 @@ def _fits(loss: type, router: type) -> bool:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _forward(graphdef, record, state, ids, valid):
+def _forward(graphdef, record, state, ids, valid, asked):
     model = nnx.merge(graphdef, state)
     positions = None if valid is None else jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0).astype(jnp.int32)
-    logits, aux, _ = model(ids, positions=positions, valid=valid, record=record)
+    logits, aux, _ = model(ids, positions=positions, valid=valid, record=record, **asked)
     return logits, aux
 
 
@@ -269,7 +278,8 @@ def _load_run(workdir: Path, mesh, dtype, step: int | None) -> Loaded:
         if group is None:
             raise CheckpointError(f"{workdir}: checkpoint {step} lacks {name!r} which its config.json asks for")
         where = sharding_of(mesh, var.logical_axes, value.shape, name)
-        kind = value.dtype if dtype is None or isinstance(var, P.Buffer) else jnp.dtype(dtype)
+        exact = isinstance(var, P.Buffer) or not jnp.issubdtype(value.dtype, jnp.floating)
+        kind = value.dtype if dtype is None or exact else jnp.dtype(dtype)
         abstract.setdefault(group, {})[name] = jax.ShapeDtypeStruct(value.shape, kind, sharding=where)
     values = checkpoints.restore_params(step, abstract)
     checkpoints.close()

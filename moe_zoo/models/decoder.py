@@ -92,9 +92,9 @@ class Decoder(nnx.Module):
         if config.adapted:
             freeze(self)
             blocks = [pair for blocks, ids in segments for pair in zip(blocks, ids, strict=True)]
-            deciding = add_adapters(config.adapters, blocks, num_layers=config.num_layers, hidden_size=D)
-            if deciding is not None:
-                self.adapters = deciding
+            together = add_adapters(config.adapters, blocks, num_layers=config.num_layers, hidden_size=D)
+            if together is not None:
+                self.adapters = together
         self.segments = nnx.List(
             SegmentBlocks([stack(block, layers) for block, layers in zip(blocks, ids)], ids) for blocks, ids in segments
         )
@@ -108,6 +108,7 @@ class Decoder(nnx.Module):
         valid: Bool[Array, "B S"] | None = None,
         domain: Int[Array, "B S"] | None = None,
         num_domains: int = 0,
+        instructions: Float[Array, "B M"] | None = None,
         cache: dict | None = None,
         inputs: dict[str, Any] | None = None,
         train: bool = False,
@@ -120,8 +121,9 @@ class Decoder(nnx.Module):
 
         `segment_ids` separate packed documents; `valid` False marks padding, which changes nothing elsewhere. With a
         `cache` (`init_cache`) the S tokens continue the cached ones. `inputs` holds arrays with a leading axis of all L
-        layers, for routers (`router_bias`, `given`). `record` puts every token's routing into the Aux' terms.
-        `last`: only the logits of the last token, [B, 1, V].
+        layers, for routers (`router_bias`, `given`). `instructions`: an embedding of what each sequence asks for, for
+        adapters that look at it (Glider); the same in every call that continues a cache. `record` puts every token's
+        routing into the Aux' terms. `last`: only the logits of the last token, [B, 1, V].
         """
         B, S = tokens.shape
         at = None if cache is None else cache["at"]
@@ -137,14 +139,14 @@ class Decoder(nnx.Module):
             token_ids=flat(tokens), domain=flat(domain), at=at, carry=self._init_carry(B * S),
         )  # fmt: skip
         shared, shared_cache = self._before_layers(ctx, cache)
+        shared, inputs = self._with_adapters(shared, inputs or {}, instructions)
         ctx = ctx.replace(shared=shared)
         dtype = jnp.dtype(self.config.dtype)
         view = View(positions, segment_ids, valid).with_rotary(self._rotary_keys(), dtype)
         x, ngram_cache = self._embed(tokens, positions, cache, dtype)
         first_cache = None
         if self.two_passes:
-            first = {**shared, "adapters": self.adapters.first()}
-            passed = self._layers(x, ctx.replace(shared=first), view, cache, "first", inputs)
+            passed = self._layers(x, ctx, view, cache, "first", inputs)
             ctx = ctx.replace(shared={**shared, "adapters": self.adapters.second(self.norm(passed.x))})
             first_cache = passed.caches
         state = self._layers(x, ctx, view, cache, "segments", inputs)
@@ -161,7 +163,7 @@ class Decoder(nnx.Module):
 
     def _layers(self, x, ctx: RoutingContext, view: View, cache, key: str, inputs) -> "_Run":
         """All segments, one after the other, with the caches that are `cache[key]`."""
-        state = _Run(x, ctx, view, None if cache is None else cache[key], ctx.at, inputs or {})
+        state = _Run(x, ctx, view, None if cache is None else cache[key], ctx.at, inputs)
         for index, segment in enumerate(self.segments):
             state.run_segment(index, segment, self.config.remat if ctx.train else "none")
         return state
@@ -169,7 +171,12 @@ class Decoder(nnx.Module):
     @property
     def two_passes(self) -> bool:
         """Whether adapters want a first pass to decide by (X-LoRA)."""
-        return hasattr(self, "adapters")
+        return hasattr(self, "adapters") and self.adapters.two_passes
+
+    @property
+    def instruction_size(self) -> int | None:
+        """Numbers of an instruction's embedding; None: no adapters look at it."""
+        return self.adapters.instruction_size if hasattr(self, "adapters") else None
 
     def set_layers_apart(self) -> None:
         """Cuts the stacked layers into segments of one repeat each. The arrays are copies, and every path changes.
@@ -256,6 +263,18 @@ class Decoder(nnx.Module):
             for name, module in self.shared.items()
         }
         return {name: value for name, (value, _) in found.items()}, {name: new for name, (_, new) in found.items()}
+
+    def _with_adapters(self, shared, inputs, instructions) -> tuple[dict[str, Any], dict[str, Any]]:
+        """`shared` and `inputs` with what adapters of all layers have in common."""
+        if instructions is not None and instructions.shape[1:] != (self.instruction_size,):
+            raise ValueError(
+                f"instructions: embeddings {list(instructions.shape)}; adapters {self.config.adapters.name!r} look at "
+                f"{f'[B, {self.instruction_size}]' if self.instruction_size else 'none'}"
+            )
+        if not hasattr(self, "adapters"):
+            return shared, inputs
+        shared = {**shared, "adapters": self.adapters.first(instructions)}
+        return shared, {**inputs, "adapters": self.adapters.per_layer()}
 
     def _rotary_keys(self) -> set[RotaryKey]:
         keys = {block.mixer.rotary_key for segment in self.segments for block in segment.blocks if block.mixes}

@@ -1,12 +1,20 @@
 """A trained model in, another model out. Each returns a new `Loaded`; the given one stays as it is."""
 
-from moe_zoo.transform.adapters import add_adapters, average_skills, join_experts, merge, unmerge
+from moe_zoo.transform.adapters import (
+    add_adapters,
+    as_lora,
+    average_skills,
+    describe_experts,
+    join_experts,
+    merge,
+    unmerge,
+)
 from moe_zoo.transform.null_experts import add_null_experts
 from moe_zoo.transform.peft import load_adapters, save_adapter
 from moe_zoo.transform.task_vectors import breadcrumbs, dare, task_arithmetic, ties
 from moe_zoo.transform.upcycle import upcycle
 
 __all__ = [
-    "add_adapters", "add_null_experts", "average_skills", "breadcrumbs", "dare", "join_experts", "load_adapters",
-    "merge", "save_adapter", "task_arithmetic", "ties", "unmerge", "upcycle",
+    "add_adapters", "add_null_experts", "as_lora", "average_skills", "breadcrumbs", "dare", "describe_experts",
+    "join_experts", "load_adapters", "merge", "save_adapter", "task_arithmetic", "ties", "unmerge", "upcycle",
 ]  # fmt: skip

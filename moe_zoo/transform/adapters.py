@@ -7,9 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from moe_zoo.adapters import ADAPTERS
 from moe_zoo.adapters.adapter import Adapter
+from moe_zoo.adapters.instructions import embed
+from moe_zoo.adapters.mos import Pools
 from moe_zoo.adapters.targets import AdapterConfig
 from moe_zoo.core import param as P
 from moe_zoo.core.registry import ConfigError
@@ -90,7 +93,7 @@ def adapted_blocks(model: Decoder):
 def _changed(adapted: Loaded, values: Mapping[str, jax.Array], change: Callable) -> dict[str, jax.Array]:
     """`values` with every adapted layer's weight as `change(adapter, w [D, N])` makes it, in float32."""
     new = dict(values)
-    for path, block, _ in adapted_blocks(adapted.model):
+    for path, block, _ in adapted_blocks(as_lora(adapted).model):
         for name, adapter in block.each_adapter().items():
             w = values[f"{path}.{name}"]
             flat = w.astype(jnp.promote_types(w.dtype, jnp.float32)).reshape(w.shape[0], *adapter.linear.shape)
@@ -148,12 +151,49 @@ def average_skills(loaded: Loaded) -> Loaded:
     """
     if loaded.config.adapters.name != "poly":
         raise ConfigError(f"average_skills: expected adapters 'poly', got {loaded.config.adapters.name!r}")
-    own = {field.name for field in dataclasses.fields(AdapterConfig)}
-    settings = {key: value for key, value in to_dict(loaded.config.adapters).items() if key in own}
-    config = build(ModelConfig, overlay(to_dict(loaded.config), {"adapters": {"name": "lora", **settings}}), "model")
     averaged = lambda n, x: x.mean(1, keepdims=True) if n.endswith((".a", ".b")) else x[:, :1]
     values = {n: averaged(n, x) if ".adapters." in n else x for n, x in P.arrays(loaded.model).items()}
-    return _rebuilt(loaded, config, values)
+    return _rebuilt(loaded, _plain_lora(loaded), values)
+
+
+def as_lora(loaded: Loaded) -> Loaded:
+    """The model whose `mos` adapters are the plain LoRAs of rank r that they amount to; any other as it is."""
+    pools = getattr(loaded.model, "adapters", None)
+    if not isinstance(pools, Pools):
+        return loaded
+    values = P.arrays(loaded.model)
+    vectors = pools.per_layer()
+    for path, block, layers in adapted_blocks(loaded.model):
+        for name in block.adapters:
+            for key, array in zip(("a", "b"), vectors[name], strict=True):
+                values[f"{path}.adapters.{name}.{key}"] = array[np.asarray(layers)][:, None]
+    return _rebuilt(loaded, _plain_lora(loaded), values)
+
+
+def describe_experts(loaded: Loaded, instructions: Sequence[str] | Float[Array, "E M"]) -> Loaded:
+    """The model whose `glider` adapters know what each expert is for: one instruction each, or its embedding.
+
+    Raises ConfigError if its adapters do not look at instructions, or there is not one for each expert.
+    """
+    if loaded.model.instruction_size is None:
+        raise ConfigError(f"describe_experts: expected adapters 'glider', got {loaded.config.adapters.name!r}")
+    old = loaded.model.adapters.embeddings[...]
+    texts = all(isinstance(text, str) for text in instructions)
+    new = embed(instructions, old.shape[1]) if texts else np.asarray(instructions, np.float32)
+    if new.shape != old.shape:
+        raise ConfigError(
+            f"describe_experts: expected instructions for {old.shape[0]} experts, or embeddings {list(old.shape)}; got "
+            f"{list(new.shape)}"
+        )
+    values = P.arrays(loaded.model) | {"adapters.embeddings": jax.device_put(new.astype(old.dtype), old.sharding)}
+    return dataclasses.replace(loaded, model=P.replace(loaded.model, values))
+
+
+def _plain_lora(loaded: Loaded) -> ModelConfig:
+    """The settings with plain LoRA of the same targets, rank and scale."""
+    own = {field.name for field in dataclasses.fields(AdapterConfig)}
+    settings = {key: value for key, value in to_dict(loaded.config.adapters).items() if key in own}
+    return build(ModelConfig, overlay(to_dict(loaded.config), {"adapters": {"name": "lora", **settings}}), "model")
 
 
 def _by_layer(model: Loaded) -> dict[tuple[int, str], Any]:

@@ -18,7 +18,7 @@ from moe_zoo.core.registry import ConfigError, nearest
 from moe_zoo.core.schema import build_choice
 from moe_zoo.inference.loaded import Loaded
 from moe_zoo.models.decoder import Decoder
-from moe_zoo.transform.adapters import adapted_blocks, add_adapters
+from moe_zoo.transform.adapters import adapted_blocks, add_adapters, as_lora
 
 
 def load_adapters(
@@ -54,6 +54,7 @@ def save_adapter(loaded: Loaded, path: str | Path, expert: int = 0) -> None:
     """
     if not loaded.config.adapted:
         raise ConfigError("the model has no adapters to save; see transform.add_adapters")
+    loaded = as_lora(loaded)
     modules, config = linear_modules(loaded), loaded.config.adapters.config
     of_name = {module.name: path for path, module in modules.items()}
     folder = str(loaded.published.folder) if loaded.published else None

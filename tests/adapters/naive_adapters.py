@@ -107,25 +107,41 @@ def sigmoid_gates(x_D, p, settings, task):
     return 1 / (1 + np.exp(-x_D @ p["router"]))
 
 
-def standard_gates(x_D, p, settings, task):
+def standard_gates(x_D, p, settings, task, bias_E=0):
     standard = lambda v: (v - v.mean()) / np.sqrt(v.var() + 1e-5)
     scores = np.array([standard(x_D) @ standard(v) for v in p["router"].T]) / np.sqrt(len(x_D))
-    probs = probabilities(scores, p)
+    probs = probabilities(scores + bias_E, p)
     kept = sorted(range(len(probs)), key=lambda e: (-probs[e], e))[: settings.num_experts_per_tok]
     out = np.where(np.isin(range(len(probs)), kept), probs, 0)
     return out / out.sum()
 
 
+#: what is added to the logits of all tokens of a sequence
+BIAS = np.array([[0.9, -0.4, 0.2]])
+
+
+def biased_gates(x_D, p, settings, task):
+    return standard_gates(x_D, p, settings, task, BIAS[0])
+
+
+def assembled(pool, row, per_vector):
+    """A and B of one layer from its shards, in strides."""
+    join = lambda shards, index: np.concatenate([shards[index][i::per_vector] for i in range(per_vector)], axis=1)[None]
+    index = pool["index"].astype(int)
+    return {"a": join(pool["shards_a"], index[0, row]), "b": join(pool["shards_b"], index[-1, row])}
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """Settings of an entry; its gates for one token, or what it adds, if that is no sum over gates. `own_feed_forward`:
-    its feed-forward part is no sum of linear layers' and has a test of its own.
+    its feed-forward part is no sum of linear layers' and has a test of its own. `shared`: what all layers are told.
     """
 
     settings: dict
     gates: Callable | None = None
     adds: Callable | None = None
     own_feed_forward: bool = False
+    shared: np.ndarray | None = None
 
 
 PATTERNS = {"target_modules": ["mixer.*", "w_up", "w_down"], "r": 3, "lora_alpha": 6.0}
@@ -161,6 +177,10 @@ CASES = {
     "phatgoose": Case(
         {"name": "phatgoose", "stage": "route", "num_experts": 3, "freeze_experts": False}, standard_gates
     ),
+    "glider": Case(
+        {"name": "glider", "num_experts": 3, "freeze_experts": False, "embedding_size": 8}, biased_gates, shared=BIAS
+    ),
+    "mos": Case({"name": "mos", "r": 3, "rank_budget": 2, "private_rank": 1}),
     "poly": Case({"name": "poly", "num_tasks": 2, "num_skills": 3}, adds=merged_skills),
     "mhr": Case({"name": "poly", "num_tasks": 2, "num_skills": 3, "num_splits": 2}, adds=merged_skills),
 }

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from naive_adapters import CASES, GIVEN, PATTERNS, expert, mix
+from naive_adapters import CASES, GIVEN, PATTERNS, assembled, expert, mix
 
 from moe_zoo.adapters import ADAPTERS
 from moe_zoo.adapters.routed import Routed
@@ -46,11 +46,11 @@ def adapted(name: str) -> Decoder:
 
 @functools.cache
 def trained(name: str) -> dict[str, np.ndarray]:
-    """Values for all that adapters have, so that every part matters; scales as they are."""
+    """Values for all that adapters have, so that every part matters; scales and whole numbers as they are."""
     rng, values = np.random.default_rng(3), {}
     for path, var in P.flat(adapted(name)).items():
         value = np.asarray(var.get_value())
-        if "adapters." in path and not path.endswith(".scale"):
+        if "adapters." in path and not path.endswith(".scale") and value.dtype == np.float32:
             value = 0.4 * rng.standard_normal(value.shape).astype(np.float32)
         values[path] = value
     return values
@@ -77,14 +77,20 @@ def run(name, values, ids=IDS, valid=None):
 
 
 def layers_of(name):
-    """(adapter of one layer, its arrays in float64, weight [D, N], per-layer name) of every adapted layer."""
+    """(adapter of one layer, its arrays in float64, weight [D, N], per-layer name) of every adapted layer. Arrays that
+    it has from a pool of all layers are among them.
+    """
     model = P.replace(adapted(name), {n: jnp.asarray(v) for n, v in trained(name).items()})
+    pools = getattr(getattr(model, "adapters", None), "pools", {})
     for path, block, ids in model.blocks():
         for linear, adapter in block.adapters.items():
             w = np.asarray(P.arrays(model)[f"{path}.{linear}"], np.float64)
             for row, layer in enumerate(ids):
                 one = jax.tree.map(lambda x, row=row: x[row], adapter)
                 arrays = {n: np.asarray(a, np.float64) for n, a in P.arrays(one).items()}
+                if linear in pools:
+                    pool = {n: np.asarray(a, np.float64) for n, a in P.arrays(pools[linear]).items()}
+                    arrays |= assembled(pool, layer, adapter.config.shards_per_vector)
                 yield one, arrays, w[row].reshape(adapter.linear.in_features, -1), f"layers.{layer}.{linear}"
 
 
@@ -99,7 +105,8 @@ def test_every_entry_is_tried():
 def test_every_token_by_the_papers_formula(name):
     case = CASES[name]
     domain = np.array([0, 1, 1, 0, 1], np.int32)
-    given = {"adapters": np.float32(GIVEN[domain])[None, None]}
+    shared = np.float32(GIVEN[domain])[None, None] if case.shared is None else np.float32(case.shared)
+    given = {"adapters": shared}
     ctx = RoutingContext(batch=1, seq=5, domain=domain, num_domains=2, train=True, shared=given)
     seen = set()
     for adapter, p, w, where in layers_of(name):
@@ -110,7 +117,11 @@ def test_every_token_by_the_papers_formula(name):
         x = np.random.default_rng(1).standard_normal((5, w.shape[0]))
         y = x @ w
         config = adapter.config
-        got, aux = call(adapter, jnp.float32(x), jnp.float32(y), jnp.float32(w), ctx)
+        pooled = (
+            {} if hasattr(adapter, "a") else {adapter.linear.name: (jnp.float32(p["a"][0]), jnp.float32(p["b"][0]))}
+        )
+        told = ctx.replace(inputs={"adapters": pooled})
+        got, aux = call(adapter, jnp.float32(x), jnp.float32(y), jnp.float32(w), told)
         if name == "dora":
             updated = w + np.outer(p["scale"][0, 0], 1) * p["a"][0].T @ p["b"][0]
             m = np.linalg.norm(w, axis=0) + p["magnitude"]
@@ -143,7 +154,7 @@ def test_fresh_adapters_leave_the_model_as_it_was(name):
     got, _, gradients = run(name, values)
     np.testing.assert_allclose(got, logits, atol=1e-5 if name == "dora" else 1e-6)
     if not frozen_experts(name):  # of experts that are frozen at nothing there is nothing to learn
-        assert any(np.abs(g).max() > 0 for n, g in gradients.items() if n.endswith(".b"))
+        assert any(np.abs(g).max() > 0 for n, g in gradients.items() if n.endswith((".b", ".shards_b")))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -151,9 +162,14 @@ def test_gradients_reach_what_is_live_and_nothing_else(name):
     values = trained(name)
     _, _, gradients = run(name, values)
     assert gradients and all("adapters." in n for n in gradients)
-    assert frozen_experts(name) == (not any(n.endswith((".a", ".b")) for n in gradients))
+    assert frozen_experts(name) == (not any(n.endswith((".a", ".b", ".shards_a", ".shards_b")) for n in gradients))
     for path, gradient in gradients.items():
         assert np.isfinite(gradient).all(), path
+        if ".shards_" in path:
+            index = values[path.rpartition(".")[0] + ".index"][0 if path.endswith("a") else -1]
+            used = np.isin(np.arange(len(gradient)), index)
+            np.testing.assert_array_equal(np.abs(gradient).max(-1) > 0, used, err_msg=path)
+            continue
         if not path.endswith((".a", ".b")):
             # tasks decide, no router does
             assert np.abs(gradient).max() > 0 or CASES[name].settings.get("routing") == "task", path
