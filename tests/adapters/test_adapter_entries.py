@@ -268,6 +268,8 @@ def test_gates_that_were_learned_alone_become_the_router():
         np.testing.assert_array_equal(values[f"{prefix}.q.a"][1, e, :R], own[f"{prefix}.q.a"][1, 0])
         np.testing.assert_array_equal(values[f"{prefix}.q.router"][1, :, e], own[f"{prefix}.q.router"][1, :, 0])
     assert not np.asarray(values[f"{prefix}.q.b"])[1, 0, 2:].any()
+    for name, value in P.arrays(join_experts(base, learned, "glider").model).items():
+        np.testing.assert_array_equal(value, values.get(name, 0), err_msg=name)
     drawn = join_experts(base, learned, "mole")
     assert np.asarray(P.arrays(drawn.model)[f"{prefix}.q.router"]).shape[1:] == (2, 12, 2)
     with pytest.raises(ConfigError, match="experts of 'smora' are no LoRAs of their own"):
