@@ -92,8 +92,8 @@ class Pool(nnx.Module):
         L, e, p, r = len(layers), config.rank_budget, config.private_rank, config.r
         if r - p > (e - p) * L:
             raise ConfigError(
-                f"model.adapters.r: {r}; {linear.name!r} of {L} layers has {(e - p) * L} public ranks at rank_budget={e} "
-                f"and private_rank={p}, so r is at most {p + (e - p) * L}"
+                f"model.adapters.r: {r}; with rank_budget={e} and private_rank={p} {linear.name!r} of {L} layers has "
+                f"{(e - p) * L} public ranks, so r is at most {p + (e - p) * L}"
             )
         # small, and a row is of shards from anywhere: every device has all
         self.shards_a = param((e * L * shards, D // shards), (None, None), Uniform(1 / math.sqrt(D)))

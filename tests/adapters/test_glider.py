@@ -108,7 +108,7 @@ def test_an_instruction_reaches_every_layer_and_every_decoded_token():
     for row, e in enumerate([2, 0]):
         alone = forward(merge(made, np.eye(3)[e]).model)[row]
         np.testing.assert_allclose(logits[row], alone, atol=2e-4)
-    assert np.abs(np.asarray(made(IDS).logits) - logits).max() > 1e-2
+    assert np.abs(np.asarray(made(IDS, instructions=asked[::-1]).logits) - logits).max() > 1e-2
     prompts = [IDS[0, :3], IDS[1, :3]]
     new = generate(made.model, prompts, 4, temperature=0.0, instructions=asked)
     texts = np.stack([np.concatenate(pair) for pair in zip(prompts, new)])
