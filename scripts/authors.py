@@ -19,6 +19,7 @@ import sys
 
 from authors_inputs import TOLERANCE
 from authors_jax import expert_choice, gshard, noisy_top_k, soft, sparse_ot, switch
+from authors_lora import glider, mos
 from authors_torch import (
     block_ffn,
     deepseek,
@@ -52,6 +53,8 @@ COMPARISONS = {  # name -> function, what it needs
     "sparse_ot": (sparse_ot, "google-research/vmoe"),
     "thor": (thor, "microsoft/Stochastic-Mixture-of-Experts"),
     "hash": (hashed, "facebookresearch/ParlAI"),
+    "glider": (glider, "UNITES-Lab/glider"),
+    "mos": (mos, "Forence1999/MoS"),
 }
 
 

@@ -200,7 +200,7 @@ def _by_layer(model: Loaded) -> dict[tuple[int, str], Any]:
     """(layer, linear layer) -> the adapter of that layer alone, where it does anything. Raises ConfigError if none."""
     _check(model, None)
     found = {}
-    for _, block, layers in adapted_blocks(model.model):
+    for _, block, layers in adapted_blocks(as_lora(model).model):
         for name, adapter in block.each_adapter().items():
             for row, layer in enumerate(layers):
                 one = jax.tree.map(lambda x, row=row: np.asarray(x[row]), adapter)
