@@ -17,7 +17,7 @@ from moe_zoo.core.schema import build, to_dict
 from moe_zoo.inference import Loaded
 from moe_zoo.models import Decoder, ModelConfig
 from moe_zoo.models.counting import count_adapters, count_parameters
-from moe_zoo.transform import add_adapters, as_lora, load_adapters, merge, save_adapter, unmerge
+from moe_zoo.transform import add_adapters, as_lora, join_experts, load_adapters, merge, save_adapter, unmerge
 
 LLAMA = {
     "vocab_size": 24, "hidden_size": 16, "layers": "4*dense", "intermediate_size": 20,
@@ -125,6 +125,10 @@ def test_it_is_plain_lora_merged_and_in_peft_files(tmp_path):
     again = P.arrays(load_adapters(base, tmp_path).model)
     for name, value in P.arrays(plain.model).items():
         np.testing.assert_array_equal(again[name], value, err_msg=name)
+    joined = P.arrays(join_experts(base, [made, made], "mole").model)
+    for name, value in P.arrays(plain.model).items():
+        if name.endswith((".a", ".b")):
+            np.testing.assert_array_equal(joined[name], np.concatenate([value, value], axis=1), err_msg=name)
     # LoRAs cannot be taken apart again
     with pytest.raises(ConfigError, match="experts of 'mos' are no LoRAs of their own"):
         load_adapters(base, [tmp_path], MOS)
