@@ -1,4 +1,4 @@
-"""Routers and losses beside the code of their authors: same weights, same inputs, the largest difference.
+"""Routers, losses and adapters beside the code of their authors: same weights, same inputs, the largest difference.
 
     python scripts/authors.py --checkouts=DIR [--only=soft,switch]
 
