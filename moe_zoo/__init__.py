@@ -4,9 +4,9 @@ import importlib
 
 __version__ = "0.1.0"
 
-_LAZY = dict.fromkeys(("Loaded", "Output", "load", "save_hf"), "moe_zoo.inference")
+_LAZY = dict.fromkeys(("Loaded", "Output", "load", "save", "save_hf"), "moe_zoo.inference")
 
-__all__ = ["Loaded", "Output", "load", "routers", "save_hf"]
+__all__ = ["Loaded", "Output", "load", "routers", "save", "save_hf"]
 
 
 def routers() -> dict[str, str]:

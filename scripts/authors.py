@@ -1,4 +1,4 @@
-"""Routers, losses and adapters beside the code of their authors: same weights, same inputs, the largest difference.
+"""Routers, losses, adapters and layers beside their authors' code: same weights, same inputs, the largest difference.
 
     python scripts/authors.py --checkouts=DIR [--only=soft,switch]
 
@@ -20,6 +20,7 @@ import sys
 from authors_inputs import TOLERANCE
 from authors_jax import expert_choice, gshard, noisy_top_k, soft, sparse_ot, switch
 from authors_lora import glider, mos
+from authors_models import deepseek_moe, openmoe
 from authors_torch import (
     block_ffn,
     deepseek,
@@ -42,6 +43,8 @@ COMPARISONS = {  # name -> function, what it needs
     "noisy_top_k": (noisy_top_k, "tensorflow/tensor2tensor"),
     "gshard": (gshard, "tensorflow/mesh"),
     "deepseek": (deepseek, "deepseek-ai/DeepSeek-V3"),
+    "deepseek_moe": (deepseek_moe, "deepseek-ai/deepseek-moe-16b-base"),
+    "openmoe": (openmoe, "hpcaitech/ColossalAI"),
     "huggingface": (huggingface, "transformers"),
     "recurrent": (recurrent, "qiuzh20/RMoE"),
     "relu": (relu, "thu-ml/ReMoE"),

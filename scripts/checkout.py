@@ -46,9 +46,11 @@ class Checkout:
             raise Missing(f"{self.repo}: git {' '.join(command)}: {done.stderr.strip()}")
         return done.stdout
 
-    def run(self, path: str, *names: str, **surroundings) -> types.ModuleType:
-        """A module with the definitions `names` of a file; a name may also be the condition of an `if` to execute."""
-        tree, body = ast.parse(self._git("show", f"HEAD:{path}")), []
+    def run(self, path: str, *names: str, at: str = "HEAD", **surroundings) -> types.ModuleType:
+        """A module with the definitions `names` of a file, as it was `at` a commit; a name may also be the condition of
+        an `if` to execute.
+        """
+        tree, body = ast.parse(self._git("show", f"{at}:{path}")), []
         for name in names:
             found = [n for n in tree.body if getattr(n, "name", None) == name]
             found += [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == name]

@@ -64,14 +64,14 @@ def write_table() -> None:
 def measure(name: str) -> dict[str, Any]:
     """What works with the tiny model `name`."""
     import jax
-    import reference
+    import references
 
     import moe_zoo
     from moe_zoo.sharding import MeshConfig, make_mesh
 
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        expected, ids, mask, counts = (_reference if name in reference.TINY else _transformers)(name, folder)
+        expected, ids, mask, counts = (_reference if name in references.TINY else _transformers)(name, folder)
         loaded = moe_zoo.load(folder)
         whole = np.asarray(loaded(ids, mask).logits)
         apart = np.abs(whole - expected)[counts].max()
@@ -110,11 +110,11 @@ def _transformers(name: str, folder: Path):
 
 
 def _reference(name: str, folder: Path):
-    import reference
+    import references
 
-    reference.save(name, folder)
-    ids = np.random.default_rng(1).integers(3, 96, 9)
-    return reference.logits(name, ids)[0][None], ids[None], np.ones((1, 9), int), np.ones((1, 9), bool)
+    references.save(name, folder)
+    ids = references.IDS
+    return references.logits(name, ids)[0][None], ids[None], np.ones((1, len(ids)), int), np.ones((1, len(ids)), bool)
 
 
 def _same(one: Path, other: Path, loaded) -> bool:
@@ -134,9 +134,9 @@ def write_results(names: list[str]) -> None:
     """Measures `names` (all if there are none) and keeps what is known of the others."""
     import families
     import jax
-    import reference
+    import references
 
-    known = [*families.TINY, *reference.TINY]
+    known = [*families.TINY, *references.TINY]
     if unknown := [name for name in names if name not in known]:
         raise SystemExit(f"no tiny model named {unknown[0]!r}; known: {', '.join(known)}")
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}

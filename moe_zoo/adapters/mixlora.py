@@ -68,11 +68,11 @@ class MixLora(Adapter):
         x_TD = x.reshape(-1, x.shape[-1])
         gates_TE = up.route(x_TD, tapped)
         seen_TD = up.dropped(x_TD, tapped.ctx)
-        gate_TF, up_TF = mlp.first(x_TD)
+        gate_TF, up_TF, *linear = mlp.first(x_TD)
         mixed_TF, delta_TD = jnp.zeros_like(up_TF), jnp.zeros_like(x_TD)
         for e in range(up.num_experts):
             own_TF = gate_TF if gate_TF is None or gate is None else gate_TF + gate.update(seen_TD, e)
-            h_TF = mlp.config.hidden(own_TF, up_TF + up.update(seen_TD, e))
+            h_TF = mlp.config.hidden(own_TF, up_TF + up.update(seen_TD, e), *linear)
             g_T1 = gates_TE[:, e : e + 1].astype(h_TF.dtype)
             mixed_TF += g_T1 * h_TF
             if down is not None:

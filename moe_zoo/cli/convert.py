@@ -3,6 +3,7 @@
 convert.py inspect DIR                   architecture, experts, parameters, bytes, devices; from the headers alone
 convert.py import DIR --out=RUN          a published directory as a run of ours
 convert.py export RUN --out=DIR          a run of ours, or a published directory, as one that transformers opens
+           --format=moe_zoo              any model, adapters too, as a directory that moe_zoo alone opens
 """
 
 import sys
@@ -19,6 +20,7 @@ def convert(argv: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("what", choices=["inspect", "import", "export"])
     parser.add_argument("path", help="a run, a published directory, or online a name on the hub")
     parser.add_argument("--out", default=None, help="where to write")
+    parser.add_argument("--format", default="hf", choices=["hf", "moe_zoo"], help="of an export: hf, or our own")
     parser.add_argument("--dtype", default=None, choices=["float32", "bfloat16"], help="as it is stored, if not given")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     arguments, overrides = parser.parse_known(argv)
@@ -26,10 +28,13 @@ def convert(argv: Sequence[str]) -> dict[str, Any]:
         raise common.ConfigError("convert.py takes no --config.KEY=VALUE")
     if (arguments.out is None) != (arguments.what == "inspect"):
         raise common.ConfigError("--out: import and export need it, inspect writes nothing")
+    if arguments.format != "hf" and arguments.what != "export":
+        raise common.ConfigError(f"--format: belongs to export, {arguments.what} reads either")
     if arguments.what == "inspect":
         result = _inspect(arguments.path)
     else:
-        work = _import if arguments.what == "import" else _export
+        export = _export if arguments.format == "hf" else _export_ours
+        work = _import if arguments.what == "import" else export
         result = work(arguments.path, Path(arguments.out), arguments.dtype)
     if arguments.json:
         common.print_json(result)
@@ -88,6 +93,14 @@ def _export(path: str, out: Path, dtype: str | None) -> dict[str, Any]:
     family = save_hf(load(path, dtype=dtype), out)
     print(f"wrote {out}, a {family}; transformers.AutoModelForCausalLM.from_pretrained({str(out)!r}) opens it")
     return {"folder": str(out), "architecture": family}
+
+
+def _export_ours(path: str, out: Path, dtype: str | None) -> dict[str, Any]:
+    from moe_zoo.inference import load, save
+
+    save(load(path, dtype=dtype), out)
+    print(f"wrote {out}; moe_zoo.load({str(out)!r}) opens it")
+    return {"folder": str(out)}
 
 
 def main() -> None:

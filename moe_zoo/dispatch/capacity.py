@@ -27,6 +27,7 @@ from moe_zoo.dispatch.plan import RowPlan, choice_of_row, move
 @dataclasses.dataclass(frozen=True)
 class CapacityConfig:
     """`capacity_factor` cf: C = ceil(cf * K * T / E) in training, `eval_capacity_factor` otherwise (None: never drop).
+    `rounding` "even": down, and from there up to an even number; `min_capacity`: no fewer places (both ColossalAI's).
     `priority`: which tokens are served first, those that come first ("order") or those with the largest gate ("gate").
 
     Never more than the T of a group: a token takes an expert at most once, so C = T cannot drop.
@@ -37,9 +38,11 @@ class CapacityConfig:
     group: Literal["batch", "sequence"] = "batch"
     priority: Literal["order", "gate"] = "order"
     gate_on: Literal["output", "input"] = "output"
+    rounding: Literal["up", "even"] = dataclasses.field(default_factory=lambda: "up", metadata={"silent": True})
+    min_capacity: int = dataclasses.field(default_factory=lambda: 1, metadata={"silent": True})
 
     def validate(self, path: str) -> None:
-        positive(self, path, "capacity_factor", "eval_capacity_factor")
+        positive(self, path, "capacity_factor", "eval_capacity_factor", "min_capacity")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +57,11 @@ class Capacity:
     def capacity(self, T: int, K: int, E: int, train: bool) -> int:
         """Places per expert in a group of T tokens."""
         factor = self.config.capacity_factor if train else self.config.eval_capacity_factor
-        return T if factor is None else min(T, math.ceil(round(factor * K * T / E, 6)))
+        if factor is None:
+            return T
+        places = round(factor * K * T / E, 6)
+        C = math.ceil(places) if self.config.rounding == "up" else 2 * math.ceil(math.floor(places) / 2)
+        return min(T, max(C, self.config.min_capacity))
 
     def plan(self, decision: TokenChoice, ctx: RoutingContext) -> RowPlan:
         T, K = decision.experts.shape

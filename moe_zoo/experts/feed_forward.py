@@ -9,6 +9,7 @@ from moe_zoo.core.param import Constant, Frozen, fan_in, param
 from moe_zoo.layers.mlp import FeedForwardConfig, ffn
 
 _MATRICES = ("w_gate", "w_up", "w_down")
+_LINEAR = "w_linear"  # the third factor, if there is one
 
 
 class FeedForward(nnx.Module):
@@ -29,6 +30,8 @@ class FeedForward(nnx.Module):
             self.w_gate = param((E, D, F), ("expert", "embed", "expert_mlp"), fan_in(D))
         self.w_up = param((E, D, F), ("expert", "embed", "expert_mlp"), fan_in(D))
         self.w_down = param((E, F, D), ("expert", "expert_mlp", "embed"), fan_in(F, out_scale))
+        if config.linear_factor:
+            self.w_linear = param((E, D, F), ("expert", "embed", "expert_mlp"), fan_in(D))
         if config.bias:
             if config.gated:
                 self.b_gate = param((E, F), ("expert", "expert_mlp"), Constant(0.0))
@@ -40,7 +43,7 @@ class FeedForward(nnx.Module):
 
         For a bank without values yet, stacked or not: whoever loads gives them.
         """
-        for name in [name for name in _MATRICES if hasattr(self, name)]:
+        for name in [name for name in (*_MATRICES, _LINEAR) if hasattr(self, name)]:
             var = getattr(self, name)
             shape, axes, more = var.get_value().shape, var.logical_axes, var.get_metadata()
             layers = more.get("layer_names")
@@ -57,8 +60,9 @@ class FeedForward(nnx.Module):
         return hasattr(self, "w_up_scale")
 
     def weights(self, dtype) -> tuple:
-        """(gate or None, up, down): arrays in the compute dtype, or `Quantized`."""
-        return tuple(self._matrix(name, dtype) if hasattr(self, name) else None for name in _MATRICES)
+        """(gate or None, up, down), then linear if there is one: arrays in the compute dtype, or `Quantized`."""
+        found = tuple(self._matrix(name, dtype) if hasattr(self, name) else None for name in _MATRICES)
+        return (*found, self._matrix(_LINEAR, dtype)) if self.config.linear_factor else found
 
     def _matrix(self, name: str, dtype):
         values = getattr(self, name)[...]
@@ -102,12 +106,14 @@ class FeedForward(nnx.Module):
 
     @property
     def _fused(self) -> bool:
-        """Whether it is the formula of the fused kernels: no biases, limits, or adapters (`adapters.experts`)."""
+        """Whether it is the formula of the fused kernels: `plain`, and no adapters (`adapters.experts`)."""
         return self.config.plain and not hasattr(self, "adapters")
 
     def _general(self, x, weights, multiply, spread):
-        """The formula with biases, limits and adapters; `spread` lays one vector per expert along the rows of x."""
-        gate, up, down = weights
+        """The formula with biases, limits, a third factor and adapters; `spread` lays one vector per expert along the
+        rows of x.
+        """
+        gate, up, down, *linear = weights
         adapters = getattr(self, "adapters", {})
 
         def affine(x, w, name):
@@ -117,7 +123,8 @@ class FeedForward(nnx.Module):
             return y + spread(getattr(self, f"b_{name}")[...].astype(x.dtype)) if self.config.bias else y
 
         gate = affine(x, gate, "gate") if self.config.gated else None
-        return affine(self.config.hidden(gate, affine(x, up, "up")), down, "down")
+        hidden = self.config.hidden(gate, affine(x, up, "up"), *(multiply(x, w) for w in linear))
+        return affine(hidden, down, "down")
 
     def flops_per_row(self) -> int:
         """Forward; multiply-adds count two."""

@@ -2,6 +2,6 @@
 
 from moe_zoo.inference.generate import generate
 from moe_zoo.inference.loaded import Loaded, Output, load
-from moe_zoo.inference.saving import save_hf
+from moe_zoo.inference.saving import save, save_hf
 
-__all__ = ["Loaded", "Output", "generate", "load", "save_hf"]
+__all__ = ["Loaded", "Output", "generate", "load", "save", "save_hf"]

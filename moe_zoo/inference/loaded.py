@@ -222,7 +222,8 @@ def _forward(graphdef, record, state, ids, valid, asked):
 
 
 def load(path: str | Path, *, mesh=None, dtype=None, weights: str | None = None, step: int | None = None) -> Loaded:
-    """Opens a run of ours, a published directory (config.json, safetensors), or online the name of one on the hub.
+    """Opens a run of ours, a published directory (config.json, safetensors) or one that `moe_zoo.save` wrote, or online
+    the name of one on the hub.
 
     `mesh` None: one device. `dtype` None: parameters as they are stored. `weights` "int8": the matrices of a published
     model's routed experts in int8 with a scale per output channel, narrowed while they are read; such a model can be
@@ -243,6 +244,8 @@ def load(path: str | Path, *, mesh=None, dtype=None, weights: str | None = None,
     if step is not None:
         raise CheckpointError(f"{folder} is no run of ours and has no steps, got step={step}")
     model, config, published = hf.load(folder, mesh, dtype, weights)
+    if published.family is hf.OURS and published.settings.get("tokenizer") == "bytes":
+        return Loaded(model, config, load_tokenizer("bytes"), "bytes", published)
     tokenizer = _tokenizer(folder)
     return Loaded(model, config, tokenizer, str(folder) if tokenizer else "", published)
 
@@ -278,8 +281,8 @@ def _load_run(workdir: Path, mesh, dtype, step: int | None) -> Loaded:
         if group is None:
             raise CheckpointError(f"{workdir}: checkpoint {step} lacks {name!r} which its config.json asks for")
         where = sharding_of(mesh, var.logical_axes, value.shape, name)
-        exact = isinstance(var, P.Buffer) or not jnp.issubdtype(value.dtype, jnp.floating)
-        kind = value.dtype if dtype is None or exact else jnp.dtype(dtype)
+        kept = dtype is None or isinstance(var, P.Buffer) or not jnp.issubdtype(value.dtype, jnp.floating)
+        kind = value.dtype if kept else jnp.dtype(dtype)
         abstract.setdefault(group, {})[name] = jax.ShapeDtypeStruct(value.shape, kind, sharding=where)
     values = checkpoints.restore_params(step, abstract)
     checkpoints.close()

@@ -1,4 +1,4 @@
-"""`moe_zoo.save_hf(loaded, path)`: what was loaded, trained or changed as a directory that transformers opens."""
+"""What was loaded, trained or changed as a directory: `moe_zoo.save_hf` for transformers, `moe_zoo.save` any model."""
 
 from pathlib import Path
 
@@ -19,8 +19,19 @@ def save_hf(loaded: Loaded, path: str | Path) -> str:
             "writes them by themselves"
         )
     tokens = {}
-    if not loaded.published and loaded.tokenizer is not None:
+    theirs = loaded.published is not None and loaded.published.family is not hf.OURS
+    if not theirs and loaded.tokenizer is not None:
         ids = {f"{kind}_token_id": getattr(loaded.tokenizer, f"{kind}_id") for kind in ("bos", "eos", "pad")}
         tokens = {name: value for name, value in ids.items() if value < loaded.config.vocab_size}
     family = hf.save(Path(path), loaded.model, loaded.config, loaded.published, extras=loaded.folder, settings=tokens)
     return family.architectures[0]
+
+
+def save(loaded: Loaded, path: str | Path) -> None:
+    """Writes any model as `moe_zoo.load` opens it: every setting in config.json, safetensors under our names, and the
+    tokenizer's files (`checkpoints/hf/ours.py`). Adapters are written as they are, beside their base.
+
+    Raises CheckpointError for experts that were narrowed to int8, or when the disk says no.
+    """
+    settings = {"tokenizer": "bytes"} if loaded.tokenizer_spec == "bytes" and loaded.tokenizer is not None else {}
+    hf.save(Path(path), loaded.model, loaded.config, family=hf.OURS, extras=loaded.folder, settings=settings)

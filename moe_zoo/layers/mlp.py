@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_zoo.core.param import Constant, fan_in, param
+from moe_zoo.core.registry import ConfigError
+from moe_zoo.core.schema import join
 from moe_zoo.layers.tap import Tap, untouched
 from pallas_kernels.expert_ffn.activations import hidden
 
@@ -17,6 +19,7 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"]
 class FeedForwardConfig:
     """`gated`: act(x W_gate) * (x W_up) W_down (arXiv 2002.05202); otherwise act(x W_up) W_down. `bias`: one behind
     every matrix. gpt-oss: `clamp` c limits the gate to c and the up part to [-c, c], `up_shift` is added to the latter.
+    `linear_factor`: a third matrix, act(x W_gate) * (x W_up) * (x W_linear) W_down (OpenMoE).
     """
 
     activation: Activation = "silu"
@@ -24,22 +27,28 @@ class FeedForwardConfig:
     bias: bool = False
     clamp: float | None = None
     up_shift: float = 0.0
+    linear_factor: bool = dataclasses.field(default_factory=lambda: False, metadata={"silent": True})
+
+    def validate(self, path: str) -> None:
+        if self.linear_factor and (self.bias or not self.gated):
+            raise ConfigError(f"{join(path, 'linear_factor')}: needs gated=true and bias=false")
 
     @property
     def plain(self) -> bool:
         """Whether it is the formula of the fused kernels."""
-        return not self.bias and self.clamp is None and self.up_shift == 0.0
+        return not self.bias and self.clamp is None and self.up_shift == 0.0 and not self.linear_factor
 
-    def hidden(self, gate, up):
+    def hidden(self, gate, up, linear=None):
         """The hidden layer from its pre-activations."""
         if self.clamp is not None:
             gate = None if gate is None else jnp.minimum(gate, self.clamp)
             up = jnp.clip(up, -self.clamp, self.clamp)
-        return hidden(self.activation, gate, up + self.up_shift if self.up_shift else up)
+        up = up + self.up_shift if self.up_shift else up
+        return hidden(self.activation, gate, up if linear is None else up * linear)
 
     def flops(self, D: int, F: int) -> int:
         """Forward FLOPs of one token through one network of width F; multiply-adds count two."""
-        return 2 * D * F * (3 if self.gated else 2)
+        return 2 * D * F * (2 + self.gated + self.linear_factor)
 
 
 def ffn(x, w_gate, w_up, w_down, activation: str):
@@ -51,7 +60,7 @@ def ffn(x, w_gate, w_up, w_down, activation: str):
 class MLP(nnx.Module):
     """SwiGLU by default."""
 
-    #: its linear layers -> how many dims of the weight are inputs
+    #: its linear layers that adapters may act beside -> how many dims of the weight are inputs
     linears = {"w_gate": 1, "w_up": 1, "w_down": 1}
 
     def __init__(self, config: FeedForwardConfig, *, hidden_size: int, intermediate_size: int, out_scale: float):
@@ -61,6 +70,8 @@ class MLP(nnx.Module):
             self.w_gate = param((D, F), ("embed", "mlp"), fan_in(D))
         self.w_up = param((D, F), ("embed", "mlp"), fan_in(D))
         self.w_down = param((F, D), ("mlp", "embed"), fan_in(F, out_scale))
+        if config.linear_factor:
+            self.w_linear = param((D, F), ("embed", "mlp"), fan_in(D))
         if config.bias:
             if config.gated:
                 self.b_gate = param((F,), ("mlp",), Constant(0.0))
@@ -78,8 +89,9 @@ class MLP(nnx.Module):
         return self.last(self.config.hidden(*self.first(x, tap)), tap)
 
     def first(self, x, tap: Tap = untouched):
-        """(gate, up): the hidden layer's pre-activations; no gate is None."""
-        return self._affine(x, "gate", tap) if self.config.gated else None, self._affine(x, "up", tap)
+        """(gate, up), with a third factor (gate, up, linear): the hidden layer's pre-activations; no gate is None."""
+        gate, up = self._affine(x, "gate", tap) if self.config.gated else None, self._affine(x, "up", tap)
+        return (gate, up, x @ self.w_linear[...].astype(x.dtype)) if self.config.linear_factor else (gate, up)
 
     def last(self, hidden, tap: Tap = untouched):
         """The output from the hidden layer."""

@@ -12,6 +12,7 @@ import numpy as np
 
 from moe_zoo.adapters import ADAPTERS
 from moe_zoo.checkpoints import CheckpointError, hf, peft, peft_poly
+from moe_zoo.checkpoints.hf.family import expand
 from moe_zoo.checkpoints.hf.layout import Stored
 from moe_zoo.core import param as P
 from moe_zoo.core.registry import ConfigError, nearest
@@ -81,8 +82,8 @@ def save_adapter(loaded: Loaded, path: str | Path, expert: int = 0) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A linear layer of ours, and where the published model has it. `name`: ours, per layer; `below`: theirs, below the
-    layer.
+    """A linear layer of ours, and where the published model has it. `name`: ours, per layer; `layer`, `below`: theirs,
+    and the path below it.
     """
 
     name: str
@@ -95,15 +96,16 @@ def linear_modules(loaded: Loaded) -> dict[str, Module]:
     """Path in the published model -> linear layer, of all whose weight is a tensor of its own there."""
     plain = dataclasses.replace(loaded.config, adapters=build_choice(ADAPTERS, "none", "adapters"))
     family = hf.choose(plain, loaded.published.family if loaded.published else None)
-    found = {}
+    found, theirs = {}, family.of_layers(expand(plain))
     for names in P.layer_names(Decoder(plain)).values():
         for name in names:
             match = re.fullmatch(r"layers\.(\d+)\.(.*)", name)
-            stored = family.layer.get(match[2]) if match else None
+            layer, begin = theirs[int(match[1])] if match else (0, "")
+            stored = family.layer.get(begin + match[2]) if match else None
             if stored is None or stored.form != "linear" or stored.parts > 1 or stored.per_expert or stored.batched:
                 continue
             below = stored.name.removesuffix(".weight")
-            found[family.prefix.format(layer=match[1]) + below] = Module(name, int(match[1]), below, stored)
+            found[family.prefix.format(layer=layer) + below] = Module(name, layer, below, stored)
     return found
 
 

@@ -200,6 +200,13 @@ def test_capacity_is_the_ceiling_of_its_formula_and_at_most_the_tokens(T, K, E, 
     assert Capacity(CapacityConfig(factor)).capacity(T, K, E, train=True) == places
 
 
+@pytest.mark.parametrize("T, places", [(9, 4), (12, 6), (18, 10), (22, 12), (3, 3)])
+def test_capacity_may_be_an_even_number_and_no_less_than_some(T, places):
+    """ColossalAI's: 4 T / 8 rounded down, from there up to an even number, at least 4."""
+    config = CapacityConfig(9.0, eval_capacity_factor=2.0, rounding="even", min_capacity=4)
+    assert Capacity(config).capacity(T, 2, 8, train=False) == places
+
+
 @pytest.mark.parametrize("budget", [0.25, 1.5])
 @pytest.mark.parametrize("name", ["every expert used", "some choose none"])
 def test_row_budget_keeps_the_largest_gates_and_counts_the_rest(budget, name):

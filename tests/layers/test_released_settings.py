@@ -145,6 +145,42 @@ def test_limits_and_shift_of_the_gated_unit():
     np.testing.assert_allclose(made(x), (gate * naive.sigmoid(1.702 * gate) * (up + 1)) @ w["w_down"], rtol=1e-4)
 
 
+def test_a_third_factor_of_feed_forward_networks_and_of_banks():
+    """OpenMoE's: act(x W_gate) * (x W_up) * (x W_linear) W_down."""
+    config, sizes = FeedForwardConfig(linear_factor=True), dict(hidden_size=5, intermediate_size=7, out_scale=1.0)
+    mlp, bank = P.materialize(MLP(config, **sizes), 0), P.materialize(FeedForward(config, num_experts=3, **sizes), 0)
+    x, counts = normal(1, 10, 5), jnp.array([4, 0, 3])
+
+    def formula(w, x):
+        gate, up, linear = (x @ np.asarray(w[f"w_{name}"], np.float64) for name in ("gate", "up", "linear"))
+        return naive.silu(gate) * up * linear @ w["w_down"]
+
+    np.testing.assert_allclose(mlp(x), formula(P.arrays(mlp), x), rtol=1e-4, atol=1e-5)
+    rows = np.asarray(jax.jit(lambda b, x: b._general_rows(x, counts))(bank, x))
+    batched = np.asarray(jax.jit(lambda b, x: b.batched(x))(bank, jnp.broadcast_to(x, (3, 10, 5))))
+    for e, where in ((0, slice(0, 4)), (2, slice(4, 7))):
+        mine = {n: a[e] for n, a in P.arrays(bank).items()}
+        np.testing.assert_allclose(rows[where], formula(mine, x[where]), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(batched[e], formula(mine, x), rtol=1e-4, atol=1e-5)
+    grads = jax.jit(jax.grad(lambda w, x: P.replace(bank, w)._general_rows(x, counts).sum()))(P.arrays(bank), x)
+    reached = np.abs(grads["w_linear"]).sum((1, 2))
+    assert (reached[[0, 2]] > 0).all() and reached[1] == 0
+    assert mlp.flops_per_token() == 2 * 4 * 5 * 7 and bank.flops_per_row() == mlp.flops_per_token()
+    narrow = FeedForward(config, num_experts=3, **sizes)
+    narrow.quantize()
+    assert P.arrays(narrow)["w_linear"].dtype == jnp.int8 and P.arrays(narrow)["w_linear_scale"].shape == (3, 1, 7)
+
+
+def test_a_mixture_of_adapters_keeps_the_third_factor():
+    adapters = {"name": "mixlora", "num_experts": 2, "target_modules": ["ffn.*"]}
+    same = dict(layers="1*dense", mlp={"linear_factor": True})
+    plain, beside = tiny_model(**same), tiny_model(**same, adapters=adapters)
+    new = {n: a for n, a in P.arrays(beside).items() if ".adapters." in n}
+    beside = P.replace(beside, {**P.arrays(plain), **new})
+    # B begins at zero
+    np.testing.assert_allclose(beside(IDS)[0], plain(IDS)[0], rtol=1e-4, atol=1e-5)
+
+
 def test_a_sink_takes_weight_and_adds_nothing():
     q, k, v, sinks = normal(0, 1, 4, 3, 8), normal(1, 1, 2, 3, 8), normal(2, 1, 2, 3, 8), normal(3, 4)
     mask = jnp.tril(jnp.ones((1, 3, 3), bool))
@@ -196,10 +232,11 @@ def test_defaults_add_no_parameter():
     assert names == {"table", "kernel", "scale", "q", "k", "v", "o", "w_gate", "w_up", "w_down"}
 
 
-def test_biases_of_experts_are_added_once_on_a_mesh():
+@pytest.mark.parametrize("setting", ["bias", "linear_factor"])
+def test_biases_are_added_once_and_factors_multiplied_on_a_mesh(setting):
     from moe_zoo.sharding import MeshConfig, make_mesh, sharding_of
 
-    changes = dict(layers="1*moe", experts={"name": "feed_forward", "bias": True})
+    changes = dict(layers="1*moe", experts={"name": "feed_forward", setting: True})
     one = with_biases(tiny_model(**changes))
     mesh = make_mesh(MeshConfig(expert=2, tensor=2), jax.devices()[:8])
     many = Decoder(tiny_config(**changes), mesh)
@@ -218,6 +255,11 @@ def test_biases_of_experts_are_added_once_on_a_mesh():
         (dict(attention={"num_attention_heads": 2, "rope_scaling": {"kind": "longrope"}}), ["long_factor"]),
         (dict(tie_word_embeddings=True, lm_head_bias=True), ["lm_head_bias"]),
         (dict(residual_multiplier=0.0), ["residual_multiplier"]),
+        (dict(mlp={"linear_factor": True, "bias": True}), ["mlp.linear_factor", "bias=false"]),
+        (
+            dict(experts={"name": "feed_forward", "linear_factor": True, "gated": False}),
+            ["linear_factor", "gated=true"],
+        ),
     ],
 )
 def test_impossible_settings_are_named(changes, words):

@@ -101,7 +101,8 @@ class Family:
     `unused`: patterns of tensors that are in the files but in no model of ours. `extra_layers`: layers behind the last
     predict tokens further ahead; they are left out. `unpack` makes tensors of what is stored as several. `written_as`:
     the family that such models are saved as, where not all of the files is read. `derived`: tensors that follow from
-    config.json, which are written because their class asks for them, and not read.
+    config.json, which are written because their class asks for them, and not read. `of_layers(kinds)`, where a layer of
+    theirs is several of ours: for each of ours the number of theirs, and what its names begin with in `layer`.
     """
 
     model_type: str
@@ -117,6 +118,11 @@ class Family:
     prefix: str = "model.layers.{layer}."
     written_as: "Family | None" = None
     derived: Callable[[ModelConfig, Mapping[str, Any]], dict[str, np.ndarray]] = lambda config, given: {}
+    of_layers: Callable[[list[str]], list[tuple[int, str]]] = lambda kinds: [(i, "") for i in range(len(kinds))]
+
+    def places(self, config: ModelConfig) -> list[tuple[str, str]]:
+        """Per layer of ours: the prefix of its tensors, and what its names begin with in `layer`."""
+        return [(self.prefix.format(layer=i), begin) for i, begin in self.of_layers(expand(config))]
 
     def read(self, given: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
         """config.json -> ModelConfig. Raises CheckpointError naming the key."""

@@ -39,6 +39,8 @@ class Stored:
 
     def shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the published tensor, for our leaf (of one expert, where there is one tensor each)."""
+        if self.form == "same" and not ours:
+            return ()
         width = sum(self.sizes) if self.sizes else self.parts * self.width(ours)
         if self.form == "same":
             shape = (*ours[:-1], width)
@@ -54,7 +56,7 @@ class Stored:
     def width(self, ours: tuple[int, ...]) -> int:
         """How much of the tensor's output axis our leaf takes."""
         if self.form == "same":
-            return ours[-1]
+            return math.prod(ours[-1:])
         return math.prod(ours[self.batched + self.inputs :] if self.form == "linear" else ours)
 
     def ours(self, published: np.ndarray, ours: tuple[int, ...]) -> np.ndarray:
@@ -68,6 +70,8 @@ class Stored:
 
     def _view(self, published: np.ndarray, ours: tuple[int, ...]) -> np.ndarray:
         """What the tensor holds of a leaf of this shape, inputs before outputs."""
+        if published.ndim == 0:
+            return published
         if self.by_head:
             heads, size = ours[-2:]
             return np.moveaxis(published.reshape(heads, self.parts, size, -1, copy=False)[:, self.part], -1, 0)

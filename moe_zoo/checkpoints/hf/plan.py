@@ -14,17 +14,21 @@ from moe_zoo.checkpoints.native import CheckpointError
 from moe_zoo.core import param as P
 from moe_zoo.core.registry import nearest
 
+_FLOATS = ("float32", "float16", "bfloat16", "float64")
 _LAYER = re.compile(r"layers\.(\d+)\.(.*)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One of our arrays. `prefixes`: the published prefix of every layer stacked in it; None: it is not stacked."""
+    """One of our arrays. `prefixes`: the published prefix of every layer stacked in it; None: it is not stacked.
+    `dtype`: as declared.
+    """
 
     path: str
     stored: Stored
     prefixes: tuple[str, ...] | None
     shape: tuple[int, ...]
+    dtype: np.dtype
 
     @property
     def one(self) -> tuple[int, ...]:
@@ -49,15 +53,16 @@ class Leaf:
 
 def plan(model, family: Family) -> list[Leaf]:
     """Every variable of `model` with its place in the files. Raises CheckpointError for one that has none."""
-    leaves = []
+    leaves, places = [], family.places(model.config)
     for path, var in P.flat(model).items():
         names = P.layer_names(model)[path]
         matches = [_LAYER.fullmatch(name) for name in names]
-        table, name = (family.layer, matches[0][2]) if matches[0] else (family.whole, path)
+        layers = [places[int(m[1])] for m in matches if m]
+        table, name = (family.layer, layers[0][1] + matches[0][2]) if layers else (family.whole, path)
         if name not in table:
             raise CheckpointError(f"{family.architectures[0]} has no tensor for {names[0]!r}")
-        prefixes = tuple(family.prefix.format(layer=m[1]) for m in matches) if matches[0] else None
-        leaves.append(Leaf(path, table[name], prefixes, var.get_value().shape))
+        prefixes = tuple(prefix for prefix, _ in layers) if layers else None
+        leaves.append(Leaf(path, table[name], prefixes, var.get_value().shape, np.dtype(var.get_value().dtype)))
     return _measured(leaves)
 
 
@@ -91,10 +96,11 @@ def check(leaves: list[Leaf], tensors: dict[str, Tensor], family: Family, folder
                 raise CheckpointError(
                     f"{tensor.where} has shape {list(tensor.shape)}, config.json makes it {list(expected)}"
                 )
-            if tensor.dtype.name not in ("float32", "float16", "bfloat16", "float64"):
+            whole = leaf.dtype.kind in "iub"  # a table of ids
+            if tensor.dtype != leaf.dtype if whole else tensor.dtype.name not in _FLOATS:
                 raise CheckpointError(
-                    f"{tensor.where} is {tensor.dtype.name}, expected floats: config.json names no quantised format "
-                    "that can be read"
+                    f"{tensor.where} is {tensor.dtype.name}, expected {leaf.dtype.name if whole else 'floats'}: "
+                    "config.json names no quantised format that can be read"
                 )
             used.add(name)
     unused = sorted(name for name in tensors.keys() - used if not _known(name, leaves, family))

@@ -18,6 +18,7 @@ from moe_zoo.checkpoints.hf.family import Family
 from moe_zoo.checkpoints.hf.fp8 import Blocks
 from moe_zoo.checkpoints.hf.layout import copy_into
 from moe_zoo.checkpoints.hf.mxfp4 import Packed
+from moe_zoo.checkpoints.hf.ours import OURS
 from moe_zoo.checkpoints.hf.plan import Leaf, check, plan
 from moe_zoo.checkpoints.hf.safetensors import Files, Tensor, read_folder
 from moe_zoo.checkpoints.native import CheckpointError
@@ -100,7 +101,8 @@ def load(folder: Path, mesh, dtype=None, weights: str | None = None) -> tuple[De
     """
     published, config = describe(folder)
     tensors = read_tensors(published)
-    config = dataclasses.replace(config, dtype=_compute_dtype(tensors, published.family, dtype))
+    if dtype is not None or published.family is not OURS:  # which says itself what it computes in
+        config = dataclasses.replace(config, dtype=_compute_dtype(tensors, published.family, dtype))
     model = Decoder(config, mesh)
     leaves = plan(model, published.family)
     check(leaves, tensors, published.family, folder)
@@ -119,7 +121,7 @@ def load(folder: Path, mesh, dtype=None, weights: str | None = None) -> tuple[De
                 last = arrays[0]
                 continue
             kind = _stored_dtype(leaf, tensors)
-            if dtype is not None and not isinstance(variables[leaf.path], P.Buffer):
+            if dtype is not None and kind.kind not in "iub" and not isinstance(variables[leaf.path], P.Buffer):
                 kind = np.dtype(jax.numpy.dtype(dtype))
             array = _place(leaf, files, shardings[leaf.path], kind, pool)
             # where devices have memory of their own, one leaf travels while the next is read, and no more
@@ -147,7 +149,11 @@ def _read(leaf: Leaf, files: Files, bounds, dtype: np.dtype, pool: ThreadPoolExe
     out = memory.empty([stop - start for start, stop in bounds], dtype)
 
     def fill(where: tuple[int, ...], name: str, rows: slice) -> None:
-        target = out[tuple(i - start for i, (start, _) in zip(where, bounds))]
+        index = tuple(i - start for i, (start, _) in zip(where, bounds))
+        if len(index) == len(bounds):  # a number
+            out[index] = leaf.view(files, name, ())
+            return
+        target = out[index]
         first, *rest = bounds[len(where) :]
         rows = slice(rows.start, min(rows.stop, len(target)))
         memory.touch(target[rows])
@@ -163,7 +169,7 @@ def _read(leaf: Leaf, files: Files, bounds, dtype: np.dtype, pool: ThreadPoolExe
 
 def _pieces(out: np.ndarray, lead: int, tensor) -> list[slice]:
     """Rows of one tensor that one thread copies: so many that a large one keeps every thread busy."""
-    rows = out.shape[lead]
+    rows = math.prod(out.shape[lead : lead + 1])
     if isinstance(tensor, Packed):
         step = 1  # one expert is decoded at a time
     elif isinstance(tensor, Blocks):

@@ -136,10 +136,10 @@ def write(path: Path, tensors: list[tuple[str, np.dtype, tuple[int, ...]]], valu
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, dtype, shape in tensors:
-            array = np.ascontiguousarray(value(name))
+            array = np.asarray(value(name), order="C")
             if array.dtype != dtype or array.shape != tuple(shape):
                 raise ValueError(f"{name}: promised {dtype} {shape}, got {array.dtype} {array.shape}")
-            file.write(array.view(np.uint8).reshape(-1).data if array.size else b"")
+            file.write(array.reshape(-1).view(np.uint8).data if array.size else b"")
         file.flush()
         os.fsync(file.fileno())
 

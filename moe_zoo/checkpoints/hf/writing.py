@@ -14,6 +14,7 @@ import numpy as np
 from moe_zoo.checkpoints.hf import safetensors
 from moe_zoo.checkpoints.hf.families import families
 from moe_zoo.checkpoints.hf.family import Family, essential
+from moe_zoo.checkpoints.hf.ours import OURS
 from moe_zoo.checkpoints.hf.plan import Leaf, plan
 from moe_zoo.checkpoints.hf.reading import EXTRAS, Published
 from moe_zoo.checkpoints.native import CheckpointError
@@ -29,14 +30,16 @@ def save(
     config: ModelConfig,
     published: Published | None = None,
     *,
+    family: Family | None = None,
     extras: Path | None = None,
     settings: Mapping[str, Any] | None = None,
     shard_bytes: int = _SHARD,
 ) -> Family:
     """Writes the directory and returns the family that it belongs to.
 
-    `published`: where the model came from; its config.json is kept as far as it is still true. `extras`: a directory
-    whose tokenizer files are copied. `settings`: more keys of config.json (ids of special tokens, say).
+    `family`: as which; None: the first that has the model's settings. `published`: where the model came from; its
+    config.json is kept as far as it is still true. `extras`: a directory whose tokenizer files are copied. `settings`:
+    more keys of config.json (ids of special tokens, say).
 
     Nothing is left behind if it fails; what was there is replaced at the end. Raises CheckpointError when no family has
     the model's settings, naming those that do not fit, or the system's words when the disk says no.
@@ -45,7 +48,8 @@ def save(
         raise CheckpointError(
             "experts were narrowed to int8, what they were is gone; save what was loaded without weights="
         )
-    family = choose(config, published.family if published else None)
+    if family is None:
+        family = choose(config, published.family if published else None, "; moe_zoo.save writes it for moe_zoo alone")
     leaves, values = plan(model, family), P.arrays(model)
     text = dict(settings or {}) | _config(family, config, published, values)
     temporary = folder / f".saving-{os.getpid()}"
@@ -64,10 +68,12 @@ def save(
     return family
 
 
-def choose(config: ModelConfig, first: Family | None = None) -> Family:
-    """The family whose models can have these settings. Raises CheckpointError with the nearest and what it lacks."""
+def choose(config: ModelConfig, first: Family | None = None, otherwise: str = "") -> Family:
+    """The family whose models can have these settings. Raises CheckpointError with the nearest and what it lacks, and
+    with what to do `otherwise`.
+    """
     found = {}
-    first = first and (first.written_as or first)
+    first = None if first is OURS else first and (first.written_as or first)
     candidates = [family for family in families() if family.written_as is None]
     for family in (first, *candidates) if first else candidates:
         try:
@@ -81,7 +87,9 @@ def choose(config: ModelConfig, first: Family | None = None) -> Family:
         first.architectures[0] if first and first.architectures[0] in found else min(found, key=lambda n: len(found[n]))
     )
     differ = found[name]
-    raise CheckpointError(f"no published family has these settings; nearest is {name}, but for {'; '.join(differ)}")
+    raise CheckpointError(
+        f"no published family has these settings; nearest is {name}, but for {'; '.join(differ)}{otherwise}"
+    )
 
 
 def _config(family: Family, config: ModelConfig, published: Published | None, values) -> dict[str, Any]:

@@ -47,6 +47,12 @@ GRANITE4 = dict(
     layer_types=["attention" if i % 10 == 5 else "mamba" for i in range(40)],
 )  # fmt: skip
 
+OPENMOE = dict(
+    architectures=["OpenMoeForCausalLM"], model_type="llama", vocab_size=256384, head_dim=128, num_attention_heads=24,
+    num_experts=32, topk=2, hidden_act="swiglu", gated=True, layer_norm_epsilon=1e-6, drop_tks=True, min_capacity=4,
+    capacity_factor_train=1.25, capacity_factor_eval=2.0,
+)  # fmt: skip
+
 #: name -> (config.json, all parameters with balancing biases, active per token or None)
 RELEASED = {
     "OLMoE-1B-7B": (
@@ -215,6 +221,31 @@ RELEASED = {
             use_qk_norm=True,
         ),
         16_255_643_392, 1.433e9,
+    ),
+    "deepseek-moe-16b-base": (
+        dict(
+            architectures=["DeepseekForCausalLM"], model_type="deepseek", vocab_size=102400, hidden_size=2048,
+            intermediate_size=10944, moe_intermediate_size=1408, num_hidden_layers=28, num_attention_heads=16,
+            num_key_value_heads=16, n_routed_experts=64, n_shared_experts=2, num_experts_per_tok=6,
+            first_k_dense_replace=1, moe_layer_freq=1, norm_topk_prob=False, scoring_func="softmax",
+            aux_loss_alpha=0.001, seq_aux=True, attention_bias=False, rope_theta=10000, rope_scaling=None,
+        ),
+        16_375_728_128, 2.83e9,
+    ),
+    "openmoe-base": (
+        dict(
+            OPENMOE, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, head_dim=64,
+            num_experts=16, moe_layer_interval=4,
+        ),
+        799_663_104, 0.535e9,
+    ),
+    "openmoe-8b": (
+        dict(OPENMOE, hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, moe_layer_interval=6),
+        11_855_046_656, 3.80e9,
+    ),
+    "openmoe-34b": (
+        dict(OPENMOE, hidden_size=3072, intermediate_size=12288, num_hidden_layers=32, moe_layer_interval=4),
+        46_270_737_408, 10.03e9,
     ),
     "Llama-4-Scout, text": (
         dict(

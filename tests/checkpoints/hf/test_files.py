@@ -9,7 +9,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-import reference
+import references
 from released import RELEASED
 
 import moe_zoo
@@ -33,7 +33,7 @@ SMALLER = dict(
     attn_layer_period=3, attn_layer_offset=1, shared_intermediate_size=8, moe_shared_expert_intermediate_size=8,
     linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=6, linear_value_head_dim=3, mamba_n_heads=4,
     mamba_d_head=8, mamba_d_state=3, mamba_num_heads=4, mamba_head_dim=6, n_groups=2, ssm_state_size=5, mamba_dt_rank=2,
-    hybrid_override_pattern="ME*", num_experts_per_token=2,
+    hybrid_override_pattern="ME*", num_experts_per_token=2, moe_layer_interval=2,
     linear_attn_config={"full_attn_layers": [2], "num_heads": 2, "head_dim": 6, "short_conv_kernel_size": 4},
 )  # fmt: skip
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -78,24 +78,28 @@ def test_random_numbers_come_back_bit_by_bit(name, tmp_path):
         assert np.isfinite(loaded(np.arange(6)[None]).logits).all()
 
 
-@pytest.mark.parametrize("name", reference.TINY)
+@pytest.mark.parametrize("name", references.TINY)
 def test_what_transformers_has_no_class_for_agrees_with_an_independent_reference(name, tmp_path):
-    reference.save(name, tmp_path)
-    loaded, ids = moe_zoo.load(tmp_path), np.random.default_rng(1).integers(0, 96, 9)
-    logits, experts = reference.logits(name, ids)
+    references.save(name, tmp_path)
+    loaded, ids = moe_zoo.load(tmp_path), references.IDS
+    logits, experts = references.logits(name, ids)
     out = loaded(ids[None], return_routing=True)
     np.testing.assert_allclose(out.logits[0], logits, rtol=0, atol=2e-4)
     assert [np.sort(a, -1).tolist() for a in out.aux.stats["router_experts"]] == experts
+    assert len(np.unique(experts)) > 5 and np.abs(logits).max() > 0.1
+    if name in (golden := references.golden()):
+        np.testing.assert_allclose(out.logits[0, -4:], golden[name], rtol=0, atol=2e-4)
     cache = loaded.model.init_cache(1, 12)
     for part in (ids[:6], ids[6:]):
         rows, _, cache = loaded.model(part[None], cache=cache)
     np.testing.assert_allclose(rows[0], logits[6:], rtol=0, atol=2e-4)
     moe_zoo.save_hf(loaded, tmp_path / "out")
     written = safetensors.Files(safetensors.read_folder(tmp_path / "out"))
-    expected = reference.tensors(reference.TINY[name])
+    expected = references.tensors(name)
     assert written.tensors.keys() == expected.keys()
     for path, array in expected.items():
         np.testing.assert_array_equal(written[path], array)
+    assert json.loads((tmp_path / "out/config.json").read_text()) == references.TINY[name]
 
 
 def test_the_text_model_is_taken_out_of_one_that_also_sees_and_written_alone(tmp_path):

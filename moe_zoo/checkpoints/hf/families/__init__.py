@@ -5,6 +5,7 @@ import importlib
 
 from moe_zoo.checkpoints.hf.families.others import OTHERS
 from moe_zoo.checkpoints.hf.family import Family
+from moe_zoo.checkpoints.hf.ours import OURS
 from moe_zoo.checkpoints.native import CheckpointError
 from moe_zoo.core.registry import nearest
 
@@ -14,6 +15,7 @@ MODULES = (
     "qwen3_next", "qwen3_5_moe", "nemotron_h", "lfm2_moe", "kimi_linear", "minimax", "jamba",
     "phimoe", "gpt_oss", "deepseek_v2", "deepseek_v3", "flex_olmo", "dbrx", "hunyuan_moe", "llama4", "longcat_flash",
     "jetmoe", "llama", "mistral", "qwen2", "qwen3", "olmo2", "afmoe", "exaone_moe", "bailing_moe",
+    "deepseek", "openmoe",
 )  # fmt: skip
 
 
@@ -37,7 +39,7 @@ def architectures() -> dict[str, Family]:
 
 def find(name: str, where: str) -> Family:
     """The family of a class. Raises CheckpointError with the nearest known one."""
-    known = architectures()
+    known = architectures() | dict.fromkeys(OURS.architectures, OURS)
     if name not in known and name in OTHERS:
         near = OTHERS[name]
         raise CheckpointError(
