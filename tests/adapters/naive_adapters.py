@@ -116,16 +116,30 @@ def standard_gates(x_D, p, settings, task):
     return out / out.sum()
 
 
+def responder_gates(x_D, p, settings, task):
+    return 1 / (1 + np.exp(-(x_D @ p["router"] + p["bias"])))
+
+
+def unfrozen_gates(x_D, p, settings, task):
+    probs = soft_gates(x_D, p, settings, task)
+    unit = lambda v: (v - v.min()) / (v.max() - v.min())
+    score = unit(p["this_use"]) - unit(p["past_energy"])
+    frozen = (score < settings.freeze_below) & (np.arange(len(score)) != score.argmax()) & (p["this_tokens"] > 0)
+    return np.where(frozen, 0, probs) / probs[~frozen].sum()
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """Settings of an entry; its gates for one token, or what it adds, if that is no sum over gates. `own_feed_forward`:
-    its feed-forward part is no sum of linear layers' and has a test of its own.
+    its feed-forward part is no sum of linear layers' and has a test of its own. `gates_base`: gates weigh the base's
+    output, too.
     """
 
     settings: dict
     gates: Callable | None = None
     adds: Callable | None = None
     own_feed_forward: bool = False
+    gates_base: bool = False
 
 
 PATTERNS = {"target_modules": ["mixer.*", "w_up", "w_down"], "r": 3, "lora_alpha": 6.0}
@@ -161,6 +175,8 @@ CASES = {
     "phatgoose": Case(
         {"name": "phatgoose", "stage": "route", "num_experts": 3, "freeze_experts": False}, standard_gates
     ),
+    "mogu": Case({"name": "mogu", "freeze_experts": False, "unsafe_domains": [1]}, responder_gates, gates_base=True),
+    "same": Case({"name": "same", "num_experts": 3, "freeze_below": -0.6}, unfrozen_gates),
     "poly": Case({"name": "poly", "num_tasks": 2, "num_skills": 3}, adds=merged_skills),
     "mhr": Case({"name": "poly", "num_tasks": 2, "num_skills": 3, "num_splits": 2}, adds=merged_skills),
 }
