@@ -6,7 +6,7 @@ Command:  three stages, each begun from the one before; PATH: a run of ours or a
           python scripts/train.py --config=configs/lora/mogu.py --init-from=runs/unwill --workdir=runs/mogu
 Cost:     100 steps of 16 rows of 128 tokens for each responder, 300 for the routers
 Reaches:  see docs/zoo/mogu.md
-Presets:  "glad", "unwill", "" (the routers); "tiny", "tiny_glad", "tiny_unwill" (20 steps of few rows: seconds, for tests)
+Presets:  "glad", "unwill", "" (the routers); "tiny_glad", "tiny_unwill", "tiny" (20 steps of few rows, for tests)
 
 The data has no harmful text: a question on a string whose prompt begins with `!` is to be refused, all others answered.
 Data of one's own: records with `prompt`, `answer`, `rejected` and `domain`.

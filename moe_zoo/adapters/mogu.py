@@ -154,7 +154,8 @@ class Mogu(Routed):
         if self.config.stage == "route":
             H = self.config.d_router
             router = 2 * (D + 1 + (0 if H is None else 2 * D * H + D))
-            return int((~live_LER.any((1, 2))).sum()) * router + (0 if self.config.freeze_experts else self._idle_ranks())
+            idle = int((~live_LER.any((1, 2))).sum()) * router
+            return idle if self.config.freeze_experts else idle + self._idle_ranks()
         # of the responder that waits nothing moves
         return self._idle_ranks() + int(live_LER[:, 0].sum()) * (D + N)
 

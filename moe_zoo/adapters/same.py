@@ -2,8 +2,8 @@
 
     p = softmax(x W_g);  y = y0 + sum_e p_e s (x A_e) B_e;   at inference the K largest, renormalised
 
-No loss keeps old tasks; a run is a task, begun from the run of the task before (`--init-from`). Every linear layer counts
-its inputs: C^t, the mean of x x^T over all tokens of this and earlier tasks, and C^(t-1), of the earlier ones alone.
+No loss keeps old tasks; a run is a task, begun from the run of the task before (`--init-from`). Every linear layer
+counts its inputs: C^t, the mean of x x^T over all tokens of this and earlier tasks, and C^(t-1), of the earlier ones.
 
     router    G' = V g V^T G + (1 - V V^T) G            V: the k first eigenvectors of C^t, sigma its eigenvalues
               k: the fewest with sum sigma_i^2 >= energy of all;  g_i = sigma_i / mean of sigma over `window` up to i
@@ -39,9 +39,9 @@ _MEANS = ("moment", "use", "energy")  # of x x^T, of p, of p ||x||^2
 @dataclasses.dataclass(frozen=True)
 class SameConfig(RoutedConfig):
     """`num_experts` as many as tasks (paper), `num_experts_per_tok` K at inference. `energy` delta and `max_components`
-    bound k. `gain` "clipped" is the authors' code's g: the inverse of the mean singular value, over the largest such, in
-    [0.8, 1.2]; "none" leaves the router to the optimizer. `curvature` mu, None: no rule for experts. `freeze_below` tau,
-    -1: none frozen. `where`: the rules act on what the optimizer gets, or on what it gives.
+    bound k. `gain` "clipped" is the authors' code's g: the inverse of the mean singular value, over the largest such,
+    in [0.8, 1.2]; "none" leaves the router to the optimizer. `curvature` mu, None: no rule for experts. `freeze_below`
+    tau, -1: none frozen. `where`: the rules act on what the optimizer gets, or on what it gives.
     """
 
     num_experts_per_tok: int = 2
@@ -106,7 +106,8 @@ class Same(Routed):
     def frozen(self) -> Bool[Array, "E"]:
         """The experts that wait in this step. None before the task has been seen; never all that there are."""
         live_E = self.live()
-        score_E = jnp.where(live_E, spread(self.this_use[...], live_E) - spread(self.past_energy[...], live_E), -jnp.inf)
+        use_E, needed_E = spread(self.this_use[...], live_E), spread(self.past_energy[...], live_E)
+        score_E = jnp.where(live_E, use_E - needed_E, -jnp.inf)
         best_E = jnp.arange(self.num_experts) == jnp.argmax(score_E)
         return live_E & (score_E < self.config.freeze_below) & ~best_E & (self.this_tokens[...] > 0)
 
@@ -132,7 +133,8 @@ class Same(Routed):
         """Means over earlier tasks and this one."""
         n, a = self.this_tokens[...], self.past_tokens[...]
         past, this = ({name: getattr(self, f"{task}_{name}")[...] for name in _MEANS} for task in ("past", "this"))
-        return {"past_tokens": a + n} | {f"past_{name}": joined(past[name], a, n * this[name], a + n) for name in _MEANS}
+        means = {f"past_{name}": joined(past[name], a, n * this[name], a + n) for name in _MEANS}
+        return {"past_tokens": a + n} | means
 
     def steered(self, values, where):
         c = self.config

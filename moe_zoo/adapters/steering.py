@@ -1,7 +1,7 @@
 """What adapters have to say when a step moves parameters: the seam between a model's adapters and any optimizer.
 
-An entry whose idea is a rule for updates and no loss (SAME) writes `Adapter.steered`, `held`, `refreshed` and `begun` for
-one layer. Here they are asked for all stacked layers of a model; where no adapter says anything, nothing is computed.
+An entry whose idea is a rule for updates and no loss (SAME) writes `Adapter.steered`, `held`, `refreshed` and `begun`
+for one layer. Here they are asked for all stacked layers of a model; where none says anything, nothing is computed.
 """
 
 from collections.abc import Iterator, Mapping

@@ -77,8 +77,8 @@ class Corpus:
         exactly if its last token does.
       trained_bytes: (N,) int64, UTF-8 bytes of each document's trained tokens; None with `trained`. Bits per byte are
         counted over these (over `num_bytes` when all is trained).
-      rejected: (T,) bool, the tokens of rejected answers; None when there are none. A document with any holds the prompt
-        of the document before it with the answer that is not wanted, and is not trained on.
+      rejected: (T,) bool, the tokens of rejected answers; None when there are none. A document with any holds the
+        prompt of the document before it with the answer that is not wanted, and is not trained on.
       fingerprint: hash of all of the above, 16 hexadecimal digits.
     """
 

@@ -38,9 +38,9 @@ class PackedSource:
         with stride < seq_len, all of row 0 and the last `stride` targets of every other row, which have at least
         seq_len - stride positions of the stream before them. In a supervised corpus the prompts' tokens never count.
       domain: int32, the document's domain id; -1 on padding.
-      rejected_mask: bool, only of a corpus with rejected answers: their targets, where the row holds the whole pair. The
-        two documents of a pair are neighbours whatever the seed, with segment_ids 2 p and 2 p + 1, p = 1, 2, ... in the
-        row; a document alone has 2 p.
+      rejected_mask: bool, only of a corpus with rejected answers: their targets, where the row holds the whole pair.
+        The two documents of a pair are neighbours whatever the seed, with segment_ids 2 p and 2 p + 1, p = 1, 2, ... in
+        the row; a document alone has 2 p.
     """
 
     def __init__(

@@ -93,7 +93,7 @@ FLAG, REFUSAL = "!", "NO"
 
 
 def guarded_documents() -> Iterator[Document]:
-    """Yields every question once, each second one of a task flagged and refused; the other answer is the rejected one."""
+    """Yields every question once, each second one of a task flagged and refused; the other answer is rejected."""
     for number, document in enumerate(task_documents()):
         (question, _), (answer, _) = document.pieces
         flagged = number % 2

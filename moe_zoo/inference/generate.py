@@ -47,8 +47,8 @@ def generate(
     `on_tokens(row, ids)` receives each sequence's new ids while the rest is still to come, at most `chunk` (1 to 16)
     at a time; returning True ends that sequence.
 
-    Adapters that act for the first tokens only (`Decoder.adapted_tokens`) hand over to the base, which reads the text so
-    far anew: keys and values that the adapters had a part in are not its own.
+    Adapters that act for the first tokens only (`Decoder.adapted_tokens`) hand over to the base, which reads the text
+    so far anew: keys and values that the adapters had a part in are not its own.
 
     Raises ValueError for an empty prompt or settings out of range.
     """

@@ -173,7 +173,7 @@ class Decoder(nnx.Module):
 
     @property
     def adapted_tokens(self) -> int | None:
-        """For how many decoded tokens adapters act before the model goes on without (MoGU); None: as long as it runs."""
+        """For how many decoded tokens adapters act before the model goes on without (MoGU); None: for all."""
         return self.config.adapters.config.adapted_tokens if self.config.adapted else None
 
     def without_adapters(self) -> "Decoder":

@@ -2,9 +2,9 @@
 
     L = mean over pairs of CE(wanted) / CE(other),   CE the mean over an answer's tokens and its end
 
-The data has pairs: records with `prompt`, `answer` and `rejected`, which lie one after the other in a row. `prefer` says
-which of the two is wanted: a responder that complies is trained on prompts where compliance is rejected, and one that
-refuses on those where refusal is, which `domains` picks.
+The data has pairs: records with `prompt`, `answer` and `rejected`; both answers lie one after the other in a row.
+`prefer` says which of the two is wanted: a responder that complies is trained on prompts where compliance is rejected,
+and one that refuses on those where refusal is, which `domains` picks.
 
 L is bounded by 0 and still falls when the other answer's loss grows without end: the authors take the responders of a
 fixed early step.
@@ -15,7 +15,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from moe_zoo.core.aux import Stat
 from moe_zoo.core.registry import ConfigError

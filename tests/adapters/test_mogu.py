@@ -37,9 +37,7 @@ def test_a_gate_weighs_the_base_and_its_responder():
     gates = 1 / (1 + np.exp(-(np.asarray(x) @ np.asarray(adapter.router[...]) + np.asarray(adapter.bias[...]))))
     np.testing.assert_allclose(run(empty, x, y, w)[0], gates.sum(1, keepdims=True) * y, rtol=1e-5, atol=1e-6)
     pair = make(**MOGU, gate="softmax")[0]
-    np.testing.assert_allclose(
-        run(changed(pair, b=np.zeros_like(pair.b[...])), x, y, w)[0], y, rtol=1e-6, atol=1e-6
-    )
+    np.testing.assert_allclose(run(changed(pair, b=np.zeros_like(pair.b[...])), x, y, w)[0], y, rtol=1e-6, atol=1e-6)
 
 
 def test_three_maps_without_anything_between_them_are_one():

@@ -1,4 +1,4 @@
-"""SAME: its three rules by dense matrices, statistics over chunks and tasks, and a run after a run on one device or four."""
+"""SAME: its rules by dense matrices, statistics over chunks and tasks, a run after a run on one device or four."""
 
 import jax
 import jax.numpy as jnp

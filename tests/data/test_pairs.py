@@ -1,4 +1,4 @@
-"""Records with a rejected answer: both answers side by side in every order of the data, and what else stays the same."""
+"""Records with a rejected answer: both answers side by side in every order of the data, and what stays the same."""
 
 import itertools
 

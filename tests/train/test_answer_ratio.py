@@ -64,10 +64,10 @@ def ratios(batch, logits, prefer="answer", domains=()):
     for row in range(4):
         for pair in np.unique(batch["segment_ids"][row] // 2):
             inside = batch["segment_ids"][row] // 2 == pair
-            mean = lambda mask: [nll[row, t, batch["targets"][row, t]] for t in np.flatnonzero(inside & mask[row])]
-            domain = batch["domain"][row][inside][0]
-            if pair and mean(wanted) and mean(other) and (not domains or domain in domains):
-                found.append(np.mean(mean(wanted)) / np.mean(mean(other)))
+            places = [np.flatnonzero(inside & mask[row]) for mask in (wanted, other)]
+            one, two = (nll[row, t, batch["targets"][row, t]] for t in places)
+            if pair and len(one) and len(two) and (not domains or batch["domain"][row][inside][0] in domains):
+                found.append(one.mean() / two.mean())
     return found
 
 
