@@ -112,7 +112,7 @@ class Same(Routed):
         return live_E & (score_E < self.config.freeze_below) & ~best_E & (self.this_tokens[...] > 0)
 
     def after_step(self, stats: dict[str, Stat]) -> dict[str, Array]:
-        sums = {name: stats[f"{self.linear.name}/{name}"].value() for name in _MEANS}
+        sums = {name: stats[f"{self.linear.name}/{name}"].value().astype(jnp.float32) for name in _MEANS}
         total = self.this_tokens[...] + sums["use"].sum()  # probabilities sum to 1 for each token
         mean = lambda name: joined(getattr(self, f"this_{name}")[...], self.this_tokens[...], sums[name], total)
         return {"this_tokens": total} | {f"this_{name}": mean(name) for name in _MEANS}
@@ -144,8 +144,8 @@ class Same(Routed):
         if c.gain != "none" and "router" in values:
             new["router"] = turned_down(values["router"], self.router_basis[...], self.router_gain[...])
         if c.curvature is not None and "a" in values:
-            flat_ERD = preconditioned(values["a"], self.past_basis[...], self.past_values[...], c.curvature)
-            new["a"] = jnp.where(self.past_tokens[...] > 0, flat_ERD, values["a"])
+            a_ERD = preconditioned(values["a"], self.past_basis[...], self.past_values[...], c.curvature)
+            new["a"] = jnp.where(self.past_tokens[...] > 0, a_ERD, values["a"])
         return new
 
     def held(self):

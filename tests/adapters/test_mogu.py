@@ -73,6 +73,9 @@ def test_in_a_responders_stage_it_acts_and_moves_alone(stage, own):
     kinds = {name: isinstance(var, P.Frozen) for name, var in P.flat(adapter).items()}
     assert kinds == {"a": False, "b": False, "router": True, "bias": True, "scale": True}
     assert adapter.idle_parameters() == 2 * (8 + 6) and adapter.config.adapted_tokens is None
+    routers = make(**MOGU)[0]  # the last stage: what was trained before is no longer
+    kinds = {name: isinstance(var, P.Frozen) for name, var in P.flat(routers).items()}
+    assert kinds == {"a": True, "b": True, "router": False, "bias": False, "scale": True} and not routers.held()
 
 
 @pytest.mark.parametrize("settings, message", [
