@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Int
 
+from moe_zoo.adapters.adapter import Adapter
 from moe_zoo.core import param as P
 
 Arrays = dict[str, Array]
@@ -19,7 +20,7 @@ Arrays = dict[str, Array]
 def steered(model: nnx.Module, values: Arrays, where: str) -> Arrays:
     """`values` (gradients or updates by path) with those changed that adapters steer."""
     new = {}
-    for prefix, adapter in _stacked(model):
+    for prefix, adapter in _with(model, "steered"):
         own = {path.removeprefix(prefix): value for path, value in values.items() if path.startswith(prefix)}
         changed = jax.vmap(lambda one, own: one.steered(own, where))(adapter, own)
         new |= {prefix + name: value.astype(own[name].dtype) for name, value in changed.items()}
@@ -28,7 +29,10 @@ def steered(model: nnx.Module, values: Arrays, where: str) -> Arrays:
 
 def held(model: nnx.Module) -> dict[str, Bool[Array, "..."]]:
     """Masks by path, of as many dims as the parameter, of what this step must not move."""
-    return _asked(model, lambda one: one.held())
+    new = {}
+    for prefix, adapter in _with(model, "held"):
+        new |= {prefix + name: mask for name, mask in jax.vmap(lambda one: one.held())(adapter).items()}
+    return new
 
 
 def kept(masks: Mapping[str, Array], new, old):
@@ -49,7 +53,7 @@ def kept(masks: Mapping[str, Array], new, old):
 def refreshed(model: nnx.Module, step: Int[Array, ""]) -> Arrays:
     """Values of buffers by path, of adapters whose turn it is at `step`; the others' as they are."""
     new = {}
-    for prefix, adapter in _stacked(model):
+    for prefix, adapter in _with(model, "refreshed"):
         if every := adapter.refresh_every:
             compute = lambda one: jax.vmap(lambda layer: layer.refreshed())(one)
             names = jax.eval_shape(compute, adapter).keys()
@@ -63,7 +67,7 @@ def refreshed(model: nnx.Module, step: Int[Array, ""]) -> Arrays:
 def begun(model: nnx.Module, given: Mapping[str, Array]) -> Arrays:
     """Buffers with which a run begins from `given`, another's values by path; `model` is abstract."""
     new = {}
-    for prefix, adapter in _stacked(model):
+    for prefix, adapter in _with(model, "begun"):
         own = {name: given.get(prefix + name) for name in P.arrays(adapter)}
         if all(value is not None for value in own.values()):
             there = P.replace(adapter, {name: jnp.asarray(value) for name, value in own.items()})
@@ -71,15 +75,9 @@ def begun(model: nnx.Module, given: Mapping[str, Array]) -> Arrays:
     return new
 
 
-def _stacked(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
-    """(path and a dot, stacked adapter) of every adapter beside a linear layer that is no routed expert's."""
+def _with(model: nnx.Module, method: str) -> Iterator[tuple[str, Adapter]]:
+    """(path and a dot, stacked adapter) of every adapter that has such a method of its own."""
     for path, block, _ in model.blocks():
-        if block.adapted:
-            yield from ((f"{path}.adapters.{name}.", adapter) for name, adapter in block.adapters.items())
-
-
-def _asked(model: nnx.Module, ask) -> Arrays:
-    found = {}
-    for prefix, adapter in _stacked(model):
-        found |= {prefix + name: value for name, value in jax.vmap(ask)(adapter).items()}
-    return found
+        for name, adapter in block.adapters.items() if block.adapted else ():
+            if getattr(type(adapter), method) is not getattr(Adapter, method):
+                yield f"{path}.adapters.{name}.", adapter
