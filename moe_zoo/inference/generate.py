@@ -40,15 +40,15 @@ def generate(
 ) -> list[np.ndarray]:
     """Continues every prompt (int arrays, at least one id each) by up to `max_new_tokens` ids.
 
+    Adapters that act for the first tokens only (`Decoder.adapted_tokens`) hand over to the base, which reads the text
+    so far anew: keys and values that the adapters had a part in are not its own.
+
     `temperature`, `top_k`, `top_p`, `min_p`: see `Sampling`. A sequence ends at the first of `stop_ids`, which is not
     returned; the call ends when all have. Every sequence has its own stream of randomness, so its text does not depend
     on what else is in the batch.
 
     `on_tokens(row, ids)` receives each sequence's new ids while the rest is still to come, at most `chunk` (1 to 16)
     at a time; returning True ends that sequence.
-
-    Adapters that act for the first tokens only (`Decoder.adapted_tokens`) hand over to the base, which reads the text
-    so far anew: keys and values that the adapters had a part in are not its own.
 
     Raises ValueError for an empty prompt or settings out of range.
     """

@@ -69,6 +69,18 @@ def rank_gates(x_D, p, settings, task):
     return settings.num_experts_per_tok * out / out.sum()
 
 
+def responder_gates(x_D, p, settings, task):
+    return 1 / (1 + np.exp(-(x_D @ p["router"] + p["bias"])))
+
+
+def unfrozen_gates(x_D, p, settings, task):
+    probs = soft_gates(x_D, p, settings, task)
+    unit = lambda v: (v - v.min()) / (v.max() - v.min())
+    score = unit(p["this_use"]) - unit(p["past_energy"])
+    frozen = (score < settings.freeze_below) & (np.arange(len(score)) != score.argmax()) & (p["this_tokens"] > 0)
+    return np.where(frozen, 0, probs) / probs[~frozen].sum()
+
+
 def task_gates(x_D, p, settings, task):
     return np.eye(len(p["scale"]))[task]
 
@@ -116,30 +128,17 @@ def standard_gates(x_D, p, settings, task):
     return out / out.sum()
 
 
-def responder_gates(x_D, p, settings, task):
-    return 1 / (1 + np.exp(-(x_D @ p["router"] + p["bias"])))
-
-
-def unfrozen_gates(x_D, p, settings, task):
-    probs = soft_gates(x_D, p, settings, task)
-    unit = lambda v: (v - v.min()) / (v.max() - v.min())
-    score = unit(p["this_use"]) - unit(p["past_energy"])
-    frozen = (score < settings.freeze_below) & (np.arange(len(score)) != score.argmax()) & (p["this_tokens"] > 0)
-    return np.where(frozen, 0, probs) / probs[~frozen].sum()
-
-
 @dataclasses.dataclass(frozen=True)
 class Case:
     """Settings of an entry; its gates for one token, or what it adds, if that is no sum over gates. `own_feed_forward`:
-    its feed-forward part is no sum of linear layers' and has a test of its own. `gates_base`: gates weigh the base's
-    output, too.
+    its feed-forward part is no sum of linear layers' and has a test of its own.
     """
 
     settings: dict
     gates: Callable | None = None
     adds: Callable | None = None
+    gates_base: bool = False  # gates weigh the base's output, too
     own_feed_forward: bool = False
-    gates_base: bool = False
 
 
 PATTERNS = {"target_modules": ["mixer.*", "w_up", "w_down"], "r": 3, "lora_alpha": 6.0}
@@ -161,6 +160,8 @@ CASES = {
     "dynmole": Case(
         {"name": "dynmole", "num_experts": 4, "entropy_threshold": 0.7, "router_aux_loss_coef": 0.1}, tsallis_gates
     ),
+    "mogu": Case({"name": "mogu", "freeze_experts": False, "unsafe_domains": [1]}, responder_gates, gates_base=True),
+    "same": Case({"name": "same", "num_experts": 3, "freeze_below": -0.6}, unfrozen_gates),
     "smora": Case({"name": "smora", "r": 6, "num_experts_per_tok": 2, "bias_update_rate": 0.1}, rank_gates),
     "lora_mixer": Case({"name": "lora_mixer", "num_experts": 3, "num_experts_per_tok": 2}, soft_gates),
     "lora_mixer_by_task": Case(
@@ -175,8 +176,6 @@ CASES = {
     "phatgoose": Case(
         {"name": "phatgoose", "stage": "route", "num_experts": 3, "freeze_experts": False}, standard_gates
     ),
-    "mogu": Case({"name": "mogu", "freeze_experts": False, "unsafe_domains": [1]}, responder_gates, gates_base=True),
-    "same": Case({"name": "same", "num_experts": 3, "freeze_below": -0.6}, unfrozen_gates),
     "poly": Case({"name": "poly", "num_tasks": 2, "num_skills": 3}, adds=merged_skills),
     "mhr": Case({"name": "poly", "num_tasks": 2, "num_skills": 3, "num_splits": 2}, adds=merged_skills),
 }
