@@ -13,13 +13,13 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from moe_zoo.adapters.experts import ExpertLora
 from moe_zoo.adapters.shared import SharedAdapters
@@ -38,6 +38,8 @@ class Adapter(nnx.Module):
     Config: ClassVar[type] = AdapterConfig
     #: all experts have one A
     shared_a: ClassVar[bool] = False
+    #: after how many steps `refreshed` is asked; 0: never
+    refresh_every: ClassVar[int] = 0
     #: each expert is what LoRA calls an adapter: one that was trained alone can take its place
     takes_loras: ClassVar[bool] = True
 
@@ -74,6 +76,24 @@ class Adapter(nnx.Module):
 
     def after_step(self, stats: dict[str, Stat]) -> dict[str, Array]:
         """New values of buffers after an optimizer step, given the block's reduced statistics."""
+        return {}
+
+    def begun(self) -> dict[str, Array]:
+        """New values of buffers with which a run begins from the weights of another."""
+        return {}
+
+    def steered(self, values: dict[str, Array], where: Literal["gradients", "updates"]) -> dict[str, Array]:
+        """Gradients of own parameters as the optimizer is to see them, or its updates as they are to be added: those of
+        `values`, by name, that change.
+        """
+        return {}
+
+    def held(self) -> dict[str, Bool[Array, "..."]]:
+        """Which numbers of own parameters, by name, stay as they are in this step, and their moments with them."""
+        return {}
+
+    def refreshed(self) -> dict[str, Array]:
+        """New values of buffers that cost too much for every step: those of each `refresh_every`-th."""
         return {}
 
     def from_experts(

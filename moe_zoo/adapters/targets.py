@@ -89,6 +89,11 @@ class AdapterConfig:
         """How many experts the linear layer of this per-layer name has."""
         return 1
 
+    @property
+    def adapted_tokens(self) -> int | None:
+        """For how many decoded tokens adapters act when text is generated, before the base goes on alone; None: all."""
+        return None
+
     def scales(self, linear: Linear) -> np.ndarray:
         """f32[layers, E, R]: the factor of every rank of every expert. E and R are the largest of the stack; what a
         layer does not have of them, and a layer that is no target, is zero: it computes nothing and never moves.

@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 _ARRAYS = ("tokens", "offsets", "domain_ids", "num_bytes", "groups")
 # None for a corpus that is trained on whole, and then neither saved nor part of the fingerprint.
-_OPTIONAL_ARRAYS = ("trained", "trained_bytes")
+_OPTIONAL_ARRAYS = ("trained", "trained_bytes", "rejected")
 # Up to this many documents, or a hundredth of all, are kept together by a shared prompt.
 _MAX_SHARED = 16
 # Tables of results have a row of this name beside the domains.
@@ -39,12 +39,14 @@ class Document:
       domain: a name.
       group: documents of one group never part in `split`; default: the text itself.
       pieces: (text, whether it is trained on) in order, `text` cut where that changes; None: trained on whole.
+      rejected: another answer in the place of the last piece, for what compares two; it is never trained on.
     """
 
     text: str | bytes
     domain: str
     group: str | bytes | None = None
     pieces: tuple[tuple[str, bool], ...] | None = None
+    rejected: str | None = None
 
     @classmethod
     def supervised(cls, pieces: Iterable[tuple[str, bool]], domain: str, group: str | None = None) -> "Document":
@@ -75,6 +77,8 @@ class Corpus:
         exactly if its last token does.
       trained_bytes: (N,) int64, UTF-8 bytes of each document's trained tokens; None with `trained`. Bits per byte are
         counted over these (over `num_bytes` when all is trained).
+      rejected: (T,) bool, the tokens of rejected answers; None when there are none. A document with any holds the
+        prompt of the document before it with the answer that is not wanted, and is not trained on.
       fingerprint: hash of all of the above, 16 hexadecimal digits.
     """
 
@@ -87,6 +91,7 @@ class Corpus:
     tokenizer: str
     trained: Bool[np.ndarray, " T"] | None = None
     trained_bytes: Int[np.ndarray, " N"] | None = None
+    rejected: Bool[np.ndarray, " T"] | None = None
     fingerprint: str = ""
 
     def __post_init__(self):
@@ -134,6 +139,13 @@ class Corpus:
         empty = np.diff(self.offsets) == 0
         return empty | self.trained[np.where(empty, 0, self.offsets[1:] - 1)]
 
+    def rejected_documents(self) -> Bool[np.ndarray, " N"]:
+        """Returns which documents end in an answer that is not wanted, each behind the one with the wanted answer."""
+        if self.rejected is None:
+            return np.zeros(len(self), bool)
+        empty = np.diff(self.offsets) == 0
+        return ~empty & self.rejected[np.where(empty, 0, self.offsets[1:] - 1)]
+
     def _per_domain(self, values: Int[np.ndarray, " N"]) -> dict[str, int]:
         sums = np.bincount(self.domain_ids, values, minlength=len(self.domains))
         return {name: int(total) for name, total in zip(self.domains, sums, strict=True)}
@@ -156,6 +168,7 @@ class Corpus:
             groups=self.groups[index],
             trained=None if self.trained is None else gather(self.trained),
             trained_bytes=None if self.trained_bytes is None else self.trained_bytes[index],
+            rejected=None if self.rejected is None else gather(self.rejected),
             fingerprint="",
         )
 
@@ -257,6 +270,13 @@ def build_corpus(
         domain_id = domain_index.setdefault(domain, len(domain_index))
         rows.append(_Row(len(tokens), trained, domain_id, len(raw), trained_bytes, group, content))
         all_tokens.extend(tokens)
+        if document.rejected is not None:
+            pieces = (*(document.pieces or ((text, True),))[:-1], (document.rejected, True))
+            tokens, rejected, _ = _encode_pieces(pieces, tokenizer, dtype)
+            size = sum(len(text.encode("utf-8", errors="replace")) for text, _ in pieces)
+            # with the hashes of the other answer's: nothing parts the two
+            rows.append(_Row(len(tokens), np.zeros(len(tokens), bool), domain_id, size, 0, group, content, rejected))
+            all_tokens.extend(tokens)
     if blank or repeated:
         _log.info("skipped %d empty and %d repeated documents of %d", blank, repeated, blank + repeated + len(rows))
     if untrained:
@@ -288,7 +308,9 @@ class _Growing:
 
 
 class _Row(NamedTuple):
-    """A document on its way into a corpus. `trained` None: all tokens; `content`: hash of the text."""
+    """A document on its way into a corpus. `trained` None: all tokens; `rejected` None: none; `content`: hash of the
+    text.
+    """
 
     num_tokens: int
     trained: np.ndarray | None
@@ -297,6 +319,7 @@ class _Row(NamedTuple):
     trained_bytes: int
     group: int
     content: int
+    rejected: np.ndarray | None = None
 
 
 def _encode_pieces(
@@ -316,6 +339,8 @@ def _join(rows: list[_Row], tokens: np.ndarray, domains: tuple[str, ...], tokeni
         raise DataError(f"a domain cannot be called {RESERVED_DOMAIN!r}, which names the sum over domains: rename it.")
     supervised = any(row.trained is not None for row in rows)
     masks = [np.ones(row.num_tokens, bool) if row.trained is None else row.trained for row in rows if supervised]
+    paired = any(row.rejected is not None for row in rows)
+    others = [np.zeros(row.num_tokens, bool) if row.rejected is None else row.rejected for row in rows if paired]
     return Corpus(
         tokens=tokens,
         offsets=_offsets([row.num_tokens for row in rows]),
@@ -326,6 +351,7 @@ def _join(rows: list[_Row], tokens: np.ndarray, domains: tuple[str, ...], tokeni
         tokenizer=tokenizer,
         trained=np.concatenate(masks) if supervised else None,
         trained_bytes=np.asarray([row.trained_bytes for row in rows], np.int64) if supervised else None,
+        rejected=np.concatenate(others) if paired else None,
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Int, Shaped
+from jaxtyping import Bool, Int, Shaped
 
 from moe_zoo.data.corpus import Corpus, check_tokenizer
 from moe_zoo.data.errors import DataError
@@ -38,6 +38,9 @@ class PackedSource:
         with stride < seq_len, all of row 0 and the last `stride` targets of every other row, which have at least
         seq_len - stride positions of the stream before them. In a supervised corpus the prompts' tokens never count.
       domain: int32, the document's domain id; -1 on padding.
+      rejected_mask: bool, only of a corpus with rejected answers: their targets, where the row holds the whole pair.
+        The two documents of a pair are neighbours whatever the seed, with segment_ids 2 p and 2 p + 1, p = 1, 2, ... in
+        the row; a document alone has 2 p.
     """
 
     def __init__(
@@ -68,13 +71,14 @@ class PackedSource:
         order = np.arange(len(corpus))
         if seed is not None:
             # RandomState, not Generator: numpy promises that its stream never changes, and a resumed run relies on it.
-            order = np.random.RandomState(check_seed(seed)).permutation(len(corpus))
+            order = _permuted(corpus.rejected_documents(), np.random.RandomState(check_seed(seed)))
         lengths = np.diff(corpus.offsets)[order] + 1
         self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])  # (N + 1,) in the stream
         # Token k of document n is at stream position starts[n] + 1 + k; adding shifts[n] gives its place in the corpus.
         self._shifts = corpus.offsets[:-1][order] - self._starts[:-1] - 1
         self._domains = corpus.domain_ids[order]
         self._trained_ends = corpus.trained_ends()[order]
+        self._second = corpus.rejected_documents()[order]
 
     @property
     def num_targets(self) -> int:
@@ -111,7 +115,7 @@ class PackedSource:
         counts = live & ((np.arange(self.seq_len) >= self.seq_len - self.stride) | (indices == 0))
         if (trained := self._corpus.trained) is not None:
             counts &= np.where(last, self._trained_ends[document], trained[np.clip(source + 1, 0, limit)])
-        return {
+        batch = {
             "tokens": pick(source, first, self._bos_id),
             "targets": pick(source + 1, last, self._eos_id),
             "segment_ids": np.where(live, document - document[:, :1] + 1, 0).astype(np.int32),
@@ -119,13 +123,37 @@ class PackedSource:
             "loss_mask": counts,
             "domain": np.where(live, self._domains[document], -1).astype(np.int32),
         }
+        if self._corpus.rejected is not None:
+            rejected = np.where(last, self._second[document], self._corpus.rejected[np.clip(source + 1, 0, limit)])
+            batch |= self._pairs(begin, live, document, rejected)
+        return batch
+
+    def _pairs(self, begin, live, document, rejected) -> Batch:
+        """What is different in rows of a corpus with rejected answers."""
+        second = self._second[document]
+        pair = np.cumsum(~self._second)[document]
+        pair_begin = self._starts[document - second]
+        pair_end = self._starts[document + 1]  # of a rejected answer, where alone it is asked
+        whole = (pair_begin >= begin) & (pair_end <= begin + self.seq_len)
+        return {
+            "segment_ids": np.where(live, 2 * (pair - pair[:, :1] + 1) + second, 0).astype(np.int32),
+            "rejected_mask": live & rejected & whole,
+        }
 
     def empty_rows(self, count: int) -> Batch:
         """Returns `count` rows of nothing but padding, to fill up a last batch."""
         shape = (count, self.seq_len)
         fill = {"tokens": self._pad_id, "targets": self._pad_id, "segment_ids": 0, "positions": 0, "domain": -1}
         batch = {name: np.full(shape, value, np.int32) for name, value in fill.items()}
-        return batch | {"loss_mask": np.zeros(shape, bool)}
+        masks = ("loss_mask",) if self._corpus.rejected is None else ("loss_mask", "rejected_mask")
+        return batch | {name: np.zeros(shape, bool) for name in masks}
+
+
+def _permuted(second: Bool[np.ndarray, " N"], random: np.random.RandomState) -> Int[np.ndarray, " N"]:
+    """Returns the documents in a random order, those that are the second of a pair behind the first."""
+    first = np.flatnonzero(~second)[random.permutation(int((~second).sum()))]
+    pairs = np.stack([first, first + 1], axis=1)
+    return pairs[np.stack([np.ones(len(first), bool), np.append(second, False)[first + 1]], axis=1)]
 
 
 def check_seed(seed: int) -> int:

@@ -17,13 +17,15 @@ from moe_zoo.data.embedded import load_embedded
 from moe_zoo.data.errors import DataError, MissingPackageError
 from moe_zoo.data.formats import ACCEPTED_TEXT, Skipped, format_of, read_file, stem
 from moe_zoo.data.formats.saved import is_saved, read_saved
-from moe_zoo.data.tasks import load_tasks
+from moe_zoo.data.tasks import load_guarded_tasks, load_tasks
 from moe_zoo.data.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 
 # Corpora that need no file.
-NAMED = {"embedded": load_embedded, "arithmetic": load_arithmetic, "tasks": load_tasks}
+NAMED = {
+    "embedded": load_embedded, "arithmetic": load_arithmetic, "tasks": load_tasks, "guarded_tasks": load_guarded_tasks,
+}  # fmt: skip
 
 #: what describes a folder and is no text of it
 MANIFEST = "manifest.json"
@@ -41,7 +43,7 @@ _MAX_REASONS = 12
 
 
 def load_corpus(source: str | Path, tokenizer: Tokenizer) -> Corpus:
-    """Returns the corpus at `source`: "embedded", "arithmetic", "tasks", a file, or a folder.
+    """Returns the corpus at `source`: "embedded", "arithmetic", "tasks", "guarded_tasks", a file, or a folder.
 
     Domains: of a record, its `domain`; else the first sub-folder the file is in; else, directly in the folder (or named
     itself), the file's stem without a shard's "-00001-of-00005", except that more than 16 text files directly in the

@@ -166,6 +166,7 @@ def _append(corpus: Corpus, rows: list[tuple[np.ndarray, int, int, int]]) -> Cor
         tokenizer=corpus.tokenizer,
         trained=_and(corpus.trained, np.ones(ends[-1] - len(corpus.tokens) if rows else 0, bool)),
         trained_bytes=_and(corpus.trained_bytes, np.asarray(num_bytes, np.int64)),
+        rejected=_and(corpus.rejected, np.zeros(ends[-1] - len(corpus.tokens) if rows else 0, bool)),
     )
 
 

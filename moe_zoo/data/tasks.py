@@ -5,10 +5,14 @@
     interleave                                     "interleave:abc,xyz=" -> "axbycz"
     digit_sum parity                               "digit_sum:48213=" -> "8", modulo 10; "parity:48213=" -> "even"
 
+    guarded_tasks                                  every other question is flagged and answered with a refusal:
+                                                   "!reverse:hxQa=" -> "NO"; what was not answered is `rejected`
+
 A domain per task, so that a mixture of adapters can be told which one it is. They need different things of a model:
 places, order, case, arithmetic; what two of them have in common a third may lack.
 """
 
+import dataclasses
 import string
 from collections.abc import Callable, Iterator
 
@@ -81,3 +85,23 @@ def task_documents() -> Iterator[Document]:
 def load_tasks(tokenizer: Tokenizer) -> Corpus:
     """Returns the corpus of all questions; only the answers and their ends are trained on and scored."""
     return build_corpus(task_documents(), tokenizer, domains=tuple(TASKS))
+
+
+#: domains of the guarded tasks, by their ids
+PLAIN, FLAGGED = "plain", "flagged"
+FLAG, REFUSAL = "!", "NO"
+
+
+def guarded_documents() -> Iterator[Document]:
+    """Yields every question once, each second one of a task flagged and refused; the other answer is rejected."""
+    for number, document in enumerate(task_documents()):
+        (question, _), (answer, _) = document.pieces
+        flagged = number % 2
+        prompt, own, other = (FLAG + question, REFUSAL, answer) if flagged else (question, answer, REFUSAL)
+        made = Document.supervised([(prompt, False), (own, True)], FLAGGED if flagged else PLAIN, document.group)
+        yield dataclasses.replace(made, rejected=other)
+
+
+def load_guarded_tasks(tokenizer: Tokenizer) -> Corpus:
+    """Returns the corpus of all questions, plain and flagged, with both answers to each."""
+    return build_corpus(guarded_documents(), tokenizer, domains=(PLAIN, FLAGGED))

@@ -42,6 +42,9 @@ def generate(
 ) -> list[np.ndarray]:
     """Continues every prompt (int arrays, at least one id each) by up to `max_new_tokens` ids.
 
+    Adapters that act for the first tokens only (`Decoder.adapted_tokens`) hand over to the base, which reads the text
+    so far anew: keys and values that the adapters had a part in are not its own.
+
     `temperature`, `top_k`, `top_p`, `min_p`: see `Sampling`. A sequence ends at the first of `stop_ids`, which is not
     returned; the call ends when all have. Every sequence has its own stream of randomness, so its text does not depend
     on what else is in the batch.
@@ -57,27 +60,37 @@ def generate(
     if len(prompts) == 0:
         return []
     _check(model, prompts, max_new_tokens, chunk)
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(len(prompts)))
+    stops = [*stop_ids, *[-1] * (-len(stop_ids) % _STOPS or _STOPS * (not stop_ids))]
+    # all from the host, where every process of a run has the same
+    how = jax.device_get(sampling.arrays(model.config.vocab_size))
+    how |= {"keys": np.asarray(jax.random.key_data(keys)), "stops": np.asarray(stops, np.int32)}
+    how |= {} if instructions is None else {"instructions": of_each(model, instructions, len(prompts))}
+    rows = _Rows(len(prompts), set(stop_ids), on_tokens)
+    adapted = max_new_tokens if model.adapted_tokens is None else min(model.adapted_tokens, max_new_tokens)
+    if adapted:
+        _write(model, prompts, rows, 0, adapted, pad_id, chunk, how)
+    if adapted < max_new_tokens and not rows.done.all():
+        texts = [np.concatenate([prompt, *parts]) for prompt, parts in zip(prompts, rows.parts)]
+        _write(model.without_adapters(), texts, rows, adapted, max_new_tokens, pad_id, chunk, how)
+    return [np.concatenate(parts).astype(np.int32) for parts in rows.parts]
+
+
+def _write(model, prompts, rows: "_Rows", begin: int, end: int, pad_id: int, chunk: int, how) -> None:
+    """New tokens number `begin` to `end` of every row, behind `prompts`, which hold those before."""
     B, S = len(prompts), bucket(max(len(p) for p in prompts))
     tokens, valid = np.full((B, S), pad_id, np.int32), np.zeros((B, S), bool)
     for row, prompt in enumerate(prompts):
         tokens[row, S - len(prompt) :], valid[row, S - len(prompt) :] = prompt, True
     graphdef, state = nnx.split(model)
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(B))
-    stops = [*stop_ids, *[-1] * (-len(stop_ids) % _STOPS or _STOPS * (not stop_ids))]
-    # all from the host, where every process of a run has the same
-    how = jax.device_get(sampling.arrays(model.config.vocab_size))
-    how |= {"keys": np.asarray(jax.random.key_data(keys)), "stops": np.asarray(stops, np.int32)}
-    how |= {} if instructions is None else {"instructions": of_each(model, instructions, B)}
-    rows = _Rows(B, set(stop_ids), on_tokens)
-    first, carry = _prefill(graphdef, bucket(S + max_new_tokens), state, tokens, valid, how)
+    first, carry = _prefill(graphdef, bucket(S + end - begin), state, tokens, valid, np.int32(begin), how)
     rows.take(jax.device_get(first))
-    left = max_new_tokens - 1
+    left = end - begin - 1
     while left and not rows.done.all():
         (ids, count), carry = _decode(graphdef, state, carry, rows.done, np.int32(min(left, chunk)), how)
         ids, count = jax.device_get((ids, count))
         rows.take(ids[:, :count])
         left -= min(left, chunk)
-    return [np.concatenate(parts).astype(np.int32) for parts in rows.parts]
 
 
 def bucket(n: int) -> int:
@@ -138,14 +151,14 @@ def _merged(graphdef, state):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _prefill(graphdef, L, state, tokens, valid, how):
-    """(the first new id [B, 1], what decoding goes on with)."""
+def _prefill(graphdef, L, state, tokens, valid, begin, how):
+    """(new id number `begin` [B, 1], what decoding goes on with)."""
     model = _merged(graphdef, state)
     positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0).astype(jnp.int32)
     cache = model.init_cache(tokens.shape[0], L)
     logits, _, cache = model(tokens, positions=positions, valid=valid, cache=cache, last=True, **_asked(how))
-    first = _pick(logits, 0, how)
-    return readable(model.mesh, first[:, None]), (jnp.int32(1), first, positions[:, -1] + 1, cache)
+    first = _pick(logits, begin, how)
+    return readable(model.mesh, first[:, None]), (begin + 1, first, positions[:, -1] + 1, cache)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)

@@ -21,7 +21,7 @@ from moe_zoo.blocks.moe import MoE
 from moe_zoo.blocks.shortcut import Shortcut
 from moe_zoo.core.aux import Aux, Stat, is_stat
 from moe_zoo.core.context import PROVIDABLE, RoutingContext
-from moe_zoo.core.param import freeze, stack
+from moe_zoo.core.param import arrays, flat, freeze, replace, stack
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.layers.attention import RotaryKey, View
 from moe_zoo.layers.embedding import Embedding, Head
@@ -177,6 +177,19 @@ class Decoder(nnx.Module):
     def instruction_size(self) -> int | None:
         """Numbers of an instruction's embedding; None: no adapters look at it."""
         return self.adapters.instruction_size if hasattr(self, "adapters") else None
+
+    @property
+    def adapted_tokens(self) -> int | None:
+        """For how many decoded tokens adapters act before the model goes on without (MoGU); None: for all."""
+        return self.config.adapters.config.adapted_tokens if self.config.adapted else None
+
+    def without_adapters(self) -> "Decoder":
+        """The base, with the same arrays."""
+        bare = dataclasses.replace(self.config, adapters=ModelConfig().adapters)
+        base, values = Decoder(bare, self.mesh), arrays(self)
+        if self.quantized:
+            base.quantize_experts()
+        return replace(base, {path: values[path] for path in flat(base)})
 
     def set_layers_apart(self) -> None:
         """Cuts the stacked layers into segments of one repeat each. The arrays are copies, and every path changes.

@@ -14,6 +14,7 @@ OBJECTIVES = Registry(
     "objective",
     {
         "adaptive_sparsity": "moe_zoo.train.adaptive_sparsity:AdaptiveSparsity",
+        "answer_ratio": "moe_zoo.train.answer_ratio:AnswerRatio",
         "next_token": "moe_zoo.train.objective:NextToken",
         "scheduled_loss": "moe_zoo.train.scheduled_loss:ScheduledLoss",
         "thor": "moe_zoo.train.thor:Thor",
@@ -35,6 +36,13 @@ class Objective:
     def init_state(self) -> dict[str, Array]:
         """Arrays that are checkpointed with the run."""
         return {}
+
+    def weighted(self, batch: dict[str, Array]) -> dict[str, Array]:
+        """The batch of a whole step with `loss_weights`, which sum to 1, in the place of `loss_mask`."""
+        batch = dict(batch)
+        weights = batch.pop("loss_mask").astype(jnp.float32)
+        batch["loss_weights"] = weights / jnp.maximum(weights.sum(), 1)
+        return batch
 
     def loss(
         self, model, batch: dict[str, Array], ostate, *, step, key, fraction

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from moe_zoo.adapters import steering
 from moe_zoo.core import param as P
 from moe_zoo.core.aux import reduce_stacked
 from moe_zoo.core.registry import ConfigError
@@ -98,6 +99,7 @@ class Trainer:
                     f"{path}: the weights to begin from have shape {list(given[path].shape)}, the model's settings ask "
                     f"for {list(self.shapes[path].shape)}"
                 )
+        given |= steering.begun(self.abstract, given)
         # no alias: the state is donated, and the caller keeps what it gave
         place = lambda var, path, x: distributed.put(x.astype(self.shapes[path].dtype), self.shardings[path])
         values = P.arrays(P.materialize(self.abstract, self.config.train.seed, place, given))
@@ -146,10 +148,7 @@ class Trainer:
         """(state, batch {name: [B, S]}, progress in [0, 1]) -> (state, statistics)."""
         step = state["step"]
         key = jax.random.fold_in(jax.random.key(state["seed"]), step)
-        batch = dict(batch)
-        weights = batch.pop("loss_mask").astype(jnp.float32)
-        batch["loss_weights"] = weights / jnp.maximum(weights.sum(), 1)
-        gradients, stats = self._gradients(state, batch, step, key)
+        gradients, stats = self._gradients(state, self.objective.weighted(batch), step, key)
         norms = guard.gradient_norms(gradients, self.names)
         norm = guard.global_norm(norms)
         good, watch = guard.judge(self.config.train.guard, state["guard"], stats["scalars"]["loss"].value(), norm)
@@ -166,6 +165,9 @@ class Trainer:
             "skipped_in_a_row": watch["in_a_row"],
         }
         stats["gradient_norms"] = norms
+        # a name with a slash is of one linear layer, for its own `after_step`: matrices that nobody logs
+        logged = lambda layer: {name: stat for name, stat in layer.items() if "/" not in name}
+        stats["layers"] = {path: logged(layer) for path, layer in stats["layers"].items()}
         return new, stats
 
     def _moved(self, state, gradients, stats, norm, rate):
@@ -173,12 +175,18 @@ class Trainer:
         if (most := self.config.optim.clip_norm) is not None:
             factor = jnp.minimum(1, most / norm)
             gradients = jax.tree.map(lambda g: (g * factor).astype(g.dtype), gradients)
+        model = self.model(state)
+        gradients = steering.steered(model, gradients, "gradients")
         updates, opt = self.tx.update(gradients, state["opt"], state["trainable"])
+        updates = steering.steered(model, updates, "updates")
         move = lambda p, u, scale: p + (rate * scale).astype(p.dtype) * u.astype(p.dtype)
+        trainable = jax.tree.map(move, state["trainable"], updates, self.rate_scales)
+        held = steering.held(model)
+        buffers = state["buffers"] | model.after_step(stats["layers"])
         return {
-            "trainable": jax.tree.map(move, state["trainable"], updates, self.rate_scales),
-            "buffers": state["buffers"] | self.model(state).after_step(stats["layers"]),
-            "opt": opt,
+            "trainable": steering.kept(held, trainable, state["trainable"]),
+            "buffers": buffers | steering.refreshed(self.model(state | {"buffers": buffers}), state["step"]),
+            "opt": steering.kept(held, opt, state["opt"]),
             "objective": self.objective.update(state["objective"], stats),
         }
 

@@ -69,6 +69,18 @@ def rank_gates(x_D, p, settings, task):
     return settings.num_experts_per_tok * out / out.sum()
 
 
+def responder_gates(x_D, p, settings, task):
+    return 1 / (1 + np.exp(-(x_D @ p["router"] + p["bias"])))
+
+
+def unfrozen_gates(x_D, p, settings, task):
+    probs = soft_gates(x_D, p, settings, task)
+    unit = lambda v: (v - v.min()) / (v.max() - v.min())
+    score = unit(p["this_use"]) - unit(p["past_energy"])
+    frozen = (score < settings.freeze_below) & (np.arange(len(score)) != score.argmax()) & (p["this_tokens"] > 0)
+    return np.where(frozen, 0, probs) / probs[~frozen].sum()
+
+
 def task_gates(x_D, p, settings, task):
     return np.eye(len(p["scale"]))[task]
 
@@ -140,6 +152,7 @@ class Case:
     settings: dict
     gates: Callable | None = None
     adds: Callable | None = None
+    gates_base: bool = False  # gates weigh the base's output, too
     own_feed_forward: bool = False
     shared: np.ndarray | None = None
 
@@ -163,6 +176,8 @@ CASES = {
     "dynmole": Case(
         {"name": "dynmole", "num_experts": 4, "entropy_threshold": 0.7, "router_aux_loss_coef": 0.1}, tsallis_gates
     ),
+    "mogu": Case({"name": "mogu", "freeze_experts": False, "unsafe_domains": [1]}, responder_gates, gates_base=True),
+    "same": Case({"name": "same", "num_experts": 3, "freeze_below": -0.6}, unfrozen_gates),
     "smora": Case({"name": "smora", "r": 6, "num_experts_per_tok": 2, "bias_update_rate": 0.1}, rank_gates),
     "lora_mixer": Case({"name": "lora_mixer", "num_experts": 3, "num_experts_per_tok": 2}, soft_gates),
     "lora_mixer_by_task": Case(

@@ -133,7 +133,8 @@ def test_every_token_by_the_papers_formula(name):
             expected = np.stack([y[t] + expert(x[t], p, 0) for t in range(5)])
         else:
             gates = np.stack([case.gates(x[t], p, config, int(ctx.domain[t])) for t in range(5)])
-            expected = np.stack([y[t] + mix(gates[t], x[t], p) for t in range(5)])
+            of_base = gates.sum(1, keepdims=True) if case.gates_base else 1
+            expected = of_base * y + np.stack([mix(gates[t], x[t], p) for t in range(5)])
             np.testing.assert_allclose(aux.stats["load"].total, gates.sum(0), atol=1e-5)
             by_task = np.stack([gates[np.asarray(ctx.domain) == i].sum(0) for i in range(2)])
             np.testing.assert_allclose(aux.stats["load_by_domain"].total, by_task, atol=1e-5)

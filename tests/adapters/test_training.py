@@ -42,7 +42,7 @@ def test_config_says_what_it_is_for(path):
     spec.loader.exec_module(module)
     for word in ("Command:", f"configs/lora/{path.name}", "Cost:", "Reaches:", "Presets:"):
         assert word in module.__doc__, word
-    base = BASE | ({"layers": "3*dense"} if path.stem == "mixlora" else {})
+    base = BASE | ({"layers": "3*dense"} if path.stem in ("mixlora", "same") else {})
     for arg in ("", ":tiny"):
         config = load_config(f"lora/{path.stem}{arg}", (), {"model": base, "data": {"tokenizer": "bytes"}})
         assert config.model.adapted and config.model.hidden_size == 16

@@ -4,6 +4,7 @@ r"""From a record's fields to a document: plain text, a question with its answer
   prompt (or instruction, question),
   answer (or completion, response, output)  prompt + answer, exactly as they are; trained on the answer and its end. For
                                             an instruction: instruction, blank line, input if there is one, blank line
+  and rejected                              another answer, for objectives that compare two; trained on by no other
   messages                                  [{"role": .., "content": ..}, ..]: "<|role|>\ncontent<|end|>\n" each, the
                                             layout of Phi-3; trained on what follows "<|assistant|>\n"
 
@@ -13,6 +14,7 @@ tokenized apart, as they are when a model is given the prompt and writes the ans
 """
 
 import collections
+import dataclasses
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -78,6 +80,7 @@ def choose_columns(names: list[str], strings: list[str]) -> dict[str, str]:
     prompt, answer = _pair_fields(names)
     if prompt and answer:
         extra = ["input"] if prompt == "instruction" and "input" in names else []
+        extra += ["rejected"] if "rejected" in names else []
         return {name: name for name in (prompt, *extra, answer)} | domain
     if "text" in names:
         raise DataError("the column 'text' does not hold strings.")
@@ -136,14 +139,18 @@ def _plain(text: Any, domain: str, group: Any) -> Document | str:
 def _pair(record: Mapping[str, Any], prompt_field: str, answer_field: str, domain: str) -> Document | str:
     prompt, answer = record[prompt_field], record[answer_field]
     extra = record.get("input") if prompt_field == "instruction" else None
-    for name, value in ((prompt_field, prompt), (answer_field, answer), ("input", extra or "")):
+    rejected = record.get("rejected")
+    given = (prompt_field, prompt), (answer_field, answer), ("input", extra or ""), ("rejected", rejected or "")
+    for name, value in given:
         if not isinstance(value, str):
             return _not_a_string(name)
-    if not answer.strip():
-        return f"an empty {answer_field!r}"
+    for name, value in ((answer_field, answer), ("rejected", rejected)):
+        if value is not None and not value.strip():
+            return f"an empty {name!r}"
     if prompt_field == "instruction":
         prompt = "".join(f"{part}\n\n" for part in (prompt, extra) if part)
-    return Document.supervised([(prompt, False), (answer, True)], domain, group=prompt.strip() or None)
+    document = Document.supervised([(prompt, False), (answer, True)], domain, group=prompt.strip() or None)
+    return dataclasses.replace(document, rejected=rejected)
 
 
 def _conversation(turns: Any, domain: str) -> Document | str:
