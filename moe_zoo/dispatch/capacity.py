@@ -28,6 +28,7 @@ from moe_zoo.dispatch.plan import RowPlan, choice_of_row, move
 class CapacityConfig:
     """`capacity_factor` cf: C = ceil(cf * K * T / E) in training, `eval_capacity_factor` otherwise (None: never drop).
     `priority`: which tokens are served first, those that come first ("order") or those with the largest gate ("gate").
+    `expert_capacity`: so many places, in training and otherwise, however many tokens there are.
 
     Never more than the T of a group: a token takes an expert at most once, so C = T cannot drop.
     """
@@ -37,9 +38,10 @@ class CapacityConfig:
     group: Literal["batch", "sequence"] = "batch"
     priority: Literal["order", "gate"] = "order"
     gate_on: Literal["output", "input"] = "output"
+    expert_capacity: int | None = dataclasses.field(default_factory=lambda: None, metadata={"silent": True})
 
     def validate(self, path: str) -> None:
-        positive(self, path, "capacity_factor", "eval_capacity_factor")
+        positive(self, path, "capacity_factor", "eval_capacity_factor", "expert_capacity")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Capacity:
 
     def capacity(self, T: int, K: int, E: int, train: bool) -> int:
         """Places per expert in a group of T tokens."""
+        if self.config.expert_capacity is not None:
+            return min(T, self.config.expert_capacity)
         factor = self.config.capacity_factor if train else self.config.eval_capacity_factor
         return T if factor is None else min(T, math.ceil(round(factor * K * T / E, 6)))
 
