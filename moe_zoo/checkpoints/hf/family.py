@@ -18,7 +18,7 @@ from moe_zoo.checkpoints.hf.safetensors import Tensor
 from moe_zoo.checkpoints.native import CheckpointError
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import Choice, build, set_path, to_dict
-from moe_zoo.models import ModelConfig
+from moe_zoo.models import EncoderDecoderConfig, ModelConfig
 
 _REQUIRED = object()
 _ABSENT = object()
@@ -101,7 +101,8 @@ class Family:
     `unused`: patterns of tensors that are in the files but in no model of ours. `extra_layers`: layers behind the last
     predict tokens further ahead; they are left out. `unpack` makes tensors of what is stored as several. `written_as`:
     the family that such models are saved as, where not all of the files is read. `derived`: tensors that follow from
-    config.json, which are written because their class asks for them, and not read.
+    config.json, which are written because their class asks for them, and not read. `settings`: what config.json is read
+    as; of an encoder-decoder `layer` and `prefix` are the decoder's, `encoder_layer` and `encoder_prefix` the encoder's.
     """
 
     model_type: str
@@ -117,6 +118,15 @@ class Family:
     prefix: str = "model.layers.{layer}."
     written_as: "Family | None" = None
     derived: Callable[[ModelConfig, Mapping[str, Any]], dict[str, np.ndarray]] = lambda config, given: {}
+    settings: type[ModelConfig] = ModelConfig
+    encoder_layer: Mapping[str, Stored] = dataclasses.field(default_factory=dict)
+    encoder_prefix: str = ""
+
+    def place(self, layer: int, encoder_layers: int) -> tuple[Mapping[str, Stored], str]:
+        """(table, published prefix) of one of our layers, the first `encoder_layers` of which are the encoder's."""
+        if layer < encoder_layers:
+            return self.encoder_layer, self.encoder_prefix.format(layer=layer)
+        return self.layer, self.prefix.format(layer=layer - encoder_layers)
 
     def read(self, given: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
         """config.json -> ModelConfig. Raises CheckpointError naming the key."""
@@ -127,7 +137,7 @@ class Family:
                     set_path(values, path, value)
             for path, value in self.fixed.items():
                 set_path(values, path, value)
-            return build(ModelConfig, values, "model")
+            return build(self.settings, values, "model")
         except (ConfigError, CheckpointError) as error:
             raise CheckpointError(f"{where}: {error}") from error
         except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
@@ -144,6 +154,8 @@ class Family:
         """Settings that a model of this family cannot have, each as `path=value`. Raises CheckpointError if no model
         of the family comes near them.
         """
+        if type(config) is not self.settings:
+            raise CheckpointError(f"{self.architectures[0]} is another kind of model than {type(config).__name__} says")
         mine, theirs = essential(config), essential(self.read(self.write(config)))
         keys = sorted(mine.keys() | theirs.keys())
         differ = [key for key in keys if mine.get(key, _ABSENT) != theirs.get(key, _ABSENT)]
@@ -174,8 +186,13 @@ def essential(config: ModelConfig) -> dict[str, Any]:
     if config.attention.qk_norm == "none":
         values.pop("attention.qk_norm_kind")
     values["gate_on"] = getattr(config.dispatch.config, "gate_on", "output")
+    if places := getattr(config.dispatch.config, "expert_capacity", None):
+        values["expert_capacity"] = f"{places} per {config.dispatch.config.group}"
     if not config.ngram.orders:
         values = {key: value for key, value in values.items() if not key.startswith("ngram.")}
+    if isinstance(config, EncoderDecoderConfig):
+        encoder = {f"encoder.{name}": value for name, value in essential(config.encoder_config()).items()}
+        values = {name: value for name, value in values.items() if not name.startswith("encoder.")} | encoder
     return {k: v for k, v in values.items() if not any(k == s or k.startswith(f"{s}.") for s in skipped)}
 
 

@@ -26,9 +26,9 @@ class PairOrder:
     more: Callable[[str, list[str]], dict[str, Any]] = lambda part, kinds: {}
 
     def read(self, given: Given) -> dict[str, Any]:
-        layers, n = {}, self.default
+        layers, n = {}, None
         for part in PARTS:
-            n = given.get(self.count[part]) or n  # a decoder of which nothing is said is as deep as the encoder
+            n = given.get(self.count[part], self.default) or n  # null: as many as the encoder has
             if not isinstance(n, int) or n < 1:
                 raise CheckpointError(f"{self.count[part]}: expected a number >= 1, got {n!r}")
             step = self.step(given, part, n)

@@ -49,14 +49,15 @@ class Leaf:
 
 def plan(model, family: Family) -> list[Leaf]:
     """Every variable of `model` with its place in the files. Raises CheckpointError for one that has none."""
-    leaves = []
+    leaves, encoder_layers = [], model.config.num_encoder_layers
     for path, var in P.flat(model).items():
         names = P.layer_names(model)[path]
         matches = [_LAYER.fullmatch(name) for name in names]
-        table, name = (family.layer, matches[0][2]) if matches[0] else (family.whole, path)
+        places = [family.place(int(m[1]), encoder_layers) for m in matches if m]
+        table, name = (places[0][0], matches[0][2]) if places else (family.whole, path)
         if name not in table:
             raise CheckpointError(f"{family.architectures[0]} has no tensor for {names[0]!r}")
-        prefixes = tuple(family.prefix.format(layer=m[1]) for m in matches) if matches[0] else None
+        prefixes = tuple(prefix for _, prefix in places) if places else None
         leaves.append(Leaf(path, table[name], prefixes, var.get_value().shape))
     return _measured(leaves)
 
