@@ -37,6 +37,7 @@ def generate(
     pad_id: int = 0,
     on_tokens: Callable[[int, np.ndarray], bool | None] | None = None,
     chunk: int = _CHUNK,
+    sources: Sequence[np.ndarray] | None = None,
 ) -> list[np.ndarray]:
     """Continues every prompt (int arrays, at least one id each) by up to `max_new_tokens` ids.
 
@@ -45,18 +46,18 @@ def generate(
     on what else is in the batch.
 
     `on_tokens(row, ids)` receives each sequence's new ids while the rest is still to come, at most `chunk` (1 to 16)
-    at a time; returning True ends that sequence.
+    at a time; returning True ends that sequence. `sources`: of an encoder-decoder, what it reads, one per prompt; it is
+    read once.
 
     Raises ValueError for an empty prompt or settings out of range.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p)
     if len(prompts) == 0:
         return []
-    _check(model, prompts, max_new_tokens, chunk)
-    B, S = len(prompts), bucket(max(len(p) for p in prompts))
-    tokens, valid = np.full((B, S), pad_id, np.int32), np.zeros((B, S), bool)
-    for row, prompt in enumerate(prompts):
-        tokens[row, S - len(prompt) :], valid[row, S - len(prompt) :] = prompt, True
+    _check(model, prompts, max_new_tokens, chunk, sources)
+    tokens, valid = _in_bucket(prompts, pad_id, left=True)
+    B, S = tokens.shape
+    source = () if sources is None else _in_bucket(sources, pad_id, left=False)
     graphdef, state = nnx.split(model)
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(B))
     stops = [*stop_ids, *[-1] * (-len(stop_ids) % _STOPS or _STOPS * (not stop_ids))]
@@ -64,7 +65,7 @@ def generate(
     how = jax.device_get(sampling.arrays(model.config.vocab_size))
     how |= {"keys": np.asarray(jax.random.key_data(keys)), "stops": np.asarray(stops, np.int32)}
     rows = _Rows(B, set(stop_ids), on_tokens)
-    first, carry = _prefill(graphdef, bucket(S + max_new_tokens), state, tokens, valid, how)
+    first, carry = _prefill(graphdef, bucket(S + max_new_tokens), state, tokens, valid, how, source)
     rows.take(jax.device_get(first))
     left = max_new_tokens - 1
     while left and not rows.done.all():
@@ -81,6 +82,16 @@ def bucket(n: int) -> int:
     while power < n:
         power *= 2
     return power * 3 // 4 if power > _SMALLEST and n <= power * 3 // 4 else power
+
+
+def _in_bucket(texts: Sequence[np.ndarray], pad_id: int, left: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, which are no padding) [B, S], padded on the left or on the right."""
+    B, S = len(texts), bucket(max(len(text) for text in texts))
+    ids, valid = np.full((B, S), pad_id, np.int32), np.zeros((B, S), bool)
+    for row, text in enumerate(texts):
+        at = slice(S - len(text), S) if left else slice(len(text))
+        ids[row, at], valid[row, at] = text, True
+    return ids, valid
 
 
 class _Rows:
@@ -103,7 +114,12 @@ class _Rows:
                     self.done[row] = True
 
 
-def _check(model, prompts, max_new_tokens: int, chunk: int) -> None:
+def _check(model, prompts, max_new_tokens: int, chunk: int, sources) -> None:
+    if (sources is None) == bool(model.config.num_encoder_layers):
+        what = "reads a source for every prompt" if sources is None else "has no encoder that reads sources"
+        raise ValueError(f"sources: {type(model).__name__} {what}")
+    if sources is not None and (len(sources) != len(prompts) or any(len(source) == 0 for source in sources)):
+        raise ValueError(f"sources: expected {len(prompts)} of at least one id, one per prompt; got {len(sources)}")
     if not model.causal:
         name = model.config.router.name
         raise ValueError(f"router {name!r} is not causal: tokens depend on later ones, so text cannot be generated")
@@ -128,11 +144,11 @@ def _merged(graphdef, state):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _prefill(graphdef, L, state, tokens, valid, how):
+def _prefill(graphdef, L, state, tokens, valid, how, source):
     """(the first new id [B, 1], what decoding goes on with)."""
     model = _merged(graphdef, state)
     positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0).astype(jnp.int32)
-    cache = model.init_cache(tokens.shape[0], L)
+    cache = model.init_cache(tokens.shape[0], L, *source)
     logits, _, cache = model(tokens, positions=positions, valid=valid, cache=cache, last=True)
     first = _pick(logits, 0, how)
     return readable(model.mesh, first[:, None]), (jnp.int32(1), first, positions[:, -1] + 1, cache)
