@@ -146,7 +146,7 @@ class Loaded:
         start = start_id(self.folder) if self.folder else None
         if start is None:
             raise CheckpointError(
-                "neither generation_config.json nor config.json has a decoder_start_token_id, which answers begin with; "
+                "no decoder_start_token_id, which answers begin with, in generation_config.json or config.json; "
                 "use inference.generate(loaded.model, starts, ..., sources=ids)"
             )
         begin = np.concatenate([[start], encode(target)]).astype(np.int32)

@@ -26,7 +26,7 @@ def generation_settings(folder: Path | None) -> dict[str, Any]:
 
 
 def start_id(folder: Path) -> int | None:
-    """What the answers of an encoder-decoder begin with; None if neither generation_config.json nor config.json says it."""
+    """What an encoder-decoder's answers begin with; None if neither generation_config.json nor config.json says it."""
     found = (_read(folder / name).get("decoder_start_token_id") for name in ("generation_config.json", "config.json"))
     return next((int(i) for i in found if i is not None), None)
 

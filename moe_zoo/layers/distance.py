@@ -48,7 +48,7 @@ def ranges(buckets: int, max_distance: int) -> Int[np.ndarray, "distances"]:
 
 
 def sines(positions_BS: Int[Array, "B S"], D: int) -> Float[Array, "B S D"]:
-    """sin(p w_i), then cos(p w_i), w_i = 10000^(-i / (D/2 - 1)): the order of tensor2tensor, not of arXiv 1706.03762."""
+    """sin(p w_i), then cos(p w_i), w_i = 10000^(-i / (D/2 - 1)): as in tensor2tensor, not arXiv 1706.03762."""
     half = D // 2
     # in float32 throughout, as transformers makes its table
     w = np.exp(np.arange(half, dtype=np.float32) * np.float32(-math.log(10_000) / (half - 1)))

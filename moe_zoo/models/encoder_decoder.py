@@ -102,7 +102,7 @@ class Encoder(nnx.Module):
 
 
 class EncoderDecoder(Decoder):
-    """Built abstractly, as a decoder is. The encoder's layers have the first numbers, the decoder's go on from there."""
+    """Built abstractly, as a decoder is. The encoder's layers have the first numbers, the decoder's the next."""
 
     def __init__(self, config: EncoderDecoderConfig, mesh: Mesh | None = None):
         """`mesh`: where it will run, if on more than one device."""

@@ -101,8 +101,8 @@ class Family:
     `unused`: patterns of tensors that are in the files but in no model of ours. `extra_layers`: layers behind the last
     predict tokens further ahead; they are left out. `unpack` makes tensors of what is stored as several. `written_as`:
     the family that such models are saved as, where not all of the files is read. `derived`: tensors that follow from
-    config.json, which are written because their class asks for them, and not read. `settings`: what config.json is read
-    as; of an encoder-decoder `layer` and `prefix` are the decoder's, `encoder_layer` and `encoder_prefix` the encoder's.
+    config.json, which are written because their class asks for them, and not read. `settings`: what it becomes.
+    Of an encoder-decoder `layer` and `prefix` are the decoder's, `encoder_layer` and `encoder_prefix` the encoder's.
     """
 
     model_type: str

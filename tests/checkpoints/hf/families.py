@@ -322,14 +322,14 @@ def tiny(name: str, seed: int = 0):
                 ("gate.weight", "router.weight", "router.layer.weight", "gate.wg.weight", "classifier.weight")
             ):
                 p.copy_(torch.randn_like(p))
-            else:
+            elif name != "switch_transformers":  # whose first weights are as large as need be
                 p.mul_(5)
     return model
 
 
 def repair_nllb() -> None:
-    """transformers 5.24 takes the 0 and 1 of NLLB's mask of first choices for numbers of experts: expert 1 computes what
-    was chosen first, expert 0 all else. Here every expert computes what was sent to it, as in earlier versions.
+    """transformers 5.24 takes the 0 and 1 of NLLB's mask of first choices for numbers of experts: expert 1 computes all
+    that was chosen first, expert 0 the rest. Here every expert computes what was sent to it, as in earlier versions.
     """
     import torch
     from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeExperts

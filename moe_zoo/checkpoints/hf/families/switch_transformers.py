@@ -11,7 +11,7 @@ from moe_zoo.models import EncoderDecoderConfig, ModelConfig
 
 
 def _step(given: Mapping[str, Any], part: str, n: int) -> int:
-    """What their class counts, unless the file says it: with no sparse layers the step is n, which makes layer 1 one."""
+    """Their class's count, unless the file says it; with no sparse layers the step is n, which makes layer 1 one."""
     sparse = given.get(f"num_sparse_{part}_layers", 3)
     return given.get(f"{part}_sparse_step", n // sparse if sparse > 0 else n)
 
