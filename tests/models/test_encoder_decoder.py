@@ -24,7 +24,7 @@ COMMON = dict(
 #: after Switch Transformers and NLLB: places are scarce
 TINY = {
     "switch": dict(
-        COMMON, encoder={"layers": "moe dense moe"}, tie_word_embeddings=True, logits_scaling=4.0, relative_buckets=8,
+        COMMON, encoder={"layers": "2*(dense moe)"}, tie_word_embeddings=True, logits_scaling=4.0, relative_buckets=8,
         relative_max_distance=12, mlp={"gated": False, "activation": "relu"},
         experts={"name": "feed_forward", "gated": False, "activation": "relu"},
         attention={"num_attention_heads": 2, "head_dim": 6, "rotary_dim": 0, "softmax_scale": 1.0},
