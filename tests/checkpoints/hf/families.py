@@ -273,7 +273,7 @@ TINY = {
     "switch_transformers": (
         "SwitchTransformersConfig",
         dict(
-            d_model=32, d_kv=6, d_ff=24, num_heads=4, num_layers=3, num_decoder_layers=2, num_sparse_encoder_layers=1,
+            d_model=32, d_kv=16, d_ff=24, num_heads=4, num_layers=3, num_decoder_layers=2, num_sparse_encoder_layers=1,
             num_sparse_decoder_layers=2, num_experts=6, relative_attention_num_buckets=8,
             relative_attention_max_distance=12, decoder_start_token_id=0,
         ),
