@@ -15,8 +15,11 @@ import jax  # noqa: E402
 import moe_zoo  # noqa: E402
 from moe_zoo.checkpoints.hf.safetensors import Files, read_folder, write  # noqa: E402
 from moe_zoo.core import param as P  # noqa: E402
+from moe_zoo.core.context import RoutingContext  # noqa: E402
 from moe_zoo.inference import generate  # noqa: E402
 from moe_zoo.models.config import is_routed  # noqa: E402
+from moe_zoo.routing.gshard import GShard, GShardConfig, NllbConfig  # noqa: E402
+from moe_zoo.routing.router import Dims  # noqa: E402
 from moe_zoo.sharding import MeshConfig, make_mesh  # noqa: E402
 
 torch.set_num_threads(1)
@@ -190,6 +193,46 @@ def test_settings_written_from_ours_alone_open_in_transformers_as_the_same_model
     again = type(theirs).from_pretrained(tmp_path).eval()
     ids, mask = IDS[:1], MASK[:1]
     np.testing.assert_allclose(forward(again, ids, mask)[0], forward(theirs, ids, mask)[0], rtol=0, atol=1e-6)
+
+
+def test_where_an_expert_has_two_places_per_row_the_same_tokens_find_one(tmp_path):
+    """Transformers' padding takes places as well: on the left it is first."""
+    tiny("switch_transformers").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"expert_capacity": 2}))
+    theirs = transformers.SwitchTransformersForConditionalGeneration.from_pretrained(tmp_path).eval()
+    ours, rows = moe_zoo.load(tmp_path), [0, 2]
+    logits, valid = forward(theirs, IDS[rows], MASK[rows])[0], MASK[rows] == 1
+    out = both(ours, IDS[rows], MASK[rows])
+    np.testing.assert_allclose(np.asarray(out.logits)[valid], logits[valid], rtol=0, atol=2e-4)
+    assert min(float(s["dropped_fraction"].value().min()) for s in out.aux.stats.values() if "load" in s) > 0.1
+    roomy = forward(tiny("switch_transformers"), IDS[rows], MASK[rows])[0]
+    assert np.abs(roomy - logits)[valid].max() > 0.1
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.2, -1.0])
+@pytest.mark.parametrize("prioritized", [False, True])
+@pytest.mark.parametrize("normalize_first", [False, True])
+def test_the_router_of_nllb_gives_out_the_same_places(fraction, prioritized, normalize_first):
+    from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeTop2Router
+
+    config = transformers.NllbMoeConfig(
+        d_model=16, num_experts=5, expert_capacity=9, moe_eval_capacity_token_fraction=fraction,
+        batch_prioritized_routing=prioritized, normalize_router_prob_before_dropping=normalize_first,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    theirs, T = NllbMoeTop2Router(config).eval(), 40
+    x, valid = torch.randn(T, 16) * 3 + 0.5, np.arange(T) % 7 > 0
+    first, gates, logits = (out.detach().numpy() for out in theirs(x, ~torch.tensor(valid)))
+    settings = GShardConfig(0.0, nllb=NllbConfig(9, fraction, prioritized, normalize_first))
+    ours = P.replace(GShard(settings, Dims(5, 16)), {"kernel": theirs.classifier.weight.detach().numpy().T})
+    routing = ours(x.numpy(), RoutingContext(batch=1, seq=T, valid=valid))
+    decision = routing.decision.masked(valid)
+    np.testing.assert_allclose(routing.logits, logits, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(dense(decision.gates, decision.experts, 6)[:, :5], gates, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(np.asarray(decision.experts[:, 0]) < 5, first.any(1))
+    dropped = (np.asarray(decision.experts)[valid] == 5).sum()
+    assert dropped == 0 if fraction == 1.0 else dropped > 3
 
 
 @pytest.fixture(scope="module")
