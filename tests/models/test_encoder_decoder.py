@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 from naive import jitted
 
+from moe_zoo.checkpoints import CheckpointError
 from moe_zoo.core import param as P
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import build, overlay
-from moe_zoo.inference import generate
+from moe_zoo.data.tokenizer import load_tokenizer
+from moe_zoo.inference import Loaded, generate
 from moe_zoo.layers.distance import ranges
 from moe_zoo.models import EncoderDecoder, EncoderDecoderConfig
 from moe_zoo.sharding import MeshConfig, make_mesh, sharding_of
 
-V, D, E, B, L, S = 24, 16, 4, 2, 7, 6
+V, D, E, B, L, S = 264, 16, 4, 2, 7, 6
 COMMON = dict(vocab_size=V, hidden_size=D, layers="2*moe", intermediate_size=12, moe_intermediate_size=8, num_experts=E)
 #: after Switch Transformers and NLLB: places are scarce
 TINY = {
@@ -235,7 +237,7 @@ def test_what_sees_what(with_cache):
     assert np.abs(run(read, TOKENS) - whole).max(2).min() > 1e-4  # all that is written depends on all that is read
 
 
-def test_text_is_that_of_the_most_likely_tokens(with_cache):
+def test_text_is_that_of_the_most_likely_tokens(with_cache, tmp_path):
     model, run = with_cache
     if model.config.router.name != "switch":
         pytest.skip("one compiled program is enough")
@@ -248,12 +250,25 @@ def test_text_is_that_of_the_most_likely_tokens(with_cache):
     for wrong in (None, sources[:1], [[], [1]]):
         with pytest.raises(ValueError, match="sources"):
             generate(model, [[1], [1]], 3, sources=wrong)
+    # and as text: a source ends with the token that ends texts, the answer begins with what config.json says
+    loaded, tok = Loaded(model, model.config, load_tokenizer("bytes"), str(tmp_path)), load_tokenizer("bytes")
+    with pytest.raises(CheckpointError, match="decoder_start_token_id"):
+        loaded.generate("a")
+    (tmp_path / "config.json").write_text('{"decoder_start_token_id": 7}')
+    texts = loaded.generate(["ab", "c"], S - 1, target="x", temperature=0.0)
+    ids = generate(model, [[7, ord("x")]] * 2, S - 1, temperature=0.0, sources=[[97, 98, tok.eos_id], [99, tok.eos_id]],
+                   stop_ids=[tok.eos_id], pad_id=tok.pad_id)  # fmt: skip
+    assert texts == [tok.decode(row) for row in ids] and texts[0] != texts[1]
+    with pytest.raises(ValueError, match="decoder_input_ids"):
+        loaded(SOURCE)
+    with pytest.raises(ValueError, match="decoder_attention_mask"):
+        loaded(SOURCE, None, TOKENS, VALID)
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_every_number_is_trained(name):
-    dispatch = {"dispatch": "everywhere"} if name == "nllb" else {}  # compiles in half the time
-    model = made(name, layers="moe", **PLENTY[name], **dispatch)
+def test_every_number_is_trained():
+    """With all that has numbers: biases and norms with means of the one, distances of the other."""
+    # every expert for every token compiles in half the time
+    model = made("nllb", layers="moe", positions="relative", dispatch="everywhere", **PLENTY["nllb"])
 
     def loss(m, state, source, ids):
         m = P.replace(m, state)
