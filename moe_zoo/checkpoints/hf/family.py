@@ -159,6 +159,8 @@ class Family:
         mine, theirs = essential(config), essential(self.read(self.write(config)))
         keys = sorted(mine.keys() | theirs.keys())
         differ = [key for key in keys if mine.get(key, _ABSENT) != theirs.get(key, _ABSENT)]
+        # an encoder has what the decoder has, and its own
+        differ = [key for key in differ if not key.startswith("encoder.") or key.removeprefix("encoder.") not in differ]
         return [f"model.{key}={mine.get(key)} (there {theirs.get(key)})" for key in differ]
 
 
