@@ -29,6 +29,7 @@ class CapacityConfig:
     """`capacity_factor` cf: C = ceil(cf * K * T / E) in training, `eval_capacity_factor` otherwise (None: never drop).
     `rounding` "even": down, and from there up to an even number; `min_capacity`: no fewer places (both ColossalAI's).
     `priority`: which tokens are served first, those that come first ("order") or those with the largest gate ("gate").
+    `expert_capacity`: so many places, in training and otherwise, however many tokens there are.
 
     Never more than the T of a group: a token takes an expert at most once, so C = T cannot drop.
     """
@@ -40,9 +41,10 @@ class CapacityConfig:
     gate_on: Literal["output", "input"] = "output"
     rounding: Literal["up", "even"] = dataclasses.field(default_factory=lambda: "up", metadata={"silent": True})
     min_capacity: int = dataclasses.field(default_factory=lambda: 1, metadata={"silent": True})
+    expert_capacity: int | None = dataclasses.field(default_factory=lambda: None, metadata={"silent": True})
 
     def validate(self, path: str) -> None:
-        positive(self, path, "capacity_factor", "eval_capacity_factor", "min_capacity")
+        positive(self, path, "capacity_factor", "eval_capacity_factor", "min_capacity", "expert_capacity")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Capacity:
 
     def capacity(self, T: int, K: int, E: int, train: bool) -> int:
         """Places per expert in a group of T tokens."""
+        if self.config.expert_capacity is not None:
+            return min(T, self.config.expert_capacity)
         factor = self.config.capacity_factor if train else self.config.eval_capacity_factor
         if factor is None:
             return T

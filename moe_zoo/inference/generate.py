@@ -39,6 +39,7 @@ def generate(
     on_tokens: Callable[[int, np.ndarray], bool | None] | None = None,
     chunk: int = _CHUNK,
     instructions: str | Sequence[str] | np.ndarray | None = None,
+    sources: Sequence[np.ndarray] | None = None,
 ) -> list[np.ndarray]:
     """Continues every prompt (int arrays, at least one id each) by up to `max_new_tokens` ids.
 
@@ -50,7 +51,8 @@ def generate(
     on what else is in the batch.
 
     `on_tokens(row, ids)` receives each sequence's new ids while the rest is still to come, at most `chunk` (1 to 16)
-    at a time; returning True ends that sequence.
+    at a time; returning True ends that sequence. `sources`: of an encoder-decoder, what it reads, one per prompt; it is
+    read once.
 
     `instructions`: what each sequence asks for, a text or its embedding, for adapters that route by it (Glider).
 
@@ -59,7 +61,8 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, min_p)
     if len(prompts) == 0:
         return []
-    _check(model, prompts, max_new_tokens, chunk)
+    _check(model, prompts, max_new_tokens, chunk, sources)
+    source = () if sources is None else _in_bucket(sources, pad_id, left=False)
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(len(prompts)))
     stops = [*stop_ids, *[-1] * (-len(stop_ids) % _STOPS or _STOPS * (not stop_ids))]
     # all from the host, where every process of a run has the same
@@ -69,21 +72,19 @@ def generate(
     rows = _Rows(len(prompts), set(stop_ids), on_tokens)
     adapted = max_new_tokens if model.adapted_tokens is None else min(model.adapted_tokens, max_new_tokens)
     if adapted:
-        _write(model, prompts, rows, 0, adapted, pad_id, chunk, how)
+        _write(model, prompts, rows, 0, adapted, pad_id, chunk, how, source)
     if adapted < max_new_tokens and not rows.done.all():
         texts = [np.concatenate([prompt, *parts]) for prompt, parts in zip(prompts, rows.parts)]
         _write(model.without_adapters(), texts, rows, adapted, max_new_tokens, pad_id, chunk, how)
     return [np.concatenate(parts).astype(np.int32) for parts in rows.parts]
 
 
-def _write(model, prompts, rows: "_Rows", begin: int, end: int, pad_id: int, chunk: int, how) -> None:
+def _write(model, prompts, rows: "_Rows", begin: int, end: int, pad_id: int, chunk: int, how, source=()) -> None:
     """New tokens number `begin` to `end` of every row, behind `prompts`, which hold those before."""
-    B, S = len(prompts), bucket(max(len(p) for p in prompts))
-    tokens, valid = np.full((B, S), pad_id, np.int32), np.zeros((B, S), bool)
-    for row, prompt in enumerate(prompts):
-        tokens[row, S - len(prompt) :], valid[row, S - len(prompt) :] = prompt, True
+    tokens, valid = _in_bucket(prompts, pad_id, left=True)
     graphdef, state = nnx.split(model)
-    first, carry = _prefill(graphdef, bucket(S + end - begin), state, tokens, valid, np.int32(begin), how)
+    L = bucket(tokens.shape[1] + end - begin)
+    first, carry = _prefill(graphdef, L, state, tokens, valid, np.int32(begin), how, source)
     rows.take(jax.device_get(first))
     left = end - begin - 1
     while left and not rows.done.all():
@@ -99,6 +100,16 @@ def bucket(n: int) -> int:
     while power < n:
         power *= 2
     return power * 3 // 4 if power > _SMALLEST and n <= power * 3 // 4 else power
+
+
+def _in_bucket(texts: Sequence[np.ndarray], pad_id: int, left: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, which are no padding) [B, S], padded on the left or on the right."""
+    B, S = len(texts), bucket(max(len(text) for text in texts))
+    ids, valid = np.full((B, S), pad_id, np.int32), np.zeros((B, S), bool)
+    for row, text in enumerate(texts):
+        at = slice(S - len(text), S) if left else slice(len(text))
+        ids[row, at], valid[row, at] = text, True
+    return ids, valid
 
 
 class _Rows:
@@ -121,7 +132,12 @@ class _Rows:
                     self.done[row] = True
 
 
-def _check(model, prompts, max_new_tokens: int, chunk: int) -> None:
+def _check(model, prompts, max_new_tokens: int, chunk: int, sources) -> None:
+    if (sources is None) == bool(model.config.num_encoder_layers):
+        what = "reads a source for every prompt" if sources is None else "has no encoder that reads sources"
+        raise ValueError(f"sources: {type(model).__name__} {what}")
+    if sources is not None and (len(sources) != len(prompts) or any(len(source) == 0 for source in sources)):
+        raise ValueError(f"sources: expected {len(prompts)} of at least one id, one per prompt; got {len(sources)}")
     if not model.causal:
         name = model.config.router.name
         raise ValueError(f"router {name!r} is not causal: tokens depend on later ones, so text cannot be generated")
@@ -151,11 +167,11 @@ def _merged(graphdef, state):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _prefill(graphdef, L, state, tokens, valid, begin, how):
+def _prefill(graphdef, L, state, tokens, valid, begin, how, source):
     """(new id number `begin` [B, 1], what decoding goes on with)."""
     model = _merged(graphdef, state)
     positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0).astype(jnp.int32)
-    cache = model.init_cache(tokens.shape[0], L)
+    cache = model.init_cache(tokens.shape[0], L, *source)
     logits, _, cache = model(tokens, positions=positions, valid=valid, cache=cache, last=True, **_asked(how))
     first = _pick(logits, begin, how)
     return readable(model.mesh, first[:, None]), (begin + 1, first, positions[:, -1] + 1, cache)

@@ -22,10 +22,10 @@ from moe_zoo.data.errors import DataError
 from moe_zoo.data.tokenizer import Tokenizer, load_tokenizer
 from moe_zoo.inference.chat import Messages, render
 from moe_zoo.inference.generate import generate
-from moe_zoo.inference.published import generation_settings
+from moe_zoo.inference.published import generation_settings, start_id
 from moe_zoo.inference.text import Writer
 from moe_zoo.losses import LOSSES
-from moe_zoo.models import Decoder, ModelAux, ModelConfig
+from moe_zoo.models import Decoder, ModelAux, ModelConfig, make_model
 from moe_zoo.models.decoder import per_layer_terms
 from moe_zoo.routing import ROUTERS
 from moe_zoo.sharding import make_mesh, sharding_of
@@ -72,52 +72,89 @@ class Loaded:
         input_ids,
         attention_mask=None,
         decoder_input_ids=None,
+        decoder_attention_mask=None,
         *,
         instructions=None,
         return_routing: bool = False,
     ) -> Output:
         """Logits for int ids [B, S]. `attention_mask` [B, S]: 0 marks padding, left or right; positions follow it.
 
-        `return_routing`: what every routed layer did with every token, see `RoutedAux`. `instructions`: as in
-        `inference.generate`.
-        `decoder_input_ids` belongs to encoder-decoders, and is an error for a model that is a decoder alone.
+        `return_routing`: what every routed layer did with every token, see `RoutedAux`; an encoder's layers come first.
+        `instructions`: as in `inference.generate`.
+        `decoder_input_ids`, `decoder_attention_mask` belong to encoder-decoders, which give logits for these, and are
+        an error for a model that is a decoder alone.
         """
-        if decoder_input_ids is not None:
+        if self.pair and decoder_input_ids is None:
+            raise ValueError(f"decoder_input_ids: {type(self.model).__name__} gives logits for these; expected ids")
+        if not self.pair and not (decoder_input_ids is None and decoder_attention_mask is None):
             raise ValueError(
                 f"decoder_input_ids: {type(self.model).__name__} has no encoder; give the whole text as input_ids"
             )
+        ids, valid = self._checked(input_ids, attention_mask, "")
+        graphdef, state = nnx.split(self.model)
+        more = {} if instructions is None else {"instructions": of_each(self.model, instructions, len(ids))}
+        if self.pair:
+            more |= {"source": ids, "source_valid": valid}
+            ids, valid = self._checked(decoder_input_ids, decoder_attention_mask, "decoder_")
+            if len(ids) != len(more["source"]):
+                raise ValueError(f"decoder_input_ids: expected {len(more['source'])} rows, got {len(ids)}")
+        logits, aux = _forward(graphdef, return_routing, state, ids, valid, more)
+        return Output(logits, RoutedAux(aux.losses, aux.layers) if return_routing else aux)
+
+    @property
+    def pair(self) -> bool:
+        """Whether it is an encoder and a decoder."""
+        return self.config.num_encoder_layers > 0
+
+    def _checked(self, input_ids, attention_mask, kind: str) -> tuple[np.ndarray, np.ndarray | None]:
         ids = np.atleast_2d(np.asarray(input_ids))
         if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
-            raise ValueError(f"input_ids: expected integers [batch, seq], got {ids.dtype} {list(ids.shape)}")
+            raise ValueError(f"{kind}input_ids: expected integers [batch, seq], got {ids.dtype} {list(ids.shape)}")
         if ids.size and not 0 <= ids.min() <= ids.max() < self.config.vocab_size:
             raise ValueError(
-                f"input_ids: expected ids in [0, {self.config.vocab_size}), got {ids.min()} to {ids.max()}"
+                f"{kind}input_ids: expected ids in [0, {self.config.vocab_size}), got {ids.min()} to {ids.max()}"
             )
         valid = None
         if attention_mask is not None:
             valid = np.atleast_2d(np.asarray(attention_mask)).astype(bool)
             if valid.shape != ids.shape:
                 raise ValueError(
-                    f"attention_mask: expected the shape of input_ids {list(ids.shape)}, got {list(valid.shape)}"
+                    f"{kind}attention_mask: expected the shape of {kind}input_ids {list(ids.shape)}, "
+                    f"got {list(valid.shape)}"
                 )
-        asked = {} if instructions is None else {"instructions": of_each(self.model, instructions, len(ids))}
-        graphdef, state = nnx.split(self.model)
-        logits, aux = _forward(graphdef, return_routing, state, jnp.asarray(ids, jnp.int32), valid, asked)
-        return Output(logits, RoutedAux(aux.losses, aux.layers) if return_routing else aux)
+        return ids.astype(np.int32), valid
 
     def generate(self, prompts: str | Sequence[str], max_new_tokens: int = 200, **how) -> list[str]:
         """The continuation of each prompt as text. `how`, besides the sampling settings of `inference.generate`:
 
         `stop`: strings that end a text and are not part of it. `on_text(row, piece)`: called with whole characters as
         they come. `published_sampling`: take the settings of generation_config.json that are not given here.
+
+        An encoder-decoder reads the prompts, and what it answers begins with `target` (NLLB: the code of a language).
+        Special tokens written in either are special tokens; prompts end with the one that ends texts.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         tok = self._needs_tokenizer()
+        if self.pair:
+            return self._answer(prompts, max_new_tokens, **how)
         # special tokens that a published tokenizer lacks have ids beyond the model's vocabulary
         bos = [i for i in (tok.bos_id,) if i < self.config.vocab_size]
         return self._generate(
             [np.concatenate([bos, tok.encode(p)]).astype(np.int32) for p in prompts], max_new_tokens, **how
         )
+
+    def _answer(self, prompts: list[str], max_new_tokens: int, *, target: str = "", **how) -> list[str]:
+        tok = self.tokenizer
+        encode = getattr(tok, "encode_rendered", tok.encode)
+        start = start_id(self.folder) if self.folder else None
+        if start is None:
+            raise CheckpointError(
+                "no decoder_start_token_id, which answers begin with, in generation_config.json or config.json; "
+                "use inference.generate(loaded.model, starts, ..., sources=ids)"
+            )
+        begin = np.concatenate([[start], encode(target)]).astype(np.int32)
+        sources = [np.concatenate([encode(prompt), [tok.eos_id]]).astype(np.int32) for prompt in prompts]
+        return self._generate([begin] * len(prompts), max_new_tokens, sources=sources, **how)
 
     def chat(
         self,
@@ -192,8 +229,8 @@ class Loaded:
         settings = overlay(to_dict(self.config), {"router": given, **changes})
         cls = build_router(given)
         settings["losses"] = {n: c for n, c in settings["losses"].items() if _fits(LOSSES.get(n), cls)}
-        config = build(ModelConfig, settings, "model")
-        model, old = Decoder(config, self.model.mesh), P.arrays(self.model)
+        config = build(type(self.config), settings, "model")
+        model, old = make_model(config, self.model.mesh), P.arrays(self.model)
         if self.model.quantized:
             model.quantize_experts()
         mesh = next(iter(old.values())).sharding.mesh
@@ -214,10 +251,10 @@ def _fits(loss: type, router: type) -> bool:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _forward(graphdef, record, state, ids, valid, asked):
+def _forward(graphdef, record, state, ids, valid, more):
     model = nnx.merge(graphdef, state)
     positions = None if valid is None else jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0).astype(jnp.int32)
-    logits, aux, _ = model(ids, positions=positions, valid=valid, record=record, **asked)
+    logits, aux, _ = model(ids, positions=positions, valid=valid, record=record, **more)
     return logits, aux
 
 

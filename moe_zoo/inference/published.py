@@ -25,6 +25,12 @@ def generation_settings(folder: Path | None) -> dict[str, Any]:
     return {"stop_ids": [int(i) for i in stops], "sampling": sampling}
 
 
+def start_id(folder: Path) -> int | None:
+    """What an encoder-decoder's answers begin with; None if neither generation_config.json nor config.json says it."""
+    found = (_read(folder / name).get("decoder_start_token_id") for name in ("generation_config.json", "config.json"))
+    return next((int(i) for i in found if i is not None), None)
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_bytes()) if path.is_file() else {}

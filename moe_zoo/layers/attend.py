@@ -20,11 +20,12 @@ def attend(
     mask_BSL: Bool[Array, "B S L"],
     scale: float | None = None,
     sinks_N: Float[Array, "N"] | None = None,
+    bias_NSL: Float[Array, "N S L"] | None = None,
 ) -> Float[Array, "B N S V"]:
-    """softmax(q k * scale) v, scale 1/sqrt(H) if not given, over the allowed keys. Softmax in float32. A query that may
-    see nothing averages all.
+    """softmax(q k * scale + bias) v, scale 1/sqrt(H) if not given, over the allowed keys. Softmax in float32. A query
+    that may see nothing averages all.
     """
-    return _attend(q_BNSH, k_BMLH, v_BMLH, mask_BSL, _scale(q_BNSH, scale), sinks_N)[0]
+    return _attend(q_BNSH, k_BMLH, v_BMLH, mask_BSL, _scale(q_BNSH, scale), sinks_N, bias_NSL)[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -96,11 +97,11 @@ def _block_gradients(block, k_BMLH, v_BMLV, mask_BSL, scale):
     return dq.reshape(block[0].shape), dk, dv
 
 
-def _attend(q_BNSH, k_BMLH, v_BMLV, mask_BSL, scale, sinks_N):
+def _attend(q_BNSH, k_BMLH, v_BMLV, mask_BSL, scale, sinks_N, bias_NSL=None):
     """The output; per query the highest score and one over the sum of exponentials beside it."""
     B, N, S, _ = q_BNSH.shape
     q = _stack(q_BNSH * scale, k_BMLH.shape[1])
-    scores = _scores(q, k_BMLH, mask_BSL)
+    scores = _scores(q, k_BMLH, mask_BSL, bias_NSL)
     highest = jnp.max(scores, -1)
     if sinks_N is not None:
         sinks = _stack(jnp.broadcast_to(sinks_N.astype(scores.dtype)[:, None], (B, N, S)), k_BMLH.shape[1])
@@ -130,9 +131,11 @@ def _stacked(mask_BSL, q):
     return jnp.broadcast_to(mask_BSL[:, None, None], (B, M, rows // S, S, L)).reshape(B, M, rows, L)
 
 
-def _scores(q, k_BMLH, mask_BSL):
+def _scores(q, k_BMLH, mask_BSL, bias_NSL=None):
     scores = jnp.einsum("bmsh,bmlh->bmsl", q, k_BMLH.astype(q.dtype))
     scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    if bias_NSL is not None:
+        scores = scores + bias_NSL.reshape(scores.shape[1:])
     return jnp.where(_stacked(mask_BSL, q), scores, jnp.finfo(scores.dtype).min)
 
 

@@ -2,5 +2,6 @@
 
 from moe_zoo.models.config import ModelConfig
 from moe_zoo.models.decoder import Decoder, ModelAux
+from moe_zoo.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig, make_model
 
-__all__ = ["Decoder", "ModelAux", "ModelConfig"]
+__all__ = ["Decoder", "EncoderDecoder", "EncoderDecoderConfig", "ModelAux", "ModelConfig", "make_model"]

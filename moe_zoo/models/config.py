@@ -198,6 +198,11 @@ class ModelConfig:
         )
 
     @property
+    def num_encoder_layers(self) -> int:
+        """Layers that come before the decoder's: `EncoderDecoderConfig` has some."""
+        return 0
+
+    @property
     def num_layers(self) -> int:
         return sum(len(s.pattern) * s.repeats for s in self.segments())
 

@@ -131,7 +131,7 @@ class Decoder(nnx.Module):
             raise ValueError("segment_ids with a cache: packed documents cannot be continued; decode one per row")
         if positions is None:
             fresh = cache is None  # what continues a cache is counted from `at`, padding included
-            positions = _positions(tokens.shape, segment_ids, valid if fresh else None) + (0 if fresh else at)
+            positions = count_positions(tokens.shape, segment_ids, valid if fresh else None) + (0 if fresh else at)
         flat = lambda x: None if x is None else x.reshape(B * S)
         ctx = RoutingContext(
             batch=B, seq=S, train=train, num_domains=num_domains, mesh=self.mesh, step=step, key=key, record=record,
@@ -161,9 +161,9 @@ class Decoder(nnx.Module):
             new_cache |= {"first": first_cache} if self.two_passes else {}
         return logits.astype(wide), ModelAux(state.losses, state.layers), new_cache
 
-    def _layers(self, x, ctx: RoutingContext, view: View, cache, key: str, inputs) -> "_Run":
+    def _layers(self, x, ctx: RoutingContext, view: View, cache, key: str, inputs) -> "Run":
         """All segments, one after the other, with the caches that are `cache[key]`."""
-        state = _Run(x, ctx, view, None if cache is None else cache[key], ctx.at, inputs)
+        state = Run(x, ctx, view, None if cache is None else cache[key], ctx.at, inputs)
         for index, segment in enumerate(self.segments):
             state.run_segment(index, segment, self.config.remat if ctx.train else "none")
         return state
@@ -372,7 +372,7 @@ def make_block(config: ModelConfig, kind: str, whole: ModelConfig) -> Block:
     return Block(**parts(ffn))
 
 
-def _positions(shape, segment_ids, valid) -> Int[Array, "B S"]:
+def count_positions(shape, segment_ids, valid) -> Int[Array, "B S"]:
     """How many valid tokens of its own document come before each token."""
     ones = jnp.ones(shape, jnp.int32) if valid is None else valid.astype(jnp.int32)
     before = jnp.cumsum(ones, axis=1) - ones
@@ -382,7 +382,7 @@ def _positions(shape, segment_ids, valid) -> Int[Array, "B S"]:
     return before - jax.lax.cummax(jnp.where(opens, before, 0), axis=1)
 
 
-class _Run:
+class Run:
     """One forward pass: what goes from segment to segment."""
 
     def __init__(self, x, ctx: RoutingContext, view: View, cache, at, inputs):

@@ -207,6 +207,12 @@ def test_capacity_may_be_an_even_number_and_no_less_than_some(T, places):
     assert Capacity(config).capacity(T, 2, 8, train=False) == places
 
 
+def test_a_capacity_in_tokens_is_that_of_any_group_in_training_or_not():
+    fixed = Capacity(CapacityConfig(9.0, eval_capacity_factor=9.0, expert_capacity=12))
+    found = [fixed.capacity(T, 2, 4, train) for T in (10, 100) for train in (True, False)]
+    assert found == [10, 10, 12, 12]
+
+
 @pytest.mark.parametrize("budget", [0.25, 1.5])
 @pytest.mark.parametrize("name", ["every expert used", "some choose none"])
 def test_row_budget_keeps_the_largest_gates_and_counts_the_rest(budget, name):

@@ -13,7 +13,7 @@ from moe_zoo.core import param as P
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.dispatch.capacity import Capacity, CapacityConfig
 from moe_zoo.losses.load_balance import LoadBalance, LoadBalanceConfig
-from moe_zoo.routing.gshard import GShard, GShardConfig
+from moe_zoo.routing.gshard import GShard, GShardConfig, NllbConfig
 from moe_zoo.routing.router import Dims
 
 T, D, E = 48, 5, 6
@@ -100,7 +100,61 @@ def test_gradient_reaches_the_router_through_either_gate(gshard):
         assert np.abs(jax.jit(jax.grad(loss), static_argnums=1)(gshard.kernel[...], k)).max() > 1e-2
 
 
+@pytest.mark.parametrize("prioritized", [False, True])
+@pytest.mark.parametrize("normalize_first", [False, True])
+def test_places_that_the_router_gives_out(prioritized, normalize_first):
+    """For a sixth of the tokens each, as NLLB: first choices, then second ones, in order or the surest first."""
+    nllb = NllbConfig(7, 1 / 6, prioritized, normalize_first, output_masking=0.2)
+    router, x = made(second_threshold=0.0, nllb=nllb), normal(6, T, D) + 0.5  # experts that many want
+    valid = np.arange(T) % 5 > 0
+    decision = placed(router, x, valid)
+    (experts, gates), C = top_2(router, x), T // 6
+    probs = np.array([naive.softmax(row) for row in np.asarray(x, np.float64) @ np.asarray(router.kernel[...])])
+    order = sorted(np.flatnonzero(valid), key=lambda t: -probs[t].max() if prioritized else 0)
+    taken, kept = [0] * E, np.zeros((T, 2), bool)
+    for k in range(2):
+        for t in order:
+            kept[t, k] = taken[experts[t, k]] < C
+            taken[experts[t, k]] += 1
+    assert 0 < (valid[:, None] & ~kept).sum() and (kept[:, 1] & ~kept[:, 0]).any()
+    np.testing.assert_array_equal(decision.experts, np.where(kept, experts, E))
+    expected = np.where(kept, gates, 0)
+    if not normalize_first:
+        expected = expected / np.maximum(expected.sum(1, keepdims=True), 1e-30)
+    np.testing.assert_allclose(decision.gates, 0.8 * expected, rtol=1e-4, atol=1e-7)
+    assert not router.causal and made(nllb=NllbConfig(7)).causal
+
+
+@jax.jit
+def placed(router, x, valid):
+    return router(x, context(T, valid=valid)).decision
+
+
+def test_in_training_places_are_counted_and_what_comes_back_is_masked_by_token():
+    n = 3000
+    router = made(second_threshold=0.0, nllb=NllbConfig(n // 5, output_masking=0.25, sampled_second=True))
+    x = jnp.tile(normal(1, 1, D), (n, 1))
+    decision = jax.device_get(routed(router, x, jax.random.key(1), True).decision)
+    counts = np.bincount(decision.experts.reshape(-1), minlength=E + 1)[:E]
+    assert counts.max() == n // 5  # and more wanted the first
+    masked = (decision.gates == 0).all(1) & (decision.experts < E).any(1)
+    assert masked.sum() / (decision.experts < E).any(1).sum() == pytest.approx(0.25, abs=0.03)
+    # all others as second in proportion to their probability
+    probs = naive.softmax(np.asarray(x[0], np.float64) @ np.asarray(router.kernel[...], np.float64))
+    seconds = probs.copy()
+    seconds[probs.argmax()] = 0
+    drawn = np.bincount(routed(made(second_threshold=0.0, nllb=NllbConfig(sampled_second=True)), x, jax.random.key(1),
+                               True).decision.experts[:, 1], minlength=E) / n  # fmt: skip
+    np.testing.assert_allclose(drawn, seconds / seconds.sum(), atol=0.03)
+
+
 @pytest.mark.parametrize("settings", [dict(second_threshold=-0.1), dict(init_std=0.0)])
 def test_impossible_settings_are_refused(settings):
     with pytest.raises(ConfigError, match=r"router\."):
         GShardConfig(**settings).validate("router")
+
+
+@pytest.mark.parametrize("settings", [dict(expert_capacity=-1), dict(output_masking=1.0)])
+def test_impossible_settings_of_nllb_are_refused(settings):
+    with pytest.raises(ConfigError, match=r"router\.nllb\."):
+        NllbConfig(**settings).validate("router.nllb")

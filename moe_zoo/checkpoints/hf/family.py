@@ -18,7 +18,7 @@ from moe_zoo.checkpoints.hf.safetensors import Tensor
 from moe_zoo.checkpoints.native import CheckpointError
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import Choice, build, set_path, to_dict
-from moe_zoo.models import ModelConfig
+from moe_zoo.models import EncoderDecoderConfig, ModelConfig
 
 _REQUIRED = object()
 _ABSENT = object()
@@ -103,6 +103,8 @@ class Family:
     the family that such models are saved as, where not all of the files is read. `derived`: tensors that follow from
     config.json, which are written because their class asks for them, and not read. `of_layers(kinds)`, where a layer of
     theirs is several of ours: for each of ours the number of theirs, and what its names begin with in `layer`.
+    `settings`: what config.json becomes. Of an encoder-decoder `layer` and `prefix` are the decoder's, `encoder_layer`
+    and `encoder_prefix` the encoder's.
     """
 
     model_type: str
@@ -119,10 +121,17 @@ class Family:
     written_as: "Family | None" = None
     derived: Callable[[ModelConfig, Mapping[str, Any]], dict[str, np.ndarray]] = lambda config, given: {}
     of_layers: Callable[[list[str]], list[tuple[int, str]]] = lambda kinds: [(i, "") for i in range(len(kinds))]
+    settings: type[ModelConfig] = ModelConfig
+    encoder_layer: Mapping[str, Stored] = dataclasses.field(default_factory=dict)
+    encoder_prefix: str = ""
 
-    def places(self, config: ModelConfig) -> list[tuple[str, str]]:
-        """Per layer of ours: the prefix of its tensors, and what its names begin with in `layer`."""
-        return [(self.prefix.format(layer=i), begin) for i, begin in self.of_layers(expand(config))]
+    def places(self, config: ModelConfig) -> list[tuple[Mapping[str, Stored], str, str]]:
+        """Per layer of ours, an encoder's first: its table, the published prefix of its tensors, and what its names
+        begin with in the table.
+        """
+        encoder = [self.encoder_prefix.format(layer=i) for i in range(config.num_encoder_layers)]
+        decoder = [(self.prefix.format(layer=i), begin) for i, begin in self.of_layers(expand(config))]
+        return [(self.encoder_layer, prefix, "") for prefix in encoder] + [(self.layer, *place) for place in decoder]
 
     def read(self, given: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
         """config.json -> ModelConfig. Raises CheckpointError naming the key."""
@@ -133,7 +142,7 @@ class Family:
                     set_path(values, path, value)
             for path, value in self.fixed.items():
                 set_path(values, path, value)
-            return build(ModelConfig, values, "model")
+            return build(self.settings, values, "model")
         except (ConfigError, CheckpointError) as error:
             raise CheckpointError(f"{where}: {error}") from error
         except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
@@ -150,9 +159,13 @@ class Family:
         """Settings that a model of this family cannot have, each as `path=value`. Raises CheckpointError if no model
         of the family comes near them.
         """
+        if type(config) is not self.settings:
+            raise CheckpointError(f"{self.architectures[0]} is another kind of model than {type(config).__name__} says")
         mine, theirs = essential(config), essential(self.read(self.write(config)))
         keys = sorted(mine.keys() | theirs.keys())
         differ = [key for key in keys if mine.get(key, _ABSENT) != theirs.get(key, _ABSENT)]
+        # an encoder has what the decoder has, and its own
+        differ = [key for key in differ if not key.startswith("encoder.") or key.removeprefix("encoder.") not in differ]
         return [f"model.{key}={mine.get(key)} (there {theirs.get(key)})" for key in differ]
 
 
@@ -180,8 +193,13 @@ def essential(config: ModelConfig) -> dict[str, Any]:
     if config.attention.qk_norm == "none":
         values.pop("attention.qk_norm_kind")
     values["gate_on"] = getattr(config.dispatch.config, "gate_on", "output")
+    if places := getattr(config.dispatch.config, "expert_capacity", None):
+        values["expert_capacity"] = f"{places} per {config.dispatch.config.group}"
     if not config.ngram.orders:
         values = {key: value for key, value in values.items() if not key.startswith("ngram.")}
+    if isinstance(config, EncoderDecoderConfig):
+        encoder = {f"encoder.{name}": value for name, value in essential(config.encoder_config()).items()}
+        values = {name: value for name, value in values.items() if not name.startswith("encoder.")} | encoder
     return {k: v for k, v in values.items() if not any(k == s or k.startswith(f"{s}.") for s in skipped)}
 
 

@@ -8,7 +8,7 @@ from moe_zoo.checkpoints.hf.families import find
 from moe_zoo.checkpoints.hf.plan import check, plan
 from moe_zoo.checkpoints.hf.reading import describe, read_tensors
 from moe_zoo.checkpoints.hf.safetensors import read_folder
-from moe_zoo.models import Decoder
+from moe_zoo.models import ModelConfig, make_model
 from moe_zoo.models.counting import count_parameters
 
 #: memory of one device in GB
@@ -26,7 +26,7 @@ def inspect(folder: Path) -> dict[str, Any]:
     """
     published, config = describe(folder)
     stored, tensors = read_folder(folder), read_tensors(published)
-    model = Decoder(config)
+    model = make_model(config)
     check(plan(model, find(published.family.architectures[0], str(folder))), tensors, published.family, folder)
     counts = count_parameters(model)
     by_type: dict[str, int] = {}
@@ -36,7 +36,7 @@ def inspect(folder: Path) -> dict[str, Any]:
     routed = [block.ffn for _, block, _ in model.routed()]
     return {
         "architecture": published.settings["architectures"][0],
-        "layers": config.layers,
+        "layers": _layers(config),
         "experts": config.num_experts if routed else 0,
         "experts_per_token": routed[0].router.active() if routed else 0,
         "router": config.router.name if routed else None,
@@ -48,3 +48,8 @@ def inspect(folder: Path) -> dict[str, Any]:
         "bytes_by_type": by_type,
         "fits": {name: math.ceil(total * _ROOM / (memory * 1e9)) for name, memory in DEVICES.items()},
     }
+
+
+def _layers(config: ModelConfig) -> str:
+    encoder = f"{config.encoder_config().layers} -> " if config.num_encoder_layers else ""
+    return f"{encoder}{config.layers}"

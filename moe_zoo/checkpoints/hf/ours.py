@@ -19,6 +19,7 @@ from moe_zoo.checkpoints.native import CheckpointError
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import build, to_dict
 from moe_zoo.models import ModelConfig
+from moe_zoo.models.encoder_decoder import EncoderDecoderConfig
 
 
 class _ByOurName(dict):
@@ -44,7 +45,7 @@ class Ours(Family):
             if module not in sys.modules:
                 raise CheckpointError(f"{where}: {name!r} is a class that moe_zoo does not have; import {module} first")
         try:
-            return build(ModelConfig, given["model"], "model")
+            return build(EncoderDecoderConfig if "encoder" in given["model"] else ModelConfig, given["model"], "model")
         except ConfigError as error:
             raise CheckpointError(f"{where}: {error}") from error
         except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
@@ -74,4 +75,6 @@ OURS = Ours(
     layer=_ByOurName(),
     whole=_ByOurName(),
     prefix="layers.{layer}.",
+    encoder_layer=_ByOurName(),
+    encoder_prefix="encoder.layers.{layer}.",
 )

@@ -58,10 +58,10 @@ def plan(model, family: Family) -> list[Leaf]:
         names = P.layer_names(model)[path]
         matches = [_LAYER.fullmatch(name) for name in names]
         layers = [places[int(m[1])] for m in matches if m]
-        table, name = (family.layer, layers[0][1] + matches[0][2]) if layers else (family.whole, path)
+        table, name = (layers[0][0], layers[0][2] + matches[0][2]) if layers else (family.whole, path)
         if name not in table:
             raise CheckpointError(f"{family.architectures[0]} has no tensor for {names[0]!r}")
-        prefixes = tuple(prefix for prefix, _ in layers) if layers else None
+        prefixes = tuple(prefix for _, prefix, _ in layers) if layers else None
         leaves.append(Leaf(path, table[name], prefixes, var.get_value().shape, np.dtype(var.get_value().dtype)))
     return _measured(leaves)
 

@@ -23,7 +23,7 @@ from moe_zoo.checkpoints.hf.plan import Leaf, check, plan
 from moe_zoo.checkpoints.hf.safetensors import Files, Tensor, read_folder
 from moe_zoo.checkpoints.native import CheckpointError
 from moe_zoo.core import param as P
-from moe_zoo.models import Decoder, ModelConfig
+from moe_zoo.models import Decoder, ModelConfig, make_model
 from moe_zoo.sharding import sharding_of
 
 #: what belongs to a model besides its weights: settings and the tokenizer
@@ -103,7 +103,7 @@ def load(folder: Path, mesh, dtype=None, weights: str | None = None) -> tuple[De
     tensors = read_tensors(published)
     if dtype is not None or published.family is not OURS:  # which says itself what it computes in
         config = dataclasses.replace(config, dtype=_compute_dtype(tensors, published.family, dtype))
-    model = Decoder(config, mesh)
+    model = make_model(config, mesh)
     leaves = plan(model, published.family)
     check(leaves, tensors, published.family, folder)
     if weights is not None:

@@ -83,6 +83,8 @@ def choose(config: ModelConfig, first: Family | None = None, otherwise: str = ""
         if not differ:
             return family
         found.setdefault(family.architectures[0], differ)
+    if not found:
+        raise CheckpointError("no published family has layers in this order")
     name = (
         first.architectures[0] if first and first.architectures[0] in found else min(found, key=lambda n: len(found[n]))
     )

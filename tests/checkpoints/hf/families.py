@@ -270,7 +270,25 @@ TINY = {
         "PhimoeConfig",
         dict(intermediate_size=24, num_local_experts=4, rope_parameters=LONGROPE, original_max_position_embeddings=64),
     ),
+    "switch_transformers": (
+        "SwitchTransformersConfig",
+        dict(
+            d_model=32, d_kv=16, d_ff=24, num_heads=4, num_layers=3, num_decoder_layers=2, num_sparse_encoder_layers=1,
+            num_sparse_decoder_layers=2, num_experts=6, relative_attention_num_buckets=8,
+            relative_attention_max_distance=12, decoder_start_token_id=0,
+        ),
+    ),
+    "nllb_moe": (
+        "NllbMoeConfig",
+        dict(
+            d_model=32, encoder_layers=2, decoder_layers=3, encoder_ffn_dim=24, decoder_ffn_dim=20, num_experts=6,
+            encoder_attention_heads=4, decoder_attention_heads=2, encoder_sparse_step=2, decoder_sparse_step=3,
+            decoder_start_token_id=2,
+        ),
+    ),
 }  # fmt: skip
+#: models of two texts
+PAIRS = ("switch_transformers", "nllb_moe")
 
 
 def tiny(name: str, seed: int = 0):
@@ -280,11 +298,15 @@ def tiny(name: str, seed: int = 0):
 
     cls, settings = TINY[name]
     torch.manual_seed(seed)
-    config = getattr(transformers, cls)(**{**BASE, **settings})
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    if name == "nllb_moe":
+        repair_nllb()
+    base = {key: BASE[key] for key in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")}
+    config = getattr(transformers, cls)(**{**(base if name in PAIRS else BASE), **settings})
+    auto = transformers.AutoModelForSeq2SeqLM if name in PAIRS else transformers.AutoModelForCausalLM
+    model = auto.from_config(config).eval()
     with torch.no_grad():
         for path, p in [*model.named_parameters(), *model.named_buffers()]:
-            if "inv_freq" in path or path.endswith(("slope_rate", "_decay")):
+            if "inv_freq" in path or path.endswith(("slope_rate", "_decay", "embed_positions.weights")):
                 continue
             if path.endswith("A_log"):
                 p.copy_(torch.randn_like(p))  # decays on both sides of 1/2
@@ -300,6 +322,23 @@ def tiny(name: str, seed: int = 0):
                 ("gate.weight", "router.weight", "router.layer.weight", "gate.wg.weight", "classifier.weight")
             ):
                 p.copy_(torch.randn_like(p))
-            else:
+            elif name != "switch_transformers":  # whose first weights are as large as need be
                 p.mul_(5)
     return model
+
+
+def repair_nllb() -> None:
+    """transformers 5.24 takes the 0 and 1 of NLLB's mask of first choices for numbers of experts: expert 1 computes all
+    that was chosen first, expert 0 the rest. Here every expert computes what was sent to it, as in earlier versions.
+    """
+    import torch
+    from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeExperts
+
+    def forward(self, hidden_states, router_mask, router_probs):
+        out = torch.zeros_like(hidden_states)
+        for e in range(self.num_experts):
+            sent = router_probs[:, e] != 0
+            out[sent] += self[f"expert_{e}"](hidden_states[sent]) * router_probs[sent, e, None]
+        return out * (1 - self.moe_token_dropout)
+
+    NllbMoeExperts.forward = forward

@@ -363,4 +363,22 @@ RELEASED = {
         ),
         228_689_764_864, None,
     ),
+    "Switch-base-8": (
+        dict(
+            architectures=["SwitchTransformersForConditionalGeneration"], vocab_size=32128, d_model=768, d_ff=3072,
+            d_kv=64, num_heads=12, num_layers=12, num_decoder_layers=12, num_sparse_encoder_layers=6,
+            num_sparse_decoder_layers=6, encoder_sparse_step=2, decoder_sparse_step=2, num_experts=8,
+            expert_capacity=64, decoder_start_token_id=0,
+        ),
+        619_339_008, None,
+    ),
+    "NLLB-MoE-54B": (
+        dict(
+            architectures=["NllbMoeForConditionalGeneration"], vocab_size=256206, d_model=2048, encoder_layers=24,
+            decoder_layers=24, encoder_ffn_dim=8192, decoder_ffn_dim=8192, encoder_attention_heads=16,
+            decoder_attention_heads=16, encoder_sparse_step=4, decoder_sparse_step=4, num_experts=128,
+            expert_capacity=64, moe_token_dropout=0.2, pad_token_id=1,
+        ),
+        54_500_569_088, None,
+    ),
 }  # fmt: skip

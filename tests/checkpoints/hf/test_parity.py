@@ -15,8 +15,11 @@ import jax  # noqa: E402
 import moe_zoo  # noqa: E402
 from moe_zoo.checkpoints.hf.safetensors import Files, read_folder, write  # noqa: E402
 from moe_zoo.core import param as P  # noqa: E402
+from moe_zoo.core.context import RoutingContext  # noqa: E402
 from moe_zoo.inference import generate  # noqa: E402
 from moe_zoo.models.config import is_routed  # noqa: E402
+from moe_zoo.routing.gshard import GShard, GShardConfig, NllbConfig  # noqa: E402
+from moe_zoo.routing.router import Dims  # noqa: E402
 from moe_zoo.sharding import MeshConfig, make_mesh  # noqa: E402
 
 torch.set_num_threads(1)
@@ -69,6 +72,8 @@ RETURNS = {
     "DbrxRouter": dbrx,
     "JetMoeTopKGating": jetmoe,
     "Llama4Router": lambda out: (out[1].numpy(), out[0].numpy()),
+    "SwitchTransformersTop1Router": lambda out: (out[2].flatten(0, 1).numpy(), (out[0] * out[1]).flatten(0, 1).numpy()),
+    "NllbMoeTop2Router": lambda out: (out[2].numpy(), out[1].numpy() * 0.8),  # the experts do that
 }
 
 
@@ -82,10 +87,13 @@ def forward(model, ids, mask):
         if re.search(r"Top[kK]Router|TokenChoiceRouter|MoEV1Gate|" + "|".join(RETURNS), type(module).__name__)
         and "self_attention" not in name  # where heads are routed as well
     ]
-    # some models are no longer relative: their norms act on what has been rotated
-    positions = torch.tensor(np.maximum(mask.cumsum(1) - 1, 0))
+    ids, mask = torch.tensor(ids), torch.tensor(mask)
+    if model.config.is_encoder_decoder:
+        more = {"decoder_input_ids": ids, "decoder_attention_mask": mask}
+    else:  # some models are no longer relative: their norms act on what has been rotated
+        more = {"position_ids": (mask.cumsum(1) - 1).clamp(0)}
     with torch.no_grad():
-        logits = model(torch.tensor(ids), attention_mask=torch.tensor(mask), position_ids=positions).logits.numpy()
+        logits = model(ids, attention_mask=mask, **more).logits.numpy()
     for hook in hooks:
         hook.remove()
     return logits, routed
@@ -97,10 +105,15 @@ def dense(gates, experts, E):
     return out
 
 
+def both(loaded, ids, mask=None, **how):
+    """Ours as `forward` has it: a model of two texts gets one twice."""
+    return loaded(ids, mask, *((ids, mask) if loaded.pair else ()), **how)
+
+
 def test_logits_routes_and_gates_are_theirs_with_padding_on_either_side(pair):
     name, theirs, _, ours = pair
     logits, routed = forward(theirs, IDS, MASK)
-    out = ours(IDS, MASK, return_routing=True)
+    out = both(ours, IDS, MASK, return_routing=True)
     valid = MASK.astype(bool)
     if name in COUNTS_PADDING:
         valid[1] = False
@@ -118,7 +131,7 @@ def test_logits_routes_and_gates_are_theirs_with_padding_on_either_side(pair):
 def kinds(loaded):
     from moe_zoo.checkpoints.hf.family import expand
 
-    return expand(loaded.config)
+    return [*(expand(loaded.config.encoder_config()) if loaded.pair else ()), *expand(loaded.config)]
 
 
 def test_greedy_text_with_the_cache_is_theirs(pair):
@@ -130,8 +143,10 @@ def test_greedy_text_with_the_cache_is_theirs(pair):
     settings = dict(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0)
     with torch.no_grad():
         out = theirs.generate(torch.tensor(left), attention_mask=torch.tensor(mask), **settings)
-    prompts = [row[m.astype(bool)] for row, m in zip(left, mask)]
-    ends = zip(generate(ours.model, prompts, NEW, temperature=0.0), out.numpy()[:, S:])
+    prompts, more = [row[m.astype(bool)] for row, m in zip(left, mask)], {}
+    if ours.pair:
+        prompts, more = [[theirs.config.decoder_start_token_id]] * B, {"sources": prompts}
+    ends = zip(generate(ours.model, prompts, NEW, temperature=0.0, **more), out.numpy()[:, -NEW:])
     for b, (new, expected) in enumerate(ends):
         if b == 0 or name not in COUNTS_PADDING:
             np.testing.assert_array_equal(new, expected)
@@ -161,9 +176,12 @@ def test_out_again_it_is_the_same_directory_and_opens_in_transformers(pair, tmp_
     theirs_only = add_what_does_nothing(tmp_path, folder, ours)
     assert describe(tmp_path) == describe(folder) and bool(theirs_only) == (name == "longcat_flash")
     assert json.loads((tmp_path / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
-    again, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    again, report = type(theirs).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     exact = not family.derived(ours.config, {})  # else as close as two libraries' exponentials
+    if ours.pair:  # what torch multiplies there is rounded by where it lies in memory
+        weights, exact = again.state_dict(), False
+        assert all(torch.equal(weights[n], w) for n, w in theirs.state_dict().items())
     found, expected = forward(again.eval(), IDS, MASK)[0], forward(theirs, IDS, MASK)[0]
     np.testing.assert_allclose(found, expected, rtol=0, atol=0 if exact else 1e-5)
     first, second = P.arrays(ours.model), P.arrays(moe_zoo.load(tmp_path).model)
@@ -175,9 +193,49 @@ def test_settings_written_from_ours_alone_open_in_transformers_as_the_same_model
     name, theirs, folder, ours = pair
     moe_zoo.save_hf(moe_zoo.Loaded(ours.model, ours.config, None), tmp_path)
     add_what_does_nothing(tmp_path, folder, ours)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    again = type(theirs).from_pretrained(tmp_path).eval()
     ids, mask = IDS[:1], MASK[:1]
     np.testing.assert_allclose(forward(again, ids, mask)[0], forward(theirs, ids, mask)[0], rtol=0, atol=1e-6)
+
+
+def test_where_an_expert_has_two_places_per_row_the_same_tokens_find_one(tmp_path):
+    """Transformers' padding takes places as well: on the left it is first."""
+    tiny("switch_transformers").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"expert_capacity": 2}))
+    theirs = transformers.SwitchTransformersForConditionalGeneration.from_pretrained(tmp_path).eval()
+    ours, rows = moe_zoo.load(tmp_path), [0, 2]
+    logits, valid = forward(theirs, IDS[rows], MASK[rows])[0], MASK[rows] == 1
+    out = both(ours, IDS[rows], MASK[rows])
+    np.testing.assert_allclose(np.asarray(out.logits)[valid], logits[valid], rtol=0, atol=2e-4)
+    assert min(float(s["dropped_fraction"].value().min()) for s in out.aux.stats.values() if "load" in s) > 0.1
+    roomy = forward(tiny("switch_transformers"), IDS[rows], MASK[rows])[0]
+    assert np.abs(roomy - logits)[valid].max() > 0.1
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.2, -1.0])
+@pytest.mark.parametrize("prioritized", [False, True])
+@pytest.mark.parametrize("normalize_first", [False, True])
+def test_the_router_of_nllb_gives_out_the_same_places(fraction, prioritized, normalize_first):
+    from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeTop2Router
+
+    config = transformers.NllbMoeConfig(
+        d_model=16, num_experts=5, expert_capacity=9, moe_eval_capacity_token_fraction=fraction,
+        batch_prioritized_routing=prioritized, normalize_router_prob_before_dropping=normalize_first,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    theirs, T = NllbMoeTop2Router(config).eval(), 40
+    x, valid = torch.randn(T, 16) * 3 + 0.5, np.arange(T) % 7 > 0
+    first, gates, logits = (out.detach().numpy() for out in theirs(x, ~torch.tensor(valid)))
+    settings = GShardConfig(0.0, nllb=NllbConfig(9, fraction, prioritized, normalize_first))
+    ours = P.replace(GShard(settings, Dims(5, 16)), {"kernel": theirs.classifier.weight.detach().numpy().T})
+    routing = ours(x.numpy(), RoutingContext(batch=1, seq=T, valid=valid))
+    decision = routing.decision.masked(valid)
+    np.testing.assert_allclose(routing.logits, logits, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(dense(decision.gates, decision.experts, 6)[:, :5], gates, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(np.asarray(decision.experts[:, 0]) < 5, first.any(1))
+    dropped = (np.asarray(decision.experts)[valid] == 5).sum()
+    assert dropped == 0 if fraction == 1.0 else dropped > 3
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +263,7 @@ def test_bfloat16_in_shards_stays_as_it_is_and_is_computed_in(bfloat16, tmp_path
 HYBRIDS = ("qwen3_next", "granitemoehybrid", "nemotron_h", "jamba", "lfm2_moe", "kimi_linear", "minimax")
 
 
-@pytest.mark.parametrize("name", ["mixtral", "granitemoe", *HYBRIDS])
+@pytest.mark.parametrize("name", ["mixtral", "granitemoe", "switch_transformers", *HYBRIDS])
 def test_on_a_mesh_every_device_holds_its_shard_and_logits_are_the_same(name, tmp_path):
     tiny(name).save_pretrained(tmp_path)
     mesh = make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2), jax.devices()[:8])
@@ -215,4 +273,4 @@ def test_on_a_mesh_every_device_holds_its_shard_and_logits_are_the_same(name, tm
     experts = next(path for path in P.arrays(one.model) if path.endswith("ffn.experts.w_up"))
     assert P.arrays(many.model)[experts].addressable_shards[0].data.size * 8 == P.arrays(one.model)[experts].size
     ids = np.concatenate([IDS, IDS[:1]])[:, :16]
-    np.testing.assert_allclose(many(ids).logits, one(ids).logits, rtol=0, atol=2e-4)
+    np.testing.assert_allclose(both(many, ids).logits, both(one, ids).logits, rtol=0, atol=2e-4)

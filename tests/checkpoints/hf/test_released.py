@@ -11,7 +11,7 @@ from moe_zoo.checkpoints.hf.families.others import OTHERS
 from moe_zoo.checkpoints.hf.family import essential
 from moe_zoo.checkpoints.hf.plan import plan
 from moe_zoo.core import param as P
-from moe_zoo.models import Decoder
+from moe_zoo.models import make_model
 from moe_zoo.models.counting import count_parameters
 
 
@@ -19,7 +19,7 @@ from moe_zoo.models.counting import count_parameters
 def test_a_released_model_has_exactly_its_parameters(name):
     given, total, active = RELEASED[name]
     family = find(given["architectures"][0], "config.json")
-    model = Decoder(family.read(given))
+    model = make_model(family.read(given))
     assert sum(math.prod(a.shape) for a in P.arrays(model).values()) == total
     if active:
         # rounded to three figures in the sheet

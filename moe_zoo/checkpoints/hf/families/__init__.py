@@ -15,7 +15,7 @@ MODULES = (
     "qwen3_next", "qwen3_5_moe", "nemotron_h", "lfm2_moe", "kimi_linear", "minimax", "jamba",
     "phimoe", "gpt_oss", "deepseek_v2", "deepseek_v3", "flex_olmo", "dbrx", "hunyuan_moe", "llama4", "longcat_flash",
     "jetmoe", "llama", "mistral", "qwen2", "qwen3", "olmo2", "afmoe", "exaone_moe", "bailing_moe",
-    "deepseek", "openmoe",
+    "deepseek", "openmoe", "switch_transformers", "nllb_moe",
 )  # fmt: skip
 
 

@@ -47,7 +47,6 @@ OTHERS = {
     "Mistral4ForCausalLM": "DeepseekV3ForCausalLM",
     "MistralLarge4ForConditionalGeneration": "Qwen2MoeForCausalLM",
     "MuseSparkForConditionalGeneration": "DeepseekV3ForCausalLM",
-    "NllbMoeForConditionalGeneration": None,
     "Qwen3_5MoeForConditionalGeneration": "Qwen3_5MoeForCausalLM",
     "Qwen3OmniMoePreTrainedModelForConditionalGeneration": "Qwen3MoeForCausalLM",
     "Qwen3OmniMoeThinkerForConditionalGeneration": "Qwen3MoeForCausalLM",
@@ -59,7 +58,6 @@ OTHERS = {
     "Qwen4ExpForConditionalGeneration": "Qwen3_5MoeForCausalLM",
     "SolarOpenForCausalLM": "Glm4MoeForCausalLM",
     "Step3p7ForConditionalGeneration": "Qwen2MoeForCausalLM",
-    "SwitchTransformersForConditionalGeneration": None,
     "UnlimitedOcrForConditionalGeneration": "DeepseekV2ForCausalLM",
     "ZayaForCausalLM": "Qwen3_5MoeForCausalLM",
 }
