@@ -14,7 +14,7 @@ from moe_zoo.core import param as P
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import build, overlay
 from moe_zoo.data.tokenizer import load_tokenizer
-from moe_zoo.inference import Loaded, generate
+from moe_zoo.inference import Loaded, generate, load, save
 from moe_zoo.layers.distance import ranges
 from moe_zoo.models import EncoderDecoder, EncoderDecoderConfig
 from moe_zoo.sharding import MeshConfig, make_mesh, sharding_of
@@ -324,3 +324,15 @@ def test_a_source_is_read_once():
             model(TOKENS, **given)
     with pytest.raises(ValueError, match=r"source.*\[3, L\].*\[2, 7\]"):
         model.init_cache(3, 8, SOURCE)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_our_own_directory_opens_again(name, tmp_path):
+    loaded = Loaded(made(name), settings(name), load_tokenizer("bytes"))
+    save(loaded, tmp_path)
+    again = load(tmp_path)
+    assert again.config == loaded.config
+    before, after = P.arrays(loaded.model), P.arrays(again.model)
+    assert before.keys() == after.keys()
+    for path in before:
+        np.testing.assert_array_equal(before[path], after[path], err_msg=path)
