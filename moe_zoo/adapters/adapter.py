@@ -88,7 +88,7 @@ class Adapter(nnx.Module):
         if K is None or not grouped_pays(E, R, K):
             return low_rank_matmul(*operands, gates_TE, onto_TN=y_TN)
         ids_TK = jax.lax.top_k(jax.lax.stop_gradient(jnp.abs(gates_TE)), K)[1]
-        return low_rank_matmul(*operands, gather_gates(gates_TE, ids_TK), ids_TK, onto_TN=y_TN)
+        return low_rank_matmul(*operands, gather_gates(gates_TE, ids_TK), ids_TK, onto_TN=y_TN, form="grouped")
 
     def most_gates(self) -> int | None:
         """How many gates of a token are not zero at most; the others must have no gradient either. None: all."""
