@@ -263,7 +263,9 @@ def run_step(args: argparse.Namespace) -> None:
         print(f"  {name:14}{total * tokens / 1e9:9.0f}{share}")
     workers = [bench_train.Contender(name, __file__, "step") for name in args.steps]
     run = bench_train.interleaved(workers, args.rounds, args.calls, spread=bench_train.SPREAD)
-    print(f"a training step, D 1024, 4 layers, {tokens} tokens, E 8, R 8 on q, k, v, o: {run.of}, ratios to frozen base")
+    print(
+        f"a training step, D 1024, 4 layers, {tokens} tokens, E 8, R 8 on q, k, v, o: {run.of}, ratios to frozen base"
+    )
     run.print("frozen base")
 
 

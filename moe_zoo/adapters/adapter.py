@@ -78,7 +78,7 @@ class Adapter(nnx.Module):
         return not (own or self.shared_a or self.reads_hidden)
 
     def _product(self, x_TD, y_TN, gates_TE):
-        """y + sum_e G_te (x A_e) s_e B_e on one device: `hidden_TER` is not needed, and the program does not have it."""
+        """y + sum_e G_te (x A_e) s_e B_e on one device. Nothing needs `hidden_TER`: the program does not have it."""
         E, R, _, _ = self.dims
         if gates_TE is None:
             gates_TE = jnp.ones((x_TD.shape[0], E), x_TD.dtype)

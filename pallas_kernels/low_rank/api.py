@@ -3,7 +3,6 @@
 Dims: T tokens, D in, N out, E experts, R ranks of one, K experts named by a token, X gates of a token: E or K.
 """
 
-import functools
 from typing import Literal
 
 import jax
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _checks, _choose, _tpu_target, _varying
-from pallas_kernels.low_rank import pallas_tpu, reference, xla
+from pallas_kernels.low_rank import pallas_tpu, pallas_tpu_grouped, reference, xla
 
 _OP = "low_rank_matmul"
 _FORMS = ("dense", "grouped")
@@ -44,7 +43,7 @@ def low_rank_matmul(
         computes theirs alone. None: "grouped" where `ids_TK` is given and that was measured to be cheaper
         (`xla.grouped_pays`).
       implementation: "reference", "xla", "pallas_tpu" (dense: one kernel forward, one backward, what lies between the
-        two products never in HBM; grouped: the kernels of grouped_matmul; interpreted when lowered for a CPU), or
+        two products never in HBM; grouped: the same on rows that XLA gathers; interpreted when lowered for a CPU), or
         None: "pallas_tpu" where it is known while tracing that this is for a TPU and no partitioning is left to XLA
         (one device, or inside a shard_map over all mesh axes) and the kernel takes the operands; else "xla".
 
@@ -62,17 +61,17 @@ def low_rank_matmul(
     if form is None:
         pays = ids_TK is not None and xla.grouped_pays(*a_ERD.shape[:2], ids_TK.shape[1])
         form = "grouped" if pays else "dense"
-    refusal = pallas_tpu.refusal(x_TD, a_ERD, b_ERN, gates_TX, ids_TK, onto_TN) if form == "dense" else None
+    if form == "dense":
+        refusal = pallas_tpu.refusal(x_TD, b_ERN, gates_TX, ids_TK)
+    else:
+        refusal = pallas_tpu_grouped.refusal(x_TD, b_ERN)
     if implementation is None:
         implementation = "pallas_tpu" if refusal is None and _for_one_tpu() else "xla"
     _choose.check_implementation(_OP, implementation, shapes, {"pallas_tpu": refusal}, _AVAILABLE)
     operands = _varying.same_varying(x_TD, a_ERD, b_ERN, gates_TX, ids_TK, onto_TN)
     if implementation == "reference":
         return reference.forward(*operands)
-    if form == "grouped":
-        products = "pallas_tpu" if implementation == "pallas_tpu" else None
-        return xla.grouped(*operands, implementation=products)
-    return xla.dense(*operands) if implementation == "xla" else _kernel(*operands)
+    return _ENTRIES[form, implementation](*operands)
 
 
 def _for_one_tpu() -> bool:
@@ -117,10 +116,15 @@ def _forward(*operands):
 
 def _backward(saved, dout_TN):
     *operands, onto_TN = saved
-    dx_TD, da_ERD, db_ERN, dgates_TX = _choose.run(
-        "pallas_tpu", {"pallas_tpu": functools.partial(pallas_tpu.backward)}, *operands, dout_TN
-    )
-    return dx_TD, da_ERD, db_ERN, dgates_TX, None, None if onto_TN is None else dout_TN
+    gradients = _choose.run("pallas_tpu", {"pallas_tpu": pallas_tpu.backward}, *operands, dout_TN)
+    return *gradients, None, None if onto_TN is None else dout_TN
 
 
 _kernel.defvjp(_forward, _backward)
+
+_ENTRIES = {
+    ("dense", "xla"): xla.dense,
+    ("dense", "pallas_tpu"): _kernel,
+    ("grouped", "xla"): xla.grouped,
+    ("grouped", "pallas_tpu"): pallas_tpu_grouped.grouped,
+}

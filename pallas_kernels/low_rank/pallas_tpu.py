@@ -53,9 +53,7 @@ class _Static:
         return -(-self.T // self.block)
 
 
-def refusal(
-    x_TD: Array, a_ERD: Array, b_ERN: Array, gates_TX: Array, ids_TK: Array | None, onto_TN: Array | None
-) -> str | None:
+def refusal(x_TD: Array, b_ERN: Array, gates_TX: Array, ids_TK: Array | None) -> str | None:
     """Why the kernels, of both passes, cannot take these operands; None if they can."""
     (T, D), (E, R, N) = x_TD.shape, b_ERN.shape
     if x_TD.dtype not in (jnp.bfloat16, jnp.float32):

@@ -6,6 +6,8 @@ grouped  choices sorted by expert, two grouped products on their rows, and each 
 Dims as in api.py; L = E R ranks of all experts.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -64,30 +66,39 @@ def dense(
     return out_TN if onto_TN is None else onto_TN + out_TN
 
 
-def grouped(
-    x_TD: Array,
-    a_ERD: Array,
-    b_ERN: Array,
-    gates_TK: Array,
-    ids_TK: Array,
-    onto_TN: Array | None,
-    *,
-    implementation: str | None = None,
-) -> Array:
-    """out (T, N), a token's own experts alone. `implementation`: of the grouped products."""
+def grouped(x_TD: Array, a_ERD: Array, b_ERN: Array, gates_TK: Array, ids_TK: Array, onto_TN: Array | None) -> Array:
+    """out (T, N), a token's own experts alone."""
     (T, K), E = ids_TK.shape, len(a_ERD)
     sizes_E, slot_TK = expert_rows(ids_TK, E)
-    slot_N, choice_N = slot_TK.reshape(-1), jnp.arange(T * K, dtype=jnp.int32)
-    # choices of no expert, each to a place of its own beyond the end: all indices are then unique
-    target_N = jnp.where(slot_N < T * K, slot_N, T * K + choice_N)
-    choice_R = jnp.full(T * K, T * K, jnp.int32).at[target_N].set(choice_N, mode="drop", unique_indices=True)
-    h_RR = grouped_matmul(
-        gather_rows(x_TD, choice_R // K, slot_TK), a_ERD, sizes_E, transpose_rhs=True, implementation=implementation
-    )
-    # the gates meet the ranks, not the wide output
+
+    def products(x_RD, gate_R1):
+        # the gates meet the ranks, not the wide output
+        h_RR = grouped_matmul(x_RD, a_ERD, sizes_E, transpose_rhs=True)
+        return grouped_matmul(h_RR * gate_R1.astype(h_RR.dtype), b_ERN, sizes_E)
+
+    return on_rows(products, x_TD, gates_TK, slot_TK, T * K, onto_TN)
+
+
+def on_rows(
+    products: Callable[[Array, Array], Array],
+    x_TD: Array,
+    gates_TK: Array,
+    slot_TK: Array,
+    num_rows: int,
+    onto_TN: Array | None,
+) -> Array:
+    """Tokens and gates to their rows, what `products` makes of them, and each token's rows added up. `slot_TK`: the row
+    of each choice; `num_rows` and more: none.
+    """
+    N, slot_N = slot_TK.size, slot_TK.reshape(-1)
+    choice_N = jnp.arange(N, dtype=jnp.int32)
+    # choices of no row, each to a place of its own beyond the end: all indices are then unique
+    target_N = jnp.where(slot_N < num_rows, slot_N, num_rows + choice_N)
+    choice_R = jnp.full(num_rows, N, jnp.int32).at[target_N].set(choice_N, mode="drop", unique_indices=True)
+    x_RD = gather_rows(x_TD, choice_R // slot_TK.shape[1], slot_TK)
     gate_R1 = gather_rows(gates_TK.reshape(-1, 1), choice_R, slot_N[:, None])
-    y_RN = grouped_matmul(h_RR * gate_R1.astype(h_RR.dtype), b_ERN, sizes_E, implementation=implementation)
-    out_TN = combine_rows(y_RN, slot_TK, jnp.ones(slot_TK.shape, jnp.float32), choice_R)
+    ones_TK = jnp.ones(slot_TK.shape, jnp.float32)
+    out_TN = combine_rows(products(x_RD, gate_R1), slot_TK, ones_TK, choice_R)
     return out_TN if onto_TN is None else onto_TN + out_TN
 
 

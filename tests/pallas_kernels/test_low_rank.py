@@ -1,6 +1,7 @@
 """low_rank_matmul: every form and implementation against the definition, in values and gradients."""
 
 import functools
+import re
 import warnings
 
 import jax
@@ -11,15 +12,16 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import low_rank_matmul
-from pallas_kernels.low_rank import pallas_tpu
+from pallas_kernels.low_rank import pallas_tpu, pallas_tpu_grouped
 
 T, D, N, E, R, K = 21, 12, 20, 4, 3, 2
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Two steps, the last one partial."""
+    """Two steps, the last one partial; experts of several tiles."""
     monkeypatch.setattr(pallas_tpu, "_BLOCKS", (16,))
+    monkeypatch.setattr(pallas_tpu_grouped, "_ROWS", 8)
 
 
 def draw(seed, *shape):
@@ -69,6 +71,7 @@ def assert_close(got, expected, tolerance):
         (True, "dense", "xla"),
         (True, "grouped", "xla"),
         (True, "dense", "pallas_tpu"),
+        (True, "grouped", "pallas_tpu"),
     ],
 )
 def test_equals_the_definition(by_ids, form, implementation):
@@ -136,28 +139,35 @@ def test_errors_name_what_was_given():
         low_rank_matmul(x, *wide, implementation="pallas_tpu")
 
 
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"])
-def test_compiles_for_tpu(topology, monkeypatch):
+COMPILED = [("v5e:2x2", "gates"), ("v6e:2x2", "ids"), ("tpu7x:2x2x1", "gates"), ("v6e:2x2", "grouped")]
+
+
+@pytest.mark.parametrize(("topology", "how"), COMPILED)
+def test_compiles_for_tpu(topology, how, monkeypatch):
     """None takes the kernels, one each way; what lies between the products is in no array of the program."""
     pytest.importorskip("libtpu")
     from jax.experimental import topologies
 
     monkeypatch.setattr(pallas_tpu, "_BLOCKS", (128,))
+    monkeypatch.setattr(pallas_tpu_grouped, "_ROWS", 128)
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = Mesh(np.array(devices[:1]), ("data",))
-    by_ids = topology.startswith("v6e")
+    T, D, N, E, R, K = 300, 256, 384, 8, 16, 8 if how == "gates" else 2
     bf16 = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.bfloat16)
-    args = bf16(300, 256), bf16(8, 8, 256), bf16(8, 8, 384), jax.ShapeDtypeStruct((300, 2 if by_ids else 8), "float32")
-    ids = jax.ShapeDtypeStruct((300, 2), jnp.int32) if by_ids else None
+    args = bf16(T, N), bf16(T, D), bf16(E, R, D), bf16(E, R, N), jax.ShapeDtypeStruct((T, K), jnp.float32)
+    ids = None if how == "gates" else jax.ShapeDtypeStruct((T, K), jnp.int32)
 
     def both(dout, x, a, b, gates, ids):
+        form = "grouped" if how == "grouped" else "dense"
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            run = lambda x, a, b, gates, onto: low_rank_matmul(x, a, b, gates, ids, onto_TN=onto)
+            run = lambda x, a, b, gates, onto: low_rank_matmul(x, a, b, gates, ids, onto_TN=onto, form=form)
             out, pullback = jax.vjp(run, x, a, b, gates, dout)
             return out, pullback(dout)
 
     jitted = jax.jit(both, in_shardings=NamedSharding(mesh, P()), out_shardings=NamedSharding(mesh, P()))
     # the cache could not load it again: there is no such device
     with warnings.catch_warnings(action="ignore", category=UserWarning):
-        text = jitted.lower(bf16(300, 384), *args, ids).compile().as_text()
-    assert text.count('custom_call_target="tpu_custom_call"') == 2 and "[300,64]" not in text
+        text = jitted.lower(*args, ids).compile().as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 2
+    rows = -(-T * K // 128) * 128 + E * 128 if how == "grouped" else T
+    assert not {f"[{rows},{R}]", f"[{rows},{E * R}]"} & set(re.findall(r"\[\d+,\d+\]", text))
