@@ -213,7 +213,7 @@ _MIXTURE = {
     "model.adapters.target_modules": "('mixer.q','mixer.k','mixer.v','mixer.o')",
 }  # fmt: skip
 STEPS: dict[str, dict[str, Any]] = {
-    "frozen base": {"train.freeze": "('segments.*','norm.*')"},
+    "frozen base": {"train.freeze": "('segments.*','norm.*','head.*')"},
     "loramoe": {"model.adapters.name": "loramoe", **_MIXTURE},
     "mola": {"model.adapters.name": "mola", **_MIXTURE},
     "mole": {"model.adapters.name": "mole", **_MIXTURE},

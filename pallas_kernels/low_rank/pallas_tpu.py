@@ -1,9 +1,10 @@
 """The dense low-rank product as Pallas TPU kernels: one pass over the tokens forward, one backward.
 
 All experts' ranks lie side by side along lanes, L = E R of them. A step of the grid takes a block of tokens:
-h = x A^T, times the gates of each lane's expert, which are made there from ids or from one gate per expert, times B.
-h stays on the chip, A and B are fetched once. Backward h is made anew, and the gradients of A and B are summed in
-float32 on the chip while the tokens pass by.
+h = x A^T, times the gates of each lane's expert, times B. h stays on the chip, A and B are fetched once. Gates and ids
+come with tokens along lanes, where a few numbers of a token are no waste; a product with zeros and ones gives every
+lane its expert's gate, and turns them. Backward h is made anew, and the gradients of A and B are summed in float32 on
+the chip while the tokens pass by.
 
 Dims as in api.py.
 """
@@ -21,11 +22,11 @@ from jaxtyping import Array
 from pallas_kernels import _tpu_target
 from pallas_kernels._tpu_target import MIB
 
-#: Tokens of a step.
-_BLOCKS = (512, 256, 128, 64, 32)
-#: One comparison per choice and lane; more would be better served by one gate per expert.
+#: Tokens of a step, whole lane tiles.
+_BLOCKS = (512, 256, 128)
+#: One comparison per choice and expert; more are better served by one gate per expert.
 _MOST_CHOICES = 16
-#: A whole lane tile and more: numbers of a token along lanes are never split.
+#: The ranks of a token are not split.
 _MOST_RANKS = 4096
 
 
@@ -77,8 +78,7 @@ def _block(T: int, D: int, N: int, L: int, itemsize: int, target: _tpu_target.Ta
     row = itemsize * 2 * (2 * D + N if backward else D + 2 * N) + 4 * (4 * L + max(D, N))
     room = target.vmem_bytes - 8 * MIB - weights
     fit = [block for block in _BLOCKS if block * row <= room]
-    # no more than there are tokens, in whole tiles of 16-bit numbers
-    return min(fit[0], -(-T // 16) * 16) if fit else None
+    return min(fit[0], T) if fit else None
 
 
 def _static(x_TD, b_ERN, gates_TX, ids_TK, onto_TN, backward: bool) -> _Static:
@@ -122,11 +122,12 @@ def backward(
 @functools.partial(jax.jit, static_argnames=("static", "interpret"))
 def _forward(x_TD, a_ERD, b_ERN, gates_TX, ids_TK, onto_TN, *, static, interpret):
     s, wide = static, x_TD.dtype.itemsize
-    operands = [x_TD, a_ERD.reshape(s.L, s.D), b_ERN.reshape(s.L, s.N), gates_TX.astype(jnp.float32)]
-    specs = [_tokens(s, s.D), _whole(s.L, s.D), _whole(s.L, s.N), _tokens(s, s.X)]
-    for extra in (ids_TK, onto_TN):
-        if extra is not None:
-            operands, specs = [*operands, extra], [*specs, _tokens(s, extra.shape[1])]
+    operands = [x_TD, a_ERD.reshape(s.L, s.D), b_ERN.reshape(s.L, s.N), gates_TX.astype(jnp.float32).T]
+    specs = [_tokens(s, s.D), _whole(s.L, s.D), _whole(s.L, s.N), _along_lanes(s)]
+    if ids_TK is not None:
+        operands, specs = [*operands, ids_TK.astype(jnp.int32).T], [*specs, _along_lanes(s)]
+    if onto_TN is not None:
+        operands, specs = [*operands, onto_TN], [*specs, _tokens(s, s.N)]
     return pl.pallas_call(
         functools.partial(_forward_kernel, s),
         grid=(s.steps,),
@@ -143,21 +144,21 @@ def _forward(x_TD, a_ERD, b_ERN, gates_TX, ids_TK, onto_TN, *, static, interpret
 @functools.partial(jax.jit, static_argnames=("static", "interpret"))
 def _backward(x_TD, a_ERD, b_ERN, gates_TX, ids_TK, dout_TN, *, static, interpret):
     s, wide = static, x_TD.dtype.itemsize
-    operands = [x_TD, a_ERD.reshape(s.L, s.D), b_ERN.reshape(s.L, s.N), gates_TX.astype(jnp.float32)]
-    specs = [_tokens(s, s.D), _whole(s.L, s.D), _whole(s.L, s.N), _tokens(s, s.X)]
+    operands = [x_TD, a_ERD.reshape(s.L, s.D), b_ERN.reshape(s.L, s.N), gates_TX.astype(jnp.float32).T]
+    specs = [_tokens(s, s.D), _whole(s.L, s.D), _whole(s.L, s.N), _along_lanes(s)]
     if ids_TK is not None:
-        operands, specs = [*operands, ids_TK], [*specs, _tokens(s, s.X)]
+        operands, specs = [*operands, ids_TK.astype(jnp.int32).T], [*specs, _along_lanes(s)]
     like = functools.partial(_like, x_TD)
-    dx_TD, da_LD, db_LN, dgates_TX = pl.pallas_call(
+    dx_TD, da_LD, db_LN, dgates_XT = pl.pallas_call(
         functools.partial(_backward_kernel, s),
         grid=(s.steps,),
         in_specs=[*specs, _tokens(s, s.N)],
-        out_specs=[_tokens(s, s.D), _whole(s.L, s.D), _whole(s.L, s.N), _tokens(s, s.X)],
+        out_specs=[_tokens(s, s.D), _whole(s.L, s.D), _whole(s.L, s.N), _along_lanes(s)],
         out_shape=[
             like((s.T, s.D), x_TD.dtype),
             like((s.L, s.D), jnp.float32),
             like((s.L, s.N), jnp.float32),
-            like((s.T, s.X), jnp.float32),
+            like((s.X, s.T), jnp.float32),
         ],
         compiler_params=_params(s),
         cost_estimate=_cost(s, 6, wide * s.T * (2 * s.D + s.N) + (wide + 4) * s.L * (s.D + s.N)),
@@ -165,7 +166,7 @@ def _backward(x_TD, a_ERD, b_ERN, gates_TX, ids_TK, dout_TN, *, static, interpre
         name="low_rank_backward",
     )(*operands, dout_TN.astype(x_TD.dtype))
     gradient = lambda sum_LX, weights: sum_LX.reshape(weights.shape).astype(weights.dtype)
-    return dx_TD, gradient(da_LD, a_ERD), gradient(db_LN, b_ERN), dgates_TX.astype(gates_TX.dtype)
+    return dx_TD, gradient(da_LD, a_ERD), gradient(db_LN, b_ERN), dgates_XT.T.astype(gates_TX.dtype)
 
 
 def _interpret(interpret: bool) -> Any:
@@ -175,6 +176,10 @@ def _interpret(interpret: bool) -> Any:
 
 def _tokens(s: _Static, width: int) -> pl.BlockSpec:
     return pl.BlockSpec((s.block, width), lambda i: (i, 0))
+
+
+def _along_lanes(s: _Static) -> pl.BlockSpec:
+    return pl.BlockSpec((s.X, s.block), lambda i: (0, i))
 
 
 def _whole(*shape: int) -> pl.BlockSpec:
@@ -236,35 +241,34 @@ def _live(s: _Static, step: Array, values: Array) -> Array:
     return jnp.where(row_T1 < s.T, values, 0)
 
 
-def _expert_of_lane(s: _Static, rows: int) -> Array:
-    """(rows, L) int32, in float arithmetic: vectors of integers are not divided on a TPU."""
-    lane = jax.lax.broadcasted_iota(jnp.int32, (rows, s.L), 1).astype(jnp.float32)
-    return ((lane + 0.5) * (1 / s.R)).astype(jnp.int32)
+def _spread(s: _Static) -> Array:
+    """(E, L): 1 where the lane is the expert's. In float arithmetic: vectors of integers are not divided on a TPU."""
+    lane_EL = jax.lax.broadcasted_iota(jnp.int32, (s.E, s.L), 1).astype(jnp.float32)
+    expert_EL = ((lane_EL + 0.5) * (1 / s.R)).astype(jnp.int32)
+    return (jax.lax.broadcasted_iota(jnp.int32, (s.E, s.L), 0) == expert_EL).astype(jnp.float32)
+
+
+def _hits(s: _Static, ids, k: int) -> Array:
+    """(E, block): whether choice k of a token is the expert."""
+    return jax.lax.broadcasted_iota(jnp.int32, (s.E, s.block), 0) == ids[k : k + 1, :]
 
 
 def _gates(s: _Static, gates, ids, dtype: Any) -> Array:
     """(block, L) float32: the gate of each lane's expert."""
-    if ids is None:
-        return _dot(gates[...].astype(dtype), _spread(s).astype(dtype), 1, 0)
-    expert_1L = _expert_of_lane(s, 1)
-    return sum(jnp.where(ids[:, k : k + 1] == expert_1L, gates[:, k : k + 1], 0.0) for k in range(s.X))
-
-
-def _spread(s: _Static) -> Array:
-    """(E, L): 1 where the lane is the expert's."""
-    row_EL = jax.lax.broadcasted_iota(jnp.int32, (s.E, s.L), 0)
-    return (row_EL == _expert_of_lane(s, s.E)).astype(jnp.float32)
+    gate_ET = gates[...]
+    if ids is not None:
+        gate_ET = sum(jnp.where(_hits(s, ids, k), gates[k : k + 1, :], 0.0) for k in range(s.X))
+    return _dot(gate_ET.astype(dtype), _spread(s).astype(dtype), 0, 0)
 
 
 def _put_gate_gradients(s: _Static, product_TL: Array, ids, dgates) -> None:
     """Sums over each gate's lanes."""
+    own_ET = _dot(_spread(s), product_TL, 1, 1)
     if ids is None:
-        dgates[...] = _dot(product_TL, _spread(s), 1, 1)
+        dgates[...] = own_ET
         return
-    expert_1L = _expert_of_lane(s, 1)
     for k in range(s.X):
-        own_TL = jnp.where(ids[:, k : k + 1] == expert_1L, product_TL, 0.0)
-        dgates[:, k : k + 1] = jnp.sum(own_TL, axis=1, keepdims=True)
+        dgates[k : k + 1, :] = jnp.sum(jnp.where(_hits(s, ids, k), own_ET, 0.0), axis=0, keepdims=True)
 
 
 def _dot(left: Array, right: Array, i: int, j: int) -> Array:
