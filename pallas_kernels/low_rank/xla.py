@@ -103,10 +103,13 @@ def on_rows(
 
 
 def grouped_pays(num_experts: int, rank: int, k: int) -> bool:
-    """Whether K sorted choices are cheaper than all experts."""
+    """Whether K sorted choices of a token are cheaper than all experts, forward and backward."""
     target = _tpu_target.current()
-    if target is _tpu_target.UNKNOWN:
-        return False
-    # On a TPU moving rows costs about three passes over K (D + N) numbers of two bytes, which take as long as the
-    # dense products of this many ranks: a matter of the chip's FLOPs per byte.
-    return num_experts * rank > 3 * k * 2 * target.macs_per_cycle / target.bytes_per_cycle
+    if target is not _tpu_target.UNKNOWN:
+        # Moving rows costs about three passes over K (D + N) numbers of two bytes, which take as long as the dense
+        # products of this many ranks: a matter of the chip's FLOPs per byte. Not timed.
+        return num_experts * rank > 3 * k * 2 * target.macs_per_cycle / target.bytes_per_cycle
+    # On a GPU ragged_dot multiplies every row by every group's matrix.
+    # Measured on two cores (bench.py low_rank --parts crossover): moving a row takes as long as about 95 dense ranks,
+    # whatever D and N, and a rank of a sorted row is 1.5 times as dear as a dense one.
+    return jax.default_backend() == "cpu" and num_experts * rank > k * (95 + 1.5 * rank)
