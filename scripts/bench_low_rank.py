@@ -262,7 +262,7 @@ def run_step(args: argparse.Namespace) -> None:
         share = "" if name == "base" else f"{100 * (total / (2 * base) - 1):8.1f}%"
         print(f"  {name:14}{total * tokens / 1e9:9.0f}{share}")
     workers = [bench_train.Contender(name, __file__, "step") for name in args.steps]
-    run = bench_train.interleaved(workers, args.rounds, args.calls, spread=bench_train.SPREAD)
+    run = bench_train.interleaved(workers, args.rounds, args.calls, spread=args.spread)
     print(
         f"a training step, D 1024, 4 layers, {tokens} tokens, E 8, R 8 on q, k, v, o: {run.of}, ratios to frozen base"
     )
@@ -297,6 +297,9 @@ def add_low_rank(subparsers: Any) -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 8, 16], help="of crossover")
     parser.add_argument("--num_experts", type=int, nargs="+", default=[16, 32, 64, 128, 256], help="of crossover")
     parser.add_argument("--steps", nargs="+", default=list(STEPS), help="of step; with 'frozen base'")
+    parser.add_argument(
+        "--spread", type=float, default=bench_train.SPREAD, help="of step: more of it, and a round is void"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--calls", type=int, default=10, help="of a round, of op and step")
     parser.set_defaults(run=_run)

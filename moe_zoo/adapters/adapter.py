@@ -134,7 +134,8 @@ class Adapter(nnx.Module):
     @classmethod
     def feed_forward(cls, mlp, x: Float[Array, "... D"], tapped: "Tapped") -> Float[Array, "... D"]:
         """A block's dense feed-forward part with the adapters that are beside its linear layers."""
-        return mlp(x, below("ffn", tapped))
+        beside = any(name.startswith("ffn.") for name, _ in tapped.adapters.items())
+        return mlp(x, below("ffn", tapped)) if beside else mlp(x)
 
     def dropped(self, x_TD, ctx: RoutingContext):
         """The input as the experts see it: with dropout while training."""

@@ -23,7 +23,7 @@ from pallas_kernels import _tpu_target
 from pallas_kernels._tpu_target import MIB
 
 #: Tokens of a step, whole lane tiles.
-_BLOCKS = (512, 256, 128)
+_BLOCKS = (256, 128)
 #: One comparison per choice and expert; more are better served by one gate per expert.
 _MOST_CHOICES = 16
 #: The ranks of a token are not split.
