@@ -6,6 +6,7 @@ One folder per op: the public function, a reference in plain jnp, and one file p
 
 from pallas_kernels.expert_ffn import expert_ffn
 from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.low_rank import low_rank_matmul
 from pallas_kernels.permute import combine_rows, gather_rows
 from pallas_kernels.quantized import Quantized, quantize
 from pallas_kernels.route_top_k import TopKRoutes, expert_positions, expert_rows, route_top_k
@@ -20,6 +21,7 @@ __all__ = [
     "expert_rows",
     "gather_rows",
     "grouped_matmul",
+    "low_rank_matmul",
     "quantize",
     "routed_ffn",
     "route_top_k",

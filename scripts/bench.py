@@ -15,6 +15,7 @@ from typing import Any
 
 import bench_generate
 import bench_loading
+import bench_low_rank
 import bench_train
 import jax
 import jax.numpy as jnp
@@ -149,7 +150,7 @@ def _add_common(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespa
 
 BENCHMARKS = (
     add_expert_ffn, add_expert_rows, add_kernels, add_routers, bench_generate.add_generate, bench_loading.add_loading,
-    bench_train.add_train, bench_train.add_startup,
+    bench_low_rank.add_low_rank, bench_train.add_train, bench_train.add_startup,
 )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ spread by more than 1.5 is thrown away, for all, and counted. Compared are lower
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import resource
@@ -63,13 +64,13 @@ def our_step(**sizes) -> Callable[[], None]:
     return step
 
 
-def a_batch() -> dict[str, np.ndarray]:
+def a_batch(rows: int = B, seq: int = S) -> dict[str, np.ndarray]:
     """Random bytes in the shape that the loop makes."""
-    tokens = np.random.default_rng(0).integers(0, 256, (B, S + 1)).astype(np.int32)
+    tokens = np.random.default_rng(0).integers(0, 256, (rows, seq + 1)).astype(np.int32)
     return {
-        "tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": np.ones((B, S), np.int32),
-        "positions": np.tile(np.arange(S, dtype=np.int32), (B, 1)), "domain": np.zeros((B, S), np.int32),
-        "loss_mask": np.ones((B, S), bool),
+        "tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": np.ones((rows, seq), np.int32),
+        "positions": np.tile(np.arange(seq, dtype=np.int32), (rows, 1)), "domain": np.zeros((rows, seq), np.int32),
+        "loss_mask": np.ones((rows, seq), bool),
     }  # fmt: skip
 
 
@@ -155,16 +156,35 @@ class Contender:
         self.process.wait()
 
 
-def run_train(args: argparse.Namespace) -> None:
-    """Interleaved rounds, then lower quartiles and their ratios to the first peer named."""
-    contenders = [Contender(name) for name in args.peers.split(",")]
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Lower quartiles of (CPU, wall) seconds and peaks in GB, by contender. `of`: how they came about, in words."""
+
+    of: str
+    quartiles: dict[str, np.ndarray]
+    peaks: dict[str, float]
+
+    def print(self, baseline: str, unit_ms: bool = False) -> None:
+        """One line per contender, with its ratios to `baseline`."""
+        base, width = self.quartiles[baseline], max(14, *map(len, self.quartiles))
+        unit, factor, digits = ("ms", 1e3, 1) if unit_ms else ("s", 1, 3)
+        print(f"  {'':{width}}{f'CPU {unit}':>9}{'ratio':>7}{f'wall {unit}':>9}{'ratio':>7}{'peak GB':>9}")
+        for name, (cpu, wall) in self.quartiles.items():
+            print(
+                f"  {name:{width}}{cpu * factor:9.{digits}f}{cpu / base[0]:7.2f}"
+                f"{wall * factor:9.{digits}f}{wall / base[1]:7.2f}{self.peaks[name]:9.2f}"
+            )
+
+
+def interleaved(contenders: list[Contender], rounds: int, steps: int, spread: float | None) -> Run:
+    """Asks in turn, then closes them. `spread`: a round in which one's own steps spread by more does not count."""
     kept: dict[str, list] = {c.name: [] for c in contenders}
     peaks, thrown, done = {}, 0, 0
-    while done < args.rounds and thrown <= 3 * args.rounds:
-        answers = {c.name: c.steps(args.steps) for c in contenders}
+    while done < rounds and thrown <= 3 * rounds:
+        answers = {c.name: c.steps(steps) for c in contenders}
         peaks = {name: max(peaks.get(name, 0), answer["peak_gb"]) for name, answer in answers.items()}
         walls = {name: [wall for _, wall in answer["samples"]] for name, answer in answers.items()}
-        if any(max(w) / min(w) > SPREAD for w in walls.values()):
+        if spread is not None and any(max(w) / min(w) > spread for w in walls.values()):
             thrown += 1
             continue
         done += 1
@@ -173,13 +193,17 @@ def run_train(args: argparse.Namespace) -> None:
     for c in contenders:
         c.close()
     if not done:
-        raise SystemExit(f"all {thrown} rounds spread by more than {SPREAD}: the machine is too busy to measure on")
+        raise SystemExit(f"all {thrown} rounds spread by more than {spread}: the machine is too busy to measure on")
     quartiles = {name: np.quantile(np.array(samples), 0.25, axis=0) for name, samples in kept.items()}
-    base = quartiles[contenders[-1].name]
-    print(f"{done} rounds of {args.steps} steps, {thrown} thrown away; ratios to {contenders[-1].name!r}")
-    print(f"  {'':14}{'CPU s':>8}{'ratio':>7}{'wall s':>8}{'ratio':>7}{'peak GB':>9}")
-    for name, (cpu, wall) in quartiles.items():
-        print(f"  {name:14}{cpu:8.3f}{cpu / base[0]:7.2f}{wall:8.3f}{wall / base[1]:7.2f}{peaks[name]:9.2f}")
+    return Run(f"{done} rounds of {steps}" + (f", {thrown} thrown away" if spread else ""), quartiles, peaks)
+
+
+def run_train(args: argparse.Namespace) -> None:
+    """Interleaved rounds, then lower quartiles and their ratios to the last peer named."""
+    contenders = [Contender(name) for name in args.peers.split(",")]
+    run = interleaved(contenders, args.rounds, args.steps, SPREAD)
+    print(f"steps, {run.of}; ratios to {contenders[-1].name!r}")
+    run.print(contenders[-1].name)
 
 
 def run_startup(args: argparse.Namespace) -> None:

@@ -59,6 +59,7 @@ def _per_generation(v5e: float, v6e: float, tpu7x: float) -> dict[str, float]:
 
 _MATMUL = "grouped_matmul"
 _TRAINING = ("olmoe", "mixtral", "qwen3", "deepseek_v3")
+_LOW_RANK = ("olmoe", "mixtral", "qwen3")
 _BUNDLES = {"v4": 16_000, "v5e": 16_000, "v5p": 16_000, "v6e": 8_000, "tpu7x": 8_000}
 
 BARS = (
@@ -86,6 +87,10 @@ BARS = (
     Bar("expert_rows", "bytes_over_least", {"": 1.55}, _TRAINING),
     Bar("expert_rows", "side_kernels", {"": 0}, _TRAINING),
     Bar("expert_rows", "bundles", _BUNDLES),
+    Bar("low_rank_matmul", "over_roofline", {"v5e": 1.15}, _LOW_RANK),
+    Bar("low_rank_matmul", "bytes_over_least", {"": 1.05}, _LOW_RANK),
+    Bar("low_rank_matmul", "side_kernels", {"": 0}, _LOW_RANK),
+    Bar("low_rank_matmul", "bundles", _BUNDLES, _LOW_RANK),
     *(
         Bar(
             _MATMUL,

@@ -322,6 +322,27 @@ def _our_rows(s: Shape) -> tuple:
     return rows, (_array(K, T, dtype=jnp.int32),), {"variants": {"multinomial": {"min_bytes": 4 * (2 * T * K + s.E)}}}
 
 
+# --- low_rank_matmul -------------------------------------------------------------------------------------------------
+
+_RANK = 8
+
+
+def _our_low_rank(s: Shape) -> tuple:
+    """E experts of rank 8 beside a layer, K ids and gates of a token. Compulsory: tokens in and out, factors, choices.
+
+    Nothing in it depends on the routing; useful are the FLOPs of the dense form.
+    """
+    T, K, L = s.tokens, s.experts_per_token, s.E * _RANK
+
+    def run(x, a, b, gates, ids):
+        return ops.low_rank_matmul(x, a, b, gates, ids, form="dense", implementation=OURS)
+
+    args = (_array(T, s.K), _array(s.E, _RANK, s.K), _array(s.E, _RANK, s.N))
+    args += (_array(T, K, dtype=jnp.float32), _array(T, K, dtype=jnp.int32))
+    meta = {"useful_flops": 2 * T * L * (s.K + s.N), "min_bytes": 2 * (T + L) * (s.K + s.N) + 8 * T * K}
+    return run, args, {"variants": {"multinomial": meta}}
+
+
 # --- the table -------------------------------------------------------------------------------------------------------
 
 #: op -> (implementation, pass) -> builder. Passes: fwd; dlhs and drhs, the gradients of rows and weights.
@@ -341,5 +362,6 @@ BUILDERS: dict[str, dict[tuple[str, str], Callable[[Shape], tuple]]] = {
     "routed_ffn_int8": {(OURS, "fwd"): _narrow_routed, (WIDE, "fwd"): _routed_case(_our_routed)},
     "route_top_k": {(OURS, "fwd"): _our_routing},
     "expert_rows": {(OURS, "fwd"): _our_rows},
+    "low_rank_matmul": {(OURS, "fwd"): _our_low_rank},
 }
 PASSES = ("fwd", "dlhs", "drhs")

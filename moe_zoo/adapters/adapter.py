@@ -30,6 +30,8 @@ from moe_zoo.core.param import ByLayer, Constant, Frozen, Uniform, freeze, param
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import Choice
 from moe_zoo.layers.tap import below
+from moe_zoo.routing.router import gather_gates
+from pallas_kernels.low_rank import from_ranks, grouped_pays, low_rank_matmul, to_ranks
 
 
 class Adapter(nnx.Module):
@@ -42,6 +44,8 @@ class Adapter(nnx.Module):
     refresh_every: ClassVar[int] = 0
     #: each expert is what LoRA calls an adapter: one that was trained alone can take its place
     takes_loras: ClassVar[bool] = True
+    #: `gate` looks at `hidden_TER`
+    reads_hidden: ClassVar[bool] = False
 
     def __init__(self, config: AdapterConfig, linear: Linear, *, kind: type = nnx.Param):
         """`kind`: of the experts' parameters, `Frozen` for those that were trained elsewhere."""
@@ -66,7 +70,32 @@ class Adapter(nnx.Module):
         x_TD = self.dropped(x_TD, ctx)
         hidden_TER = self.hidden(x_TD)
         gates_TE, aux = self.gate(x_TD, hidden_TER, ctx)
+        if self._is_plain() and ctx.mesh is None:
+            return self._product(x_TD, y_TN, gates_TE), aux
         return y_TN + self.out(hidden_TER, gates_TE), aux
+
+    def _is_plain(self) -> bool:
+        """Whether the product is this class's own, and nothing of it has been used before."""
+        cls = type(self)
+        own = cls.hidden is not Adapter.hidden or cls.out is not Adapter.out
+        return not (own or self.shared_a or self.reads_hidden)
+
+    def _product(self, x_TD, y_TN, gates_TE):
+        """y + sum_e G_te (x A_e) s_e B_e on one device. Nothing needs `hidden_TER`: the program does not have it."""
+        E, R, _, _ = self.dims
+        if gates_TE is None:
+            gates_TE = jnp.ones((x_TD.shape[0], E), x_TD.dtype)
+        b_ERN = self.b[...] * self.scale[...][:, :, None]
+        operands = x_TD, self.a[...].astype(x_TD.dtype), b_ERN.astype(x_TD.dtype)
+        K = self.most_gates()
+        if K is None or not grouped_pays(E, R, K):
+            return low_rank_matmul(*operands, gates_TE, onto_TN=y_TN)
+        ids_TK = jax.lax.top_k(jax.lax.stop_gradient(jnp.abs(gates_TE)), K)[1]
+        return low_rank_matmul(*operands, gather_gates(gates_TE, ids_TK), ids_TK, onto_TN=y_TN, form="grouped")
+
+    def most_gates(self) -> int | None:
+        """How many gates of a token are not zero at most; the others must have no gradient either. None: all."""
+        return None
 
     def gate(
         self, x_TD: Float[Array, "T D"], hidden_TER: Float[Array, "T E R"], ctx: RoutingContext
@@ -125,7 +154,8 @@ class Adapter(nnx.Module):
     @classmethod
     def feed_forward(cls, mlp, x: Float[Array, "... D"], tapped: "Tapped") -> Float[Array, "... D"]:
         """A block's dense feed-forward part with the adapters that are beside its linear layers."""
-        return mlp(x, below("ffn", tapped))
+        beside = any(name.startswith("ffn.") for name, _ in tapped.adapters.items())
+        return mlp(x, below("ffn", tapped)) if beside else mlp(x)
 
     def dropped(self, x_TD, ctx: RoutingContext):
         """The input as the experts see it: with dropout while training."""
@@ -138,15 +168,15 @@ class Adapter(nnx.Module):
     def hidden(self, x_TD: Float[Array, "T D"]) -> Float[Array, "T E R"]:
         """x A_e s_e of every expert."""
         _, R, D, _ = self.dims
-        h_TER = (x_TD @ self.a[...].astype(x_TD.dtype).reshape(-1, D).T).reshape(x_TD.shape[0], -1, R)
-        return h_TER * self.scale[...].astype(x_TD.dtype)
+        h_TL = to_ranks(x_TD, self.a[...].astype(x_TD.dtype).reshape(-1, D))
+        return h_TL.reshape(x_TD.shape[0], -1, R) * self.scale[...].astype(x_TD.dtype)
 
     def out(self, hidden_TER: Float[Array, "T E R"], gates_TE: Float[Array, "T E"] | None) -> Float[Array, "T N"]:
         """sum_e G_te hidden_te B_e."""
         E, R, _, N = self.dims
         if gates_TE is not None:
             hidden_TER = hidden_TER * gates_TE[:, :, None].astype(hidden_TER.dtype)
-        return hidden_TER.reshape(-1, E * R) @ self.b[...].astype(hidden_TER.dtype).reshape(E * R, N)
+        return from_ranks(hidden_TER.reshape(-1, E * R), self.b[...].astype(hidden_TER.dtype).reshape(E * R, N))
 
     def delta(self, weights_E: Float[Array, "E"] | None = None) -> Float[Array, "D N"]:
         """What is added to W if the gates are these numbers for all tokens; None: ones."""

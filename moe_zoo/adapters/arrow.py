@@ -48,6 +48,9 @@ class Arrow(Routed):
     def chosen(self, probs_TE, ctx):
         return top_k_gates(probs_TE, self.config.num_experts_per_tok, renormalise=True)
 
+    def most_gates(self):
+        return self.config.num_experts_per_tok
+
     def from_experts(self, a_ERD, b_ERN, scale_ER):
         directions = [direction(a_RD * s_R[:, None], b_RN) for a_RD, b_RN, s_R in zip(a_ERD, b_ERN, scale_ER)]
         return {"router": np.stack(directions, axis=1)}

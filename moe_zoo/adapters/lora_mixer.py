@@ -59,6 +59,9 @@ class LoraMixer(Routed):
             return jnp.where(known_T1, jax.nn.one_hot(ctx.domain, self.num_experts), top_TE)
         return top_TE
 
+    def most_gates(self):
+        return self.config.num_experts_per_tok if self.config.routing == "task" else None
+
     def losses(self, probs_TE, gates_TE, ctx):
         c = self.config
         if c.routing == "task":

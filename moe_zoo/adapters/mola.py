@@ -46,6 +46,9 @@ class Mola(Routed):
     def chosen(self, probs_TE, ctx):
         return top_k_gates(probs_TE, self.config.num_experts_per_tok, renormalise=True)
 
+    def most_gates(self):
+        return self.config.num_experts_per_tok
+
     def losses(self, probs_TE, gates_TE, ctx):
         if not self.config.router_aux_loss_coef:
             return {}

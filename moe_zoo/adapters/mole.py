@@ -41,6 +41,7 @@ class Mole(Routed):
     """MoLE: frozen LoRAs, mixed by a gate over their normed outputs."""
 
     Config = MoleConfig
+    reads_hidden = True
 
     def add_router(self) -> None:
         E, _, _, N = self.dims
@@ -48,8 +49,11 @@ class Mole(Routed):
         self.log_temperature = param((1,), (None,), Constant(math.log(self.config.temperature)))
 
     def logits(self, x_TD, hidden_TER):
-        outputs_TEN = at_least_f32(jnp.einsum("ter,ern->ten", hidden_TER, self.b[...].astype(hidden_TER.dtype)))
-        return jnp.einsum("ten,enf->tf", normed(outputs_TEN), self.router[...]) / jnp.exp(self.log_temperature[...])
+        # outputs o_e = h_e B_e are E N numbers for each token; the two things that are asked of them need E R
+        h_TER, b_ERN = at_least_f32(hidden_TER), at_least_f32(self.b[...])
+        square_T = jnp.einsum("ter,ers,tes->t", h_TER, jnp.einsum("ern,esn->ers", b_ERN, b_ERN), h_TER)
+        logits_TE = jnp.einsum("ter,erf->tf", h_TER, jnp.einsum("ern,enf->erf", b_ERN, self.router[...]))
+        return logits_TE * over_length(square_T, b_ERN.shape[-1])[:, None] / jnp.exp(self.log_temperature[...])
 
     def losses(self, probs_TE, gates_TE, ctx):
         if not self.config.router_aux_loss_coef:
@@ -65,11 +69,10 @@ class Mole(Routed):
         return Adapter.idle_parameters(self) + int(idle_LE.sum()) * N * E
 
     def flops_per_token(self) -> int:
-        E, R, D, N = self.dims
-        return super().flops_per_token() + 2 * E * N * (R + E) - 2 * D * E
+        E, R, D, _ = self.dims
+        return super().flops_per_token() + 2 * E * R * (R + E + 1) - 2 * D * E
 
 
-def normed(outputs_TEN: Float[Array, "T E N"]) -> Float[Array, "T E N"]:
-    """Each token's outputs, of all experts together, at length sqrt(N); zero where all are zero."""
-    square_T11 = (outputs_TEN**2).sum((1, 2), keepdims=True)
-    return outputs_TEN * jax.lax.rsqrt(jnp.maximum(square_T11, 1e-12) / outputs_TEN.shape[-1])
+def over_length(square_T: Float[Array, "T"], N: int) -> Float[Array, "T"]:
+    """What brings outputs, of all experts together, to length sqrt(N), given their squared length; zero stays zero."""
+    return jax.lax.rsqrt(jnp.maximum(square_T, 1e-12) / N)

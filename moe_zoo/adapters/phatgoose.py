@@ -70,6 +70,9 @@ class Phatgoose(Routed):
     def chosen(self, probs_TE, ctx):
         return top_k_gates(probs_TE, self.config.num_experts_per_tok, renormalise=True)
 
+    def most_gates(self):
+        return self.config.num_experts_per_tok if self.config.stage == "route" else None
+
 
 def standardised(x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
     """Mean 0 and variance 1 over the features; zero stays zero."""

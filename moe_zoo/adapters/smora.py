@@ -74,6 +74,9 @@ class Smora(Routed):
         stats[f"{self.linear.name}/counts"] = Stat.sum(counted_TE.sum(0).astype(jnp.float32))
         return gates_TE, Aux(stats=stats)
 
+    def most_gates(self):
+        return self.config.num_experts_per_tok
+
     def after_step(self, stats: dict[str, Stat]) -> dict[str, Array]:
         load_E = stats[f"{self.linear.name}/counts"].value()
         return {"bias": self.bias[...] + self.config.bias_update_rate * jnp.sign(load_E.mean() - load_E)}
