@@ -229,8 +229,11 @@ def scaling(alpha: float, rank: int, use_rslora: bool) -> float:
 
 
 def alpha_of(scale: float, rank: int, use_rslora: bool) -> float:
-    """The alpha of a scale: what was a short number before it was divided by a rank, in float32, is one again."""
-    return float(f"{scale * (math.sqrt(rank) if use_rslora else rank):.6g}")
+    """The shortest alpha that has this scale, which is known in float32."""
+    alpha = scale * (math.sqrt(rank) if use_rslora else rank)
+    short = (float(f"{alpha:.{digits}g}") for digits in range(1, 17))
+    same = lambda x: np.float32(scaling(x, rank, use_rslora)) == np.float32(scale)
+    return next(filter(same, short), alpha)
 
 
 def of_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:

@@ -3,8 +3,8 @@
     adapter_config.json        peft_type XLORA; `adapters`: name -> directory, in the order of its outputs
     adapter_model.safetensors  base_model.internal_xlora_classifier.layers.0.weight [n E, D], .bias [n E]
 
-n is 1, or with `layerwise_scalings` the number of linear layers that have LoRAs, in the model's order. PEFT 0.21.2 opens
-such a directory and writes another: no classifier, and LoRAs without half of their layers.
+n is 1, or with `layerwise_scalings` the number of linear layers that have LoRAs, in the model's order. PEFT 0.21.2
+opens such a directory and writes another: no classifier, and LoRAs without half of their layers.
 """
 
 import dataclasses

@@ -195,8 +195,8 @@ def _load_xlora(loaded: Loaded, folder, seed: int) -> Loaded:
     D, E, places = loaded.config.hidden_size, len(x.adapters), _classified(made)
     if x.weight.shape != (len(places) * E, D):
         raise CheckpointError(
-            f"{folder}: its classifier is {list(x.weight.shape)}; {E} adapters beside {len(places)} linear layers of a "
-            f"model of hidden size {D} take {[len(places) * E, D]}"
+            f"{folder}: its classifier is {list(x.weight.shape)}; {E} adapters with {len(places)} gates each, hidden "
+            f"size {D}, take {[len(places) * E, D]}"
         )
     values = P.arrays(made.model)
     for key, theirs in (("kernel", x.weight.T), ("bias", x.bias)):
