@@ -14,13 +14,13 @@ peft = pytest.importorskip("peft", reason="parity with PEFT: pip install 'moe-zo
 import jax  # noqa: E402
 
 import moe_zoo  # noqa: E402
-from moe_zoo.checkpoints import CheckpointError  # noqa: E402
+from moe_zoo.checkpoints import CheckpointError, hf, peft_experts  # noqa: E402
 from moe_zoo.checkpoints.hf.safetensors import Files, read_header  # noqa: E402
 from moe_zoo.core import param as P  # noqa: E402
 from moe_zoo.transform import add_adapters, load_adapters, merge, save_adapter, unmerge  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent / "hf"))
-from families import tiny  # noqa: E402
+from families import BASE, TINY, tiny  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -247,6 +247,29 @@ def test_experts_parameters_are_theirs_beside_and_merged_and_out_again_bit_for_b
     for path, value in P.arrays(unmerge(merged, ours).model).items():
         if path in old:
             np.testing.assert_allclose(value, old[path], rtol=0, atol=1e-6, err_msg=path)
+
+
+def test_experts_are_where_transformers_has_them_and_lie_as_peft_sees_them():
+    for name, (cls, settings) in TINY.items():
+        config = getattr(transformers, cls)(**{**BASE, **settings})
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        family = hf.architectures()[type(model).__name__]
+        how, theirs_ = peft_experts.stacked(family), dict(model.named_modules())
+        if how is None:
+            assert name.startswith(("dbrx", "jetmoe", "longcat", "nemotron")) or "ffn.router.kernel" not in family.layer
+            continue
+        paths = [family.prefix.format(layer=layer) + how.module for layer in range(config.num_hidden_layers)]
+        experts = next((theirs_[path] for path in paths if path in theirs_), None)
+        if experts is None:
+            assert name.endswith("_dense")
+            continue
+        names = [n for n, p in experts.named_parameters() if p.ndim == 3]
+        assert names == ["gate_up_proj", "down_proj"], name
+        transposed, D = experts.down_proj.shape[2] == config.hidden_size, config.hidden_size
+        assert experts.gate_up_proj.shape[1 if transposed else 2] == D
+        assert how.turned == (transposed and not getattr(experts, "is_transposed", False)), name
+        assert how.interleaved == (not getattr(experts, "is_concatenated", True)), name
 
 
 def test_loras_of_each_expert_are_what_peft_makes_of_them(tmp_path):
