@@ -160,11 +160,11 @@ def _check_settings(settings: Mapping[str, Any], path: Path) -> None:
         raise CheckpointError(f"{path}: peft_type {settings.get('peft_type')!r} is not supported; expected 'LORA'")
     for key, plain in _PLAIN.items():
         if settings.get(key, plain[0]) not in plain:
-            raise CheckpointError(f"{path}: {key}={settings[key]!r} is not supported; expected {plain[0]!r}")
+            raise CheckpointError(f"{path}: {key}={settings[key]!r:.200} is not supported; expected {plain[0]!r}")
     for key, value in settings.items():
         if key.endswith("_config") and value:
             raise CheckpointError(f"{path}: {key} is set, which changes the base model or the adapter; not supported")
-    number = lambda x: type(x) in (int, float) and 0 < x < math.inf
+    number = lambda x: type(x) in (int, float) and 0 < x < 1e30
     rank = lambda x: type(x) is int and x > 0
     patterns = lambda fits: lambda x: isinstance(x, dict) and all(map(fits, x.values())) and all(map(_regular, x))
     for key, fits, expected in (

@@ -10,6 +10,7 @@ opens such a directory and writes another: no classifier, and LoRAs without half
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def read(folder: str | Path) -> PeftXLora:
 def _folder(folder: Path, name: str, place: str) -> Path:
     """Where an adapter is: where its settings say, as PEFT takes it, or below the directory, if that was moved."""
     for path in (Path(place), folder / name):
-        if (path / peft.CONFIG).is_file():
+        if os.path.isfile(path / peft.CONFIG):
             return path
     raise CheckpointError(f"{folder / peft.CONFIG}: adapters.{name}: neither {place} nor {folder / name} has a LoRA")
 

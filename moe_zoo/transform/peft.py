@@ -39,12 +39,16 @@ def load_adapters(
     kind = peft.read_settings(paths[0]).get("peft_type") if len(paths) == 1 else "LORA"
     if kind == "XLORA":
         return _load_xlora(loaded, paths[0], seed)
-    modules, stacked = modules_of(loaded)
     if kind == "POLY":
+        modules, _ = modules_of(loaded)
         return _load_poly(loaded, _checked(peft_poly.read(paths[0]), modules, paths[0]), modules)
+    return _load_loras(loaded, paths, {"name": adapters} if isinstance(adapters, str) else dict(adapters), seed)
+
+
+def _load_loras(loaded: Loaded, paths: Sequence[str | Path], settings: dict[str, Any], seed: int) -> Loaded:
+    modules, stacked = modules_of(loaded)
     read = [peft.read(path) for path in paths]
     found = [_by_name(loaded, one, modules, stacked, path) for one, path in zip(read, paths, strict=True)]
-    settings = {"name": adapters} if isinstance(adapters, str) else dict(adapters)
     plain = add_adapters(loaded, _settings(read, found, settings, paths), seed=seed)
     return dataclasses.replace(plain, model=P.replace(plain.model, P.arrays(plain.model) | _values(plain, found)))
 
@@ -67,11 +71,15 @@ def save_adapter(loaded: Loaded, path: str | Path, expert: int | None = None) ->
         return _save_xlora(loaded, Path(path), settings)
     rslora, dora = config.use_rslora, getattr(config, "use_dora", False)
     plain, banks = _modules(loaded, expert or 0, rslora)
+    if apart := sorted(plain.keys() - of_name.keys()):
+        raise ConfigError(
+            f"{apart[0]!r}: its published weight is no tensor of its own, so PEFT can have no LoRA beside it"
+        )
     found = {of_name[name]: module for name, module in plain.items()}
     for name, parts in banks.items():
         paths = {m.parameter: path for path, m in modules.items() if m.name == name}
         if not paths:
-            raise ConfigError(f"{name!r}: PEFT can have no LoRA beside the experts of this family; merge it instead")
+            raise ConfigError(f"{name!r}: PEFT can have no LoRA beside the experts of this family; merge it")
         joined = peft_experts.join(parts, stacked, "gate_up_proj" in paths, rslora)
         found |= {paths[parameter]: module for parameter, module in joined.items()}
     if not found:
@@ -191,7 +199,7 @@ def _save_poly(loaded: Loaded, path, of_name: Mapping[str, str], settings: Mappi
 def _load_xlora(loaded: Loaded, folder, seed: int) -> Loaded:
     """PEFT's X-LoRA: its LoRAs, and the classifier's outputs where our layers look for them."""
     x = peft_xlora.read(folder)
-    made = load_adapters(loaded, x.adapters, {"name": "xlora", **x.settings}, seed=seed)
+    made = _load_loras(loaded, x.adapters, {"name": "xlora", **x.settings}, seed)
     D, E, places = loaded.config.hidden_size, len(x.adapters), _classified(made)
     if x.weight.shape != (len(places) * E, D):
         raise CheckpointError(

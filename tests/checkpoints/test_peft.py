@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_zoo.checkpoints import CheckpointError
+from moe_zoo.checkpoints import CheckpointError, hf
 from moe_zoo.checkpoints.hf.safetensors import Files, read_header, write
 from moe_zoo.core import param as P
 from moe_zoo.core.registry import ConfigError
@@ -357,6 +357,16 @@ def test_loras_of_experts_that_cannot_be_exchanged_are_named(tmp_path):
         load_adapters(mixtral(), [tmp_path, tmp_path], "mole")
     with pytest.raises(CheckpointError, match="the model has no linear layer 'model.layers.0.mlp.experts.down_proj'"):
         load_adapters(llama(), tmp_path)
+    given = {"vocab_size": 24, "d_model": 16, "n_heads": 4, "n_layers": 1, "attn_config": {"kv_n_heads": 2},
+             "ffn_config": {"ffn_hidden_size": 6, "moe_num_experts": 2, "moe_top_k": 1}}  # fmt: skip
+    config = hf.architectures()["DbrxForCausalLM"].read(given)
+    dbrx = Loaded(P.materialize(Decoder(config), 0), config, None)  # tensors of its own kind for both
+    for target, message in [
+        ("experts.w_up", "'layers.0.ffn.experts': PEFT can have no LoRA beside the experts of this family"),
+        ("mixer.q", "'layers.0.mixer.q': its published weight is no tensor of its own"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            save_adapter(add_adapters(dbrx, {"name": "lora", "target_modules": [target]}), tmp_path)
 
 
 def test_xlora_sends_tokens_to_one_expert_as_its_lora_merged_and_is_written_as_a_whole(two, tmp_path):
@@ -383,6 +393,8 @@ def test_xlora_sends_tokens_to_one_expert_as_its_lora_merged_and_is_written_as_a
         ({"softmax_temperature": 0}, "softmax_temperature: expected a number > 0, got 0"),
         ({"top_k_lora": "1"}, "top_k_lora: expected a whole number > 0 or null"),
         ({"adapters": ["a"]}, "adapters: expected directories by name"),
+        ({"adapters": {"x": str(tmp_path)}}, "peft_type 'XLORA' is not supported; expected 'LORA'"),
+        ({"adapters": {"x": "a" * 1000}}, "adapters.x: neither a.* has a LoRA"),
         ({"adapters": {"x": "/nowhere"}}, "adapters.x: neither /nowhere nor .* has a LoRA"),
         (
             {"adapters": {"0": right["adapters"]["0"]}},
