@@ -11,7 +11,7 @@ from moe_zoo.core.schema import build
 from moe_zoo.inference import Loaded
 from moe_zoo.models import Decoder, ModelConfig
 from moe_zoo.models.counting import count_adapters, count_parameters, train_flops_per_token
-from moe_zoo.transform import add_adapters, merge, save_adapter, unmerge
+from moe_zoo.transform import add_adapters, merge, unmerge
 
 IDS = np.random.default_rng(0).integers(0, 24, (2, 7)).astype(np.int32)
 TARGETS = {
@@ -80,8 +80,6 @@ def test_gradients_reach_live_ranks_of_every_expert_and_are_counted():
     ({"name": "mola"}, "'ffn.experts.w_.*' is of experts that are routed already; beside those 'lora' has one update"),
     ({"name": "lora", "use_dora": True}, "beside those there is neither DoRA nor dropout"),
 ])  # fmt: skip
-def test_what_cannot_be_beside_experts_is_named(settings, message, tmp_path):
+def test_what_cannot_be_beside_experts_is_named(settings, message):
     with pytest.raises(ConfigError, match=message):
         add_adapters(routed(), {"target_modules": ["ffn.*"], **settings})
-    with pytest.raises(ConfigError, match="beside routed experts is not written for PEFT"):
-        save_adapter(adapted(routed()), tmp_path)

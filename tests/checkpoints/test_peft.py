@@ -1,12 +1,13 @@
 """PEFT's directories in and out, without torch: bit for bit, as experts, and what is refused."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
-from moe_zoo.checkpoints import CheckpointError
+from moe_zoo.checkpoints import CheckpointError, hf
 from moe_zoo.checkpoints.hf.safetensors import Files, read_header, write
 from moe_zoo.core import param as P
 from moe_zoo.core.registry import ConfigError
@@ -193,46 +194,214 @@ def test_settings_are_matched_as_peft_matches_them(tmp_path):
     assert (down[0] == 0.5).all() and (v[2] == 1.5).all()
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    save_adapter(with_lora(), folder)
+    return folder
+
+
 @pytest.mark.parametrize("change, message", [
     ({"peft_type": "LOHA"}, "peft_type 'LOHA' is not supported; expected 'LORA'"),
     ({"bias": "all"}, "bias='all' is not supported; expected 'none'"),
     ({"modules_to_save": ["lm_head"]}, "modules_to_save=.'lm_head'. is not supported"),
-    ({"target_parameters": ["mlp.experts.up"]}, "target_parameters=.* is not supported"),
+    ({"target_parameters": ["mlp.gate.weight"]}, "target_parameters: expected a list of experts' weights"),
+    ({"target_parameters": "mlp.experts.down_proj"}, "target_parameters: expected a list of experts' weights"),
     ({"loftq_config": {"bits": 4}}, "loftq_config is set"),
     ({"r": 5}, r"'model.layers.0.mlp.down_proj' has A \[4, 20\] and B \[16, 4\]; the settings make its rank 5"),
     ({"use_dora": True}, "has no lora_magnitude_vector, and use_dora is true"),
+    ({"r": True}, "r: expected a whole number > 0, got true"),
+    ({"r": 0}, "r: expected a whole number > 0, got 0"),
+    ({"lora_alpha": "6"}, 'lora_alpha: expected a number > 0, got "6"'),
+    ({"lora_alpha": float("nan")}, "lora_alpha: expected a number > 0, got NaN"),
+    ({"rank_pattern": ["q_proj"]}, "rank_pattern: expected whole numbers > 0 by regular expression"),
+    ({"rank_pattern": {"(": 4}}, "rank_pattern: expected whole numbers > 0 by regular expression"),
+    ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern: expected numbers > 0 by regular expression"),
+    ({"use_rslora": "no"}, "use_rslora: expected true or false"),
+    ({"trainable_token_indices": [1]}, "trainable_token_indices=.1. is not supported"),
+    ({"layer_replication": [[0, 2]]}, "layer_replication=..0, 2.. is not supported"),
 ])  # fmt: skip
-def test_what_a_lora_of_ours_cannot_be_is_refused_by_name(change, message, tmp_path):
-    save_adapter(with_lora(), tmp_path)
+def test_what_a_lora_of_ours_cannot_be_is_refused_by_name(change, message, saved, tmp_path):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=message) as error:
         load_adapters(llama(), tmp_path)
+    assert "\n" not in str(error.value)
 
 
-def test_tensors_that_belong_nowhere_are_named(tmp_path):
-    save_adapter(with_lora(), tmp_path)
+def test_tensors_that_belong_nowhere_are_named(saved, tmp_path):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     file = tmp_path / "adapter_model.safetensors"
     old = Files(read_header(file))
     arrays = {name: np.array(old[name]) for name in old.tensors}
 
     def rewritten(change):
-        new = {change.get(name, name): array for name, array in arrays.items()}
+        """`change`: name -> another name, or another array, or None for no tensor."""
+        new = {}
+        for name, array in arrays.items():
+            to = change.get(name, name)
+            if to is not None:
+                new[to if isinstance(to, str) else name] = array if isinstance(to, str) else to
         write(file, [(n, a.dtype, a.shape) for n, a in new.items()], new.__getitem__)
 
     first = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-    for name, message in [
-        (first.replace("q_proj", "q_porj"), "no linear layer 'model.layers.0.self_attn.q_porj'.*|has no lora_"),
-        (first.replace("lora_A", "lora_embedding_A"), "is no part of a LoRA of linear layers"),
+    second = first.replace("lora_A", "lora_B")
+    for name, to, message in [
+        (first, first.replace("q_proj", "q_porj"), "no linear layer 'model.layers.0.self_attn.q_porj'.*|has no lora_"),
+        (first, first.replace("lora_A", "lora_embedding_A"), "is no part of a LoRA of linear layers"),
+        (first, first.replace("lora_A.weight", "lora_B.bias"), "lora_B.bias' is no part of a LoRA of linear layers"),
+        (first, "base_model.model.lm_head.weight", "'lm_head.weight' is no part of a LoRA of linear layers"),
+        (first, second.replace(".weight", ".default.weight"), "'model.layers.0.self_attn.q_proj' has two lora_B"),
+        (first, first.replace("q_proj", "q_proj.base_layer"), "tensors of 2 parameters; target_parameters name 0"),
+        (second, None, "'model.layers.0.self_attn.q_proj' has no lora_B"),
+        (second, arrays[second][:-1], "LoRA of inputs and outputs 16 and 15, beside a weight of 16 and 16"),
+        (first, arrays[first][None], r"q_proj' has A \[1, 4, 16\] and B"),
+        (first, arrays[first].astype(np.int32), "lora_A.weight' is I32; expected floating-point numbers"),
     ]:
-        rewritten({first: name})
+        rewritten({name: to})
         with pytest.raises(CheckpointError, match=message):
             load_adapters(llama(), tmp_path)
     rewritten({n: n.replace(".weight", ".default.weight") for n in arrays})  # as a raw state dict has them
     load_adapters(llama(), tmp_path)
-    file.unlink()
-    with pytest.raises(CheckpointError, match="adapter_model.safetensors is missing"):
+    file.rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match="adapter_model.safetensors is missing .adapter_model.bin is a pickle"):
         load_adapters(llama(), tmp_path)
     with pytest.raises(ConfigError, match="experts of 'hydralora' are no LoRAs of their own"):
-        save_adapter(with_lora(), tmp_path)
-        load_adapters(llama(), [tmp_path], "hydralora")
+        load_adapters(llama(), [saved], "hydralora")
+    for text in ("[]", "{", "[" * 100_000):
+        (tmp_path / "adapter_config.json").write_text(text)
+        with pytest.raises(CheckpointError, match="adapter_config.json cannot be read"):
+            load_adapters(llama(), tmp_path)
+
+
+MIXTRAL = {
+    "vocab_size": 24, "hidden_size": 16, "layers": "2*moe", "num_experts": 3, "moe_intermediate_size": 10,
+    "attention": {"num_attention_heads": 4},
+}  # fmt: skip
+BANK = "segments.0.blocks.0.ffn.experts.adapters"
+
+
+def mixtral() -> Loaded:
+    config = build(ModelConfig, MIXTRAL, "model")
+    return Loaded(P.materialize(Decoder(config), 0), config, None)
+
+
+def with_expert_lora(one_a: bool = False, **settings) -> Loaded:
+    made = add_adapters(mixtral(), {"name": "lora", "target_modules": ["experts.*"], "r": 2, **settings})
+    rng, values = np.random.default_rng(0), P.arrays(made.model)
+    for path, value in values.items():
+        if ".adapters." in path and not path.endswith(".scale"):
+            values[path] = jax.numpy.asarray(rng.standard_normal(value.shape).astype(np.float32) * 0.1)
+    if one_a:
+        values[f"{BANK}.w_up.a"] = values[f"{BANK}.w_gate.a"]
+    made.model = P.replace(made.model, values)
+    return made
+
+
+@pytest.mark.parametrize("settings, rank", [
+    ({"one_a": True}, 2),
+    ({}, 4),
+    ({"use_rslora": True, "lora_alpha": 3.0}, 4),
+    ({"rank_pattern": {"w_up": 1}, "alpha_pattern": {"w_up": 8.0}}, 3),
+    ({"target_modules": ["experts.w_up"]}, 2),
+    ({"target_modules": ["layers.1.ffn.experts.*"]}, 4),
+], ids=["one_a", "two", "rslora", "ranks", "up", "one_layer"])  # fmt: skip
+def test_loras_of_experts_are_parameters_of_all_of_them_and_back(settings, rank, tmp_path):
+    """PEFT has one A for gate and up: as it is where ours are equal, else one below the other."""
+    made = with_expert_lora(**settings)
+    save_adapter(made, tmp_path)
+    tensors = Files(read_header(tmp_path / "adapter_model.safetensors")).tensors
+    inner = ".base_layer" * any("base_layer" in name for name in tensors)
+    experts = f"base_model.model.model.layers.1.mlp.experts{inner}"
+    assert tensors[f"{experts}.lora_A.weight"].shape == (3 * rank, 16)
+    assert tensors[f"{experts}.lora_B.weight"].shape == (20, 3 * rank)
+    again = load_adapters(mixtral(), tmp_path)
+    old, new = P.arrays(made.model), P.arrays(again.model)
+    if rank == 4 or "one_a" in settings:  # halves are told apart where they are equally large
+        assert old.keys() == new.keys()
+        live = lambda n: np.asarray(old[n.rpartition(".")[0] + ".scale"]).any(-1)[:, None, None, None]
+        for path in old:
+            value = live(path) * old[path] if path.endswith((".a", ".b")) else old[path]
+            np.testing.assert_array_equal(new[path], value, err_msg=path)
+    merged = merge(again)
+    for path, value in P.arrays(merge(made).model).items():
+        np.testing.assert_allclose(P.arrays(merged.model)[path], value, rtol=0, atol=1e-6, err_msg=path)
+    for path, value in P.arrays(unmerge(merged, again).model).items():
+        np.testing.assert_allclose(value, new[path], rtol=0, atol=1e-6, err_msg=path)
+    save_adapter(again, tmp_path / "twice")
+    files = [Files(read_header(folder / "adapter_model.safetensors")) for folder in (tmp_path, tmp_path / "twice")]
+    for name in tensors:
+        np.testing.assert_array_equal(files[1][name], files[0][name], err_msg=name)
+
+
+def test_loras_of_experts_that_cannot_be_exchanged_are_named(tmp_path):
+    with pytest.raises(ConfigError, match="w_gate is scaled by 8 and w_up by 1.5; PEFT has one scale for both"):
+        save_adapter(with_expert_lora(alpha_pattern={"w_up": 3.0}), tmp_path)
+    save_adapter(with_expert_lora(), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    right = json.loads(path.read_text())
+    assert right["target_parameters"] == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+    assert right["target_modules"] == [] and right["lora_alpha"] == 16 and right["r"] == 2
+    for change, message in [
+        ({"target_parameters": ["mlp.experts.down_proj"]}, "has tensors of 2 parameters; target_parameters name 1"),
+        ({"target_parameters": None}, "has tensors of 2 parameters; target_parameters name 0 of it"),
+        ({"rank_pattern": {".*down_proj": 5}}, r"down_proj' has A \[6, 10\] .* make its rank 5 of each expert"),
+        ({"rank_pattern": {".*down_proj": 6, ".*gate_up_proj": 4}}, "10 and 16, of 1 experts, beside .* of 3 experts"),
+    ]:
+        path.write_text(json.dumps(right | change))
+        with pytest.raises(CheckpointError, match=message):
+            load_adapters(mixtral(), tmp_path)
+    path.write_text(json.dumps(right))
+    with pytest.raises(ConfigError, match="is of experts that are routed already"):
+        load_adapters(mixtral(), [tmp_path, tmp_path], "mole")
+    with pytest.raises(CheckpointError, match="the model has no linear layer 'model.layers.0.mlp.experts.down_proj'"):
+        load_adapters(llama(), tmp_path)
+    given = {"vocab_size": 24, "d_model": 16, "n_heads": 4, "n_layers": 1, "attn_config": {"kv_n_heads": 2},
+             "ffn_config": {"ffn_hidden_size": 6, "moe_num_experts": 2, "moe_top_k": 1}}  # fmt: skip
+    config = hf.architectures()["DbrxForCausalLM"].read(given)
+    dbrx = Loaded(P.materialize(Decoder(config), 0), config, None)  # tensors of its own kind for both
+    for target, message in [
+        ("experts.w_up", "'layers.0.ffn.experts': PEFT can have no LoRA beside the experts of this family"),
+        ("mixer.q", "'layers.0.mixer.q': its published weight is no tensor of its own"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            save_adapter(add_adapters(dbrx, {"name": "lora", "target_modules": [target]}), tmp_path)
+
+
+def test_xlora_sends_tokens_to_one_expert_as_its_lora_merged_and_is_written_as_a_whole(two, tmp_path):
+    made, paths = two
+    settings = {"name": "xlora", "top_k_lora": 1, "enable_softmax_topk": True, "layerwise_scalings": True}
+    mixture = load_adapters(llama(), paths, settings)
+    values = P.arrays(mixture.model)
+    for e, alone in enumerate(made):
+        bias = np.tile(100.0 * (np.arange(2) == e), values["adapters.bias"].size // 2).astype(np.float32)
+        mixture.model = P.replace(mixture.model, values | {"adapters.bias": jax.numpy.asarray(bias)})
+        np.testing.assert_allclose(logits(mixture.model), logits(merge(alone).model), atol=1e-4)
+    save_adapter(mixture, tmp_path)
+    again = P.arrays(load_adapters(llama(), tmp_path).model)
+    live = np.asarray(again["adapters.kernel"]).any(0)
+    assert live.sum() == 2 * (4 + 2 + 4)  # PEFT has no gates for linear layers that no LoRA is beside
+    for path, value in P.arrays(mixture.model).items():
+        here = live if path in ("adapters.kernel", "adapters.bias") else slice(None)
+        np.testing.assert_array_equal(again[path][..., here], value[..., here], err_msg=path)
+    path = tmp_path / "adapter_config.json"
+    right = json.loads(path.read_text())
+    for change, message in [
+        ({"xlora_depth": 2}, "xlora_depth=2 is not supported; expected 1"),
+        ({"enable_softmax": False}, "enable_softmax=False is not supported; expected True"),
+        ({"softmax_temperature": 0}, "softmax_temperature: expected a number > 0, got 0"),
+        ({"top_k_lora": "1"}, "top_k_lora: expected a whole number > 0 or null"),
+        ({"adapters": ["a"]}, "adapters: expected directories by name"),
+        ({"adapters": {"x": str(tmp_path)}}, "peft_type 'XLORA' is not supported; expected 'LORA'"),
+        ({"adapters": {"x": "a" * 1000}}, "adapters.x: neither a.* has a LoRA"),
+        ({"adapters": {"x": "/nowhere"}}, "adapters.x: neither /nowhere nor .* has a LoRA"),
+        (
+            {"adapters": {"0": right["adapters"]["0"]}},
+            r"classifier is .20, 16.; 1 adapters with 6 gates each, hidden size 16, take .6, 16.",
+        ),
+        ({"layerwise_scalings": False}, "2 adapters with 1 gates each"),
+    ]:
+        path.write_text(json.dumps(right | change))
+        with pytest.raises(CheckpointError, match=message):
+            load_adapters(llama(), tmp_path)

@@ -11,7 +11,7 @@ from execute import execute  # noqa: E402
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 # What is shown is of more steps of training than the tests have time for.
-PARAMETERS = {"routers_side_by_side": {"STEPS": 4}, "write_your_own_router": {"STEPS": 4}}
+PARAMETERS = dict.fromkeys(("routers_side_by_side", "write_your_own_router", "mixture_of_lora"), {"STEPS": 4})
 
 
 # slow: those that train compile a step, an evaluation and some forward passes each
@@ -38,6 +38,7 @@ def code_of(name: str) -> str:
 @pytest.mark.parametrize("name, words", {
     "inspect_released_checkpoint": ("moe_zoo.load(", "replace_router(", "save_hf(", "return_routing=True"),
     "routers_side_by_side": ("moe_zoo.routers()", "router_decision", "train_flops_per_token", "scripts/compare.py"),
+    "mixture_of_lora": ("add_adapters(", '"arrow"', '"mole"', "save_adapter(", "plot_domain_experts", "peft.PeftModel"),
     "write_your_own_router": ("%%writefile my_router.py", "value_and_grad", "make_mesh", "CLAIM"),
 }.items())  # fmt: skip
 def test_it_is_there_and_shows_what_it_promises(name, words):

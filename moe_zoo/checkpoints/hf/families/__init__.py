@@ -11,11 +11,11 @@ from moe_zoo.core.registry import nearest
 
 #: files of this folder; where one config fits several families the first is taken
 MODULES = (
-    "olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "granite_moe", "minimax_m2", "glm4_moe", "dots1", "ernie4_5_moe",
-    "qwen3_next", "qwen3_5_moe", "nemotron_h", "lfm2_moe", "kimi_linear", "minimax", "jamba",
+    "olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "granite_moe", "minimax_m2", "llama", "glm4_moe", "dots1",
+    "ernie4_5_moe", "qwen3_next", "qwen3_5_moe", "nemotron_h", "lfm2_moe", "kimi_linear", "minimax", "jamba",
     "phimoe", "gpt_oss", "deepseek_v2", "deepseek_v3", "flex_olmo", "dbrx", "hunyuan_moe", "llama4", "longcat_flash",
-    "jetmoe", "llama", "mistral", "qwen2", "qwen3", "olmo2", "afmoe", "exaone_moe", "bailing_moe",
-    "deepseek", "openmoe", "switch_transformers", "nllb_moe",
+    "jetmoe", "mistral", "qwen2", "qwen3", "olmo2", "afmoe", "exaone_moe", "bailing_moe", "deepseek", "openmoe",
+    "switch_transformers", "nllb_moe",
 )  # fmt: skip
 
 
