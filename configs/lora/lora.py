@@ -51,7 +51,7 @@ TINY = FULL | {
     "log": FULL["log"] | {"every": 5, "eval_every": 10, "eval_rows": 32},
 }
 
-# the comparison's: scripts/compare_lora.py puts the base, and ranks that train as much as this one, in the place of these
+# the comparison's: scripts/compare_lora.py puts it beside its base, and gives others ranks that train as much as this
 CPU = overlay(
     FULL,
     {

@@ -18,7 +18,7 @@ CLAIM = Claim(
     "held_out_loss",
     "lower",
     baseline="lora",
-    says="gates that each task's LoRA has learned alone route tokens of new tasks better than training on all tasks does",
+    says="gates that each task's LoRA has learned alone route new tasks better than one LoRA of all tasks",
     source="arXiv 2402.05859",
 )
 RECIPE = Recipe(

@@ -242,4 +242,5 @@ def learned(config: Config) -> dict[str, Any]:
 
 
 def digest(tree: Mapping[str, Any]) -> str:
+    """A hash of settings, 12 hexadecimal digits."""
     return hashlib.blake2b(json.dumps(tree, sort_keys=True).encode(), digest_size=6).hexdigest()

@@ -34,13 +34,17 @@ Questions = list[tuple[str, str]]
 
 
 def kind(count: int) -> Questions:
-    """Lines of three kinds of text, as many of each."""
+    """Lines of three kinds of text, as many of each; one that is of several kinds counts as the first."""
     texts = {
         "python": (text for _, text in python_files()),
         "c": header_files(),
         "english": (text for _, text in reference_topics()),
     }
-    return [(line, name) for name, all_of in texts.items() for line in _first(_lines(all_of), count // len(texts))]
+    found: dict[str, str] = {}
+    for name, all_of in texts.items():
+        for line in _first(_lines(all_of), count // len(texts)):
+            found.setdefault(line, name)
+    return list(found.items())
 
 
 def category(count: int) -> Questions:

@@ -20,7 +20,7 @@ from moe_zoo.compare.runner import run_all
 from moe_zoo.compare.store import Store
 from moe_zoo.core import param as P
 from moe_zoo.core.registry import ConfigError
-from moe_zoo.data import ByteTokenizer, DataError, Document, build_corpus
+from moe_zoo.data import ByteTokenizer, DataError, Document, build_corpus, tasks
 from moe_zoo.inference import Loaded
 from moe_zoo.models import Decoder
 from moe_zoo.train.config import config_file_value
@@ -29,6 +29,14 @@ ROOT = Path(__file__).parents[2]
 KNOWN = plans.entries()
 TINY, CPU = plans.SCALES["tiny"], plans.SCALES["cpu"]
 TOKENIZER = ByteTokenizer()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_questions():
+    """A tenth of the questions are enough."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "COUNT", 600)
+        yield
 
 
 def planned(name, **train):
@@ -51,9 +59,9 @@ def test_every_entry_trains_as_much_as_the_reference_on_the_same_tasks():
         assert len(plan.held_in) >= 6 and len(CPU.held_out) == 2 and not {*plan.held_in} & {*CPU.held_out}
         assert plan.config.train.seed == plan.config.data.seed == 1
     by_name = {plan.entry.name: plan.config.model.adapters.config for plan in made}
-    tasks = len(made[0].held_in)
-    assert by_name["lora_mixer"].num_experts == tasks == len(by_name["loramoe"].task_types)
-    assert by_name["poly"].num_tasks >= tasks
+    number = len(made[0].held_in)
+    assert by_name["lora_mixer"].num_experts == number == len(by_name["loramoe"].task_types)
+    assert by_name["poly"].num_tasks >= number
     # a rank's scale is the config's, whatever the rank became
     assert by_name["mola"].scaling("layers.0.mixer.k") == by_name["mola"].scaling("layers.0.mixer.v") == 2
     assert by_name["smora"].scaling("layers.0.mixer.k") == 2 and by_name["smora"].r != 32
@@ -67,7 +75,7 @@ def test_parameters_of_experts_that_tasks_train_alone_count():
 
 
 @pytest.mark.parametrize("body, word", [
-    ("def get_config(arg=''):\n    return extend(f'lora/lora:{arg}', {'train': {'steps': 7}})", "train.steps: 200 -> 7"),
+    ("def get_config(arg=''):\n    return extend(f'lora/lora:{arg}', {'train': {'steps': 7}})", "train.steps: .* -> 7"),
     ("RECIPE = 3\ndef get_config(arg=''):\n    return extend(f'lora/lora:{arg}', {})", "must be a Recipe"),
     ("def get_config(arg=''):\n    return extend(f'lora/loramoe:{arg}', {'model': {'adapters': {'num_experts': 99}}})",
      "no rank trains as much"),
@@ -151,18 +159,21 @@ def test_rows_hold_whole_documents(bench):
 
 
 def test_the_base_sees_no_names_no_held_out_task_and_none_of_the_questions():
-    tasks = ("reverse", "digit_sum")
-    seen, kept = B.questions(TINY, tasks, TOKENIZER)
-    assert seen.domains == kept.domains == (*tasks, "copy") and seen.bytes_per_domain()["copy"] == 0
+    trained = ("reverse", "digit_sum")
+    seen, kept = B.questions(TINY, trained, TOKENIZER)
+    assert seen.domains == kept.domains == (*trained, "copy") and seen.bytes_per_domain()["copy"] == 0
     assert not set(seen.groups) & set(kept.groups) and 0.9 < len(seen) * 3 / (len(kept) * 2) < 1.1
-    texts = build_corpus([Document("long enough " * n, name) for name in ("c", "prose") for n in range(1, 900)], TOKENIZER)
-    lines = list(B.records(seen.select(np.arange(0, len(seen), 500)), texts, TOKENIZER))
-    asked = [line for line in lines if line["domain"] in tasks]
-    assert all(":" not in line["prompt"] and line["prompt"].endswith("=") for line in asked) and len(asked) == 8
+    texts = build_corpus(
+        [Document("long enough " * n, name) for name in ("c", "prose") for n in range(1, 900)], TOKENIZER
+    )
+    lines = list(B.records(seen.select(np.arange(0, len(seen), 50)), texts, TOKENIZER))
+    asked = [line for line in lines if line["domain"] in trained]
+    assert all(":" not in line["prompt"] and line["prompt"].endswith("=") for line in asked) and len(asked) > 8
     assert all(line["answer"] == line["prompt"][-2::-1] for line in asked if line["domain"] == "reverse")
     text = [line for line in lines if "text" in line]
     sizes = [sum(len(line["text"]) for line in text if line["domain"] == name) for name in ("c", "prose")]
-    assert 0.9 * B._TEXT < min(sizes) <= max(sizes) <= B._TEXT and max(len(line["text"]) for line in text) == B._DOCUMENT
+    longest = max(len(line["text"]) for line in text)
+    assert 0.9 * B._TEXT < min(sizes) <= max(sizes) <= B._TEXT and longest == B._DOCUMENT
 
 
 # ------------------------------------------------------------------------------------------------------------- one run
@@ -210,7 +221,7 @@ def full_store(store, tmp_path_factory):
             run = copy.deepcopy(base) | {"entry": name, "seed": seed, "key": f"{name}-{seed}", "config_hash": name}
             run["results"]["held_in_loss"] = 1.0 + 0.01 * seed - (0.5 + 0.001 * seed) * (name == "mola")
             run["results"]["held_out_loss"] = 2.0 + 0.01 * number * (-1) ** seed
-            if name in ("lora", "rslora", "dora"):
+            if name not in ("mola", "poly"):  # a picture takes its time
                 run["specialization"] = None
             if name == "lora":
                 run["base"] = run["tasks"]
@@ -223,11 +234,11 @@ def test_the_page_has_every_entry_and_its_verdict(full_store):
     lines = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("| ")}
     assert {*KNOWN, "the base alone"} <= lines.keys()
     first = [line for line in text.splitlines() if line.startswith("| mola |")][0]
-    assert "| loss < lora | -0.49" in first and "| yes |" in first
+    assert "| loss < lora | -0.5005 ±" in first and "| yes |" in first
     assert "not distinguishable" in text and "one seed: no interval" in text and "mole 1" in text
     for name in re.findall(r"\]\((cpu/\w+\.png)\)", text):
         assert (full_store.path.parent / name).read_bytes()[:4] == b"\x89PNG"
-    assert text.count("experts_") == len(KNOWN) - 3 and "(cpu/tasks.png)" in text and "(cpu/verdicts.png)" in text
+    assert text.count("experts_") == 2 and "(cpu/tasks.png)" in text and "(cpu/verdicts.png)" in text
 
 
 def test_cards_take_their_figures_from_the_store(full_store, tmp_path):
@@ -238,7 +249,8 @@ def test_cards_take_their_figures_from_the_store(full_store, tmp_path):
     texts = report.cards(folder, full_store.path.parent)
     assert {path.stem for path in texts} >= {"lora", "poly", "arrow", "phatgoose", "mola"}
     mola = texts[folder / "mola.md"]
-    assert "0.505" in mola and "| lora |" in mola and "experts_mola.png" in mola and "as judged: loss < lora" in mola
+    for shown in ("| mola | 0.5045 ±", "| lora |", "experts_mola.png", "as judged: loss < lora"):
+        assert shown in mola, shown
     assert "| mhr |" in texts[folder / "poly.md"] and "experts_lora" not in texts[folder / "lora.md"]
 
 

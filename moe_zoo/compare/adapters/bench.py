@@ -1,8 +1,8 @@
 """What all runs of a scale share: the tasks' questions, and the base beside which adapters act, trained once and kept.
 
 The base learns from text and from half of the questions of the trained tasks, but without the tasks' names:
-"hxQa=" -> "aQxh" or "HXqA", as it comes. So it can do something of each, and a fine-tune has to learn which when. Of the
-tasks that are held out it sees nothing. Adapters are trained and scored on the other half.
+"hxQa=" -> "aQxh" or "HXqA", as it comes. So it can do something of each, and a fine-tune has to learn which when. Of
+the tasks that are held out it sees nothing. Adapters are trained and scored on the other half.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""What one run is: an entry of `configs/lora` beside the base, its rank such that as much is trained as by the reference.
+"""What one run is: an entry of `configs/lora` beside the base, at a rank that trains as much as the reference does.
 
 The trained parameters of all stages count, those of a mixture's experts that tasks train alone included. A rank is a
 coarse thing, so some of the linear layers get one rank more than the others.

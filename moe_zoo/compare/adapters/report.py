@@ -254,9 +254,9 @@ def _of_scale(scale: str, group: Group | None, mine: Sequence[Entry], where: str
         return ["", f"Not run yet: `python scripts/compare_lora.py --entries={','.join(names)} --seeds=3`."]
     baselines = {row.claim.baseline for row in rows if isinstance(row.claim, Claim)} | {REFERENCE}
     beside = [row for row in group.rows if row in rows or row.label in baselines]
-    lines = ["", f"Scale `{scale}` ([page]({where}/{scale}.md)), equal trained parameters, "
-             f"{len(group.runs[0]['data']['held_in'])} tasks, {len(group.runs[0]['data']['held_out'])} held out:", ""]  # fmt: skip
-    lines += table(group, beside)
+    inside, outside = (len(group.runs[0]["data"][name]) for name in ("held_in", "held_out"))
+    page = f"Scale `{scale}` ([page]({where}/{scale}.md)), equal trained parameters, "
+    lines = ["", page + f"{inside} tasks, {outside} held out:", "", *table(group, beside)]
     for row in rows:
         if _experts_of(row):
             lines += ["", f"![{row.label}]({where}/{scale}/experts_{row.entry}.png)"]

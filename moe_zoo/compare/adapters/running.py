@@ -152,7 +152,7 @@ def results(found: Score, model: Decoder, held_in: Sequence[str], held_out: Sequ
 def active_parameters(model: Decoder, experts_per_token: Mapping[int, float]) -> float:
     """Numbers of the adapters that one token uses: of its experts A and B, what they share, and what decides."""
     total = 0.0
-    for path, block, layers in model.blocks():
+    for _, block, layers in model.blocks():
         for adapter in block.each_adapter().values():
             _, _, D, N = adapter.dims
             # a layer may have fewer experts than are stored, and of smaller rank

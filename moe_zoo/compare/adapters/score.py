@@ -1,8 +1,8 @@
 """Answers of a model: how surprising the right ones are, and how many it would write itself, task by task.
 
 A model that writes the most likely token each time writes the right answer exactly if, with the right answer before
-it, each of its tokens and the end is the most likely one: so one pass that is given the answers tells, and nothing has to
-be generated.
+it, each of its tokens and the end is the most likely one: so one pass that is given the answers tells, and nothing has
+to be generated.
 """
 
 import dataclasses
