@@ -113,8 +113,8 @@ def join_experts(base: Loaded, models: Sequence[Loaded], adapters: str | Mapping
     """The base with a mixture whose experts are the one adapter of each of `models`, runs of ours beside that base.
 
     Where the mixture's router has the shape of theirs side by side, it is theirs (PHATGOOSE's gates); where it follows
-    from the experts, it is made of them (Arrow); else it is drawn with `seed`. Smaller ranks are filled up with zeros; a
-    linear layer that a model leaves out has no such expert. Raises ConfigError for models with more than one expert,
+    from the experts, it is made of them (Arrow); else it is drawn with `seed`. Smaller ranks are filled up with zeros,
+    and a linear layer that a model leaves out has no such expert. Raises ConfigError for models with several experts,
     DoRA, or a mixture whose experts are no LoRAs.
     """
     settings = {"name": adapters} if isinstance(adapters, str) else dict(adapters)

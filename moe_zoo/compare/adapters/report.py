@@ -15,7 +15,7 @@ from moe_zoo.compare.cards import replaced
 from moe_zoo.compare.claims import OF_ADAPTERS, Claim
 from moe_zoo.compare.entries import Entry
 from moe_zoo.compare.store import Store
-from moe_zoo.compare.style import FAINT, MUTED, figure, save_png, title
+from moe_zoo.compare.style import FAINT, INK, MUTED, figure, save_png, title
 from moe_zoo.compare.tables import Group, Row, groups, plus_minus, says
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.train.config import config_file_value, load_config
@@ -96,10 +96,15 @@ def headline(group: Group) -> list[str]:
     seeds = sorted({run["seed"] for run in runs})
     each = {row.label: len(row.runs) for row in group.rows}
     fewer = [f"{label} {n}" for label, n in each.items() if n < len(seeds)]
+    equal = "trained parameters as configured"
+    if (reference := group.row(REFERENCE)) is not None:
+        target = reference.runs[0]["parameters"]["trained"]
+        off = max(abs(run["parameters"]["trained"] / target - 1) for run in runs)
+        equal = f"trained parameters within {off:.1%} of {REFERENCE}'s"
     return [
         f"{len(group.rows)} entries, seeds {', '.join(map(str, seeds))}, {len(runs)} runs"
         + (f" ({', '.join(fewer)})" if fewer else "")
-        + f"; {max(run['tokens'] for run in runs):,} tokens each, trained parameters within 5% of {REFERENCE}'s.",
+        + f"; {max(run['tokens'] for run in runs):,} tokens each, {equal}.",
         f"Trained: {', '.join(data['held_in'])}. Held out: {', '.join(data['held_out'])}."
         + (f" Not installed: {', '.join(empty)}." if empty else ""),
         f"Base and data {group.fingerprint}. On {runs[0]['device']['kind']}; jax {runs[0]['versions']['jax']}; "
@@ -190,11 +195,12 @@ def by_task(group: Group) -> Figure | None:
     tasks = _tasks(group)
     loss = lambda row, task: float(np.mean([run["tasks"][task]["loss"] for run in row.finished]))
     gaps = np.asarray([[loss(row, task) - loss(reference, task) for row in rows] for task in tasks])
-    drawn, (axes,) = figure(1.6 + 0.55 * len(rows), 1.6 + 0.34 * len(tasks))
+    drawn, (axes,) = figure(max(4.5, 1.6 + 0.55 * len(rows)), 1.6 + 0.34 * len(tasks))
     limit = max(0.01, float(np.quantile(np.abs(gaps), 0.95)))
     axes.imshow(gaps, cmap=BELOW_AND_ABOVE, vmin=-limit, vmax=limit, aspect="auto")
     for (i, j), gap in np.ndenumerate(gaps):
-        axes.text(j, i, f"{gap:+.2f}", ha="center", va="center", fontsize=7, color=MUTED)
+        colour = "white" if abs(gap) > 0.6 * limit else INK
+        axes.text(j, i, f"{gap:+.2f}", ha="center", va="center", fontsize=7, color=colour)
     axes.set_xticks(range(len(rows)), [row.label for row in rows], rotation=45, ha="right")
     axes.set_yticks(range(len(tasks)), tasks)
     trained = sum(task in group.runs[0]["data"]["held_in"] for task in tasks)
