@@ -7,9 +7,11 @@ import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_zoo.checkpoints import Checkpoints
 from moe_zoo.cli import compare_lora as command
 from moe_zoo.compare import Recipe
 from moe_zoo.compare.adapters import bench as B
@@ -174,6 +176,33 @@ def test_the_base_sees_no_names_no_held_out_task_and_none_of_the_questions():
     sizes = [sum(len(line["text"]) for line in text if line["domain"] == name) for name in ("c", "prose")]
     longest = max(len(line["text"]) for line in text)
     assert 0.9 * B._TEXT < min(sizes) <= max(sizes) <= B._TEXT and longest == B._DOCUMENT
+
+
+def test_the_base_is_trained_once_and_kept(bench, tmp_path, monkeypatch):
+    calls, text = [], build_corpus([Document("some text", "prose")], TOKENIZER)
+    of = B.load_corpus
+    monkeypatch.setattr(B, "load_corpus", lambda source, tok: text if source == "embedded" else of(source, tok))
+    monkeypatch.setattr(B, "load", lambda folder: bench.base)
+
+    def train(config, folder):
+        calls.append(config)
+        checkpoints = Checkpoints(folder)
+        checkpoints.save_params(TINY.base_steps, {"frozen": {"x": jnp.zeros(1)}})
+        checkpoints.wait()
+        checkpoints.close()
+        return {"finished": True}
+
+    monkeypatch.setattr(B.loop, "train", train)
+    for _ in range(2):
+        made = B.prepare(TINY, planned("lora").held_in, tmp_path, lambda _: None)
+        assert made.fingerprint == bench.fingerprint and len(made.corpus) == len(bench.corpus)
+    (config,) = calls
+    lines = [json.loads(line) for line in Path(config.data.source).read_text().splitlines()]
+    assert lines[0] == {"text": "some text", "domain": "prose"} and len(lines) > 1000
+    assert config.train.steps == TINY.base_steps and config.model == bench.base.config
+    monkeypatch.setattr(B.loop, "train", lambda *_: {"finished": False})
+    with pytest.raises(KeyboardInterrupt):
+        B.prepare(TINY, planned("lora").held_in, tmp_path / "other", lambda _: None)
 
 
 # ------------------------------------------------------------------------------------------------------------- one run

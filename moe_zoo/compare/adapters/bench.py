@@ -27,7 +27,7 @@ from moe_zoo.train import loop
 _log = logging.getLogger(__name__)
 
 #: bytes of each domain of the embedded text, and at most of one document
-_TEXT, _DOCUMENT = 150_000, 8_000
+_TEXT, _DOCUMENT = 80_000, 8_000
 
 
 @dataclasses.dataclass(frozen=True)
