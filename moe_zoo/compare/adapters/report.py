@@ -114,13 +114,13 @@ def headline(group: Group) -> list[str]:
 
 COLUMNS = (
     "entry", "loss", "exact", "loss, held out", "exact, held out", f"loss minus {REFERENCE}'s", "claim", "difference",
-    "verdict", "trained", "active", "MFLOP / token", "experts / token", "specialization", "seeds",
+    "verdict", "trained", "active", "MFLOP / token", "seconds", "experts / token", "specialization", "seeds",
 )  # fmt: skip
 
 
 def table(group: Group, rows: Sequence[Row] | None = None) -> list[str]:
     """A line per entry, and the base's own."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" + "|--:" * 5 + "|---|--:|---" + "|--:" * 6 + "|"]
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" + "|--:" * 5 + "|---|--:|---" + "|--:" * 7 + "|"]
     for row in group.rows if rows is None else rows:
         lines.append("| " + " | ".join(cells(row)) + " |")
     if (before := _base(group)) is not None and rows is None:
@@ -142,6 +142,7 @@ def cells(row: Row) -> list[str]:
         plus_minus(row.verdict.difference, f"+{form}"), says(row.verdict),
         f"{row.runs[0]['parameters']['trained']:,}", number(row.mean("active_parameters"), ",.0f"),
         f"{np.mean([run['train_flops_per_token'] for run in row.runs]) / 1e6:.2f}",
+        f"{np.mean([run['seconds'] for run in row.runs]):.0f}",
         number(row.mean("experts_per_token"), ".2f"), number(row.mean("specialization"), ".2f"),
         str(len(row.runs)) + (f", {failed} failed" if failed else ""),
     ]  # fmt: skip
