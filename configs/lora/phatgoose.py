@@ -3,7 +3,7 @@
 Command:  python scripts/train.py --config=configs/lora/phatgoose.py --init-from=PATH --workdir=runs/gate
 Cost:     100 steps of 16 rows of 128 tokens
 Reaches:  see docs/zoo/phatgoose.md
-Presets:  "" (the above), "tiny" (20 steps of few rows: seconds, for tests)
+Presets:  "" (the above), "tiny" (20 steps of few rows: seconds, for tests), "cpu" (docs/adapters.md, compared)
 
 PATH: a run of `configs/lora/lora.py` on one task; what it has trained is frozen here. `moe_zoo.transform.join_experts`
 makes a router of several such runs.
@@ -11,11 +11,25 @@ makes a router of several such runs.
 
 from ml_collections import ConfigDict
 
+from moe_zoo.compare import Claim, Recipe
 from moe_zoo.train.config import extend
+
+CLAIM = Claim(
+    "held_out_loss",
+    "lower",
+    baseline="lora",
+    says="gates that each task's LoRA has learned alone route new tasks better than one LoRA of all tasks",
+    source="arXiv 2402.05859",
+)
+RECIPE = Recipe(
+    alone=({"name": "lora"}, {"name": "phatgoose", "stage": "gate"}),
+    join={"name": "phatgoose", "stage": "route"},
+    then=(),
+)
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    return ConfigDict(extend(f"lora/lora:{arg}", TINY if arg else FULL))
+    return ConfigDict(extend(f"lora/lora:{arg}", {"": FULL, "tiny": TINY}.get(arg, CPU)))
 
 
 # rank and alpha are those of lora.py
@@ -24,3 +38,4 @@ FULL = {
     "train": {"steps": 100},
 }
 TINY = {"model": {"adapters": {"name": "phatgoose", "stage": "gate", "r": 4, "lora_alpha": 8.0}}}
+CPU = {"model": {"adapters": {"name": "phatgoose", "stage": "gate", "r": 18, "lora_alpha": 36.0}}}

@@ -30,8 +30,13 @@ def write_cards(folder: Path, stores: Path, results: Path | None = None) -> list
 
     Raises ConfigError for a card without marks.
     """
+    return write_changed(cards(folder, stores, results))
+
+
+def write_changed(texts: Mapping[Path, str]) -> list[Path]:
+    """Writes the files whose text is another one now and returns them."""
     changed = []
-    for path, text in cards(folder, stores, results).items():
+    for path, text in texts.items():
         if path.read_text(encoding="utf-8") != text:
             temporary = path.with_name(path.name + ".tmp")
             temporary.write_text(text, encoding="utf-8")
@@ -51,9 +56,9 @@ def cards(folder: Path, stores: Path, results: Path | None = None) -> dict[Path,
     texts = {}
     for router, mine in by_card.items():
         path = folder / f"{router}.md"
-        texts[path] = _replaced(path, _card(mine, found, folder, stores))
+        texts[path] = replaced(path, _card(mine, found, folder, stores))
     readme = folder / "README.md"
-    texts[readme] = _replaced(readme, _table(entries, found, costs))
+    texts[readme] = replaced(readme, _table(entries, found, costs))
     return texts
 
 
@@ -62,17 +67,18 @@ def _main_group(stores: Path, scale: str, entries: Mapping[str, Entry]) -> Group
     return found[0] if found and found[0].match == "active" else None
 
 
-def _replaced(path: Path, block: str) -> str:
+def replaced(path: Path, block: str, begin_mark: str = BEGIN, end_mark: str = END) -> str:
+    """The card's text with `block` between the marks. Raises ConfigError if there is no card, or no marks in it."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(
-            f"{path}: an entry has no card; write one, with these two lines in it: {BEGIN} {END}"
+            f"{path}: an entry has no card; write one, with these two lines in it: {begin_mark} {end_mark}"
         ) from None
-    begin, end = text.find(BEGIN), text.find(END)
+    begin, end = text.find(begin_mark), text.find(end_mark)
     if not 0 <= begin < end:
-        raise ConfigError(f"{path}: no place for the figures; it needs the lines {BEGIN} and {END}")
-    return text[: begin + len(BEGIN)] + f"\n\n{block}\n\n" + text[end:]
+        raise ConfigError(f"{path}: no place for the figures; it needs the lines {begin_mark} and {end_mark}")
+    return text[: begin + len(begin_mark)] + f"\n\n{block}\n\n" + text[end:]
 
 
 # -------------------------------------------------------------------------------------------------------------- a card

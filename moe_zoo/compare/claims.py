@@ -43,6 +43,18 @@ STATISTICS: Mapping[str, Statistic] = {
     "tokens_per_second": Statistic("speed", "tokens per second of training", ",.0f"),
 }
 
+#: the same of adapters on tasks (`compare/adapters`); losses are nats per token of the answers, tasks weigh alike
+OF_ADAPTERS: Mapping[str, Statistic] = {
+    "held_in_loss": Statistic("loss", "loss on the answers, tasks that were trained", ".4f"),
+    "held_in_exact": Statistic("exact", "answers exactly right, tasks that were trained", ".3f"),
+    "held_out_loss": Statistic("loss held out", "loss on the answers, tasks that nobody trained", ".4f"),
+    "held_out_exact": Statistic("exact held out", "answers exactly right, tasks that nobody trained", ".3f"),
+    "specialization": STATISTICS["specialization"],
+    "experts_per_token": Statistic("experts per token", "experts per token on test questions", ".3f"),
+    "active_parameters": Statistic("active", "trained parameters that one token uses", ",.0f"),
+}
+ALL_STATISTICS = {**OF_ADAPTERS, **STATISTICS}
+
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
@@ -57,7 +69,7 @@ class Claim:
     source: str
 
     def __post_init__(self):
-        for name, known in (("statistic", STATISTICS), ("direction", DIRECTIONS)):
+        for name, known in (("statistic", ALL_STATISTICS), ("direction", DIRECTIONS)):
             given = getattr(self, name)
             if given not in known:
                 raise ConfigError(f"CLAIM: unknown {name} {given!r}{nearest(given, known)}; known: {', '.join(known)}")
@@ -72,7 +84,7 @@ class Claim:
 
     def short(self) -> str:
         """The claim in one line."""
-        return f"{STATISTICS[self.statistic].short} {'<' if self.direction == 'lower' else '>'} {self.baseline}"
+        return f"{ALL_STATISTICS[self.statistic].short} {'<' if self.direction == 'lower' else '>'} {self.baseline}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from moe_zoo.compare.claims import Claim, Reference
@@ -104,12 +104,14 @@ class Plan:
         return f"{self.entry.name}-{self.scale.name}-{self.seed}-{self.config_hash}-{fingerprint}"
 
 
-def load_entries(names: str = "") -> dict[str, Entry]:
-    """Every config with a claim, by name, and those that `names` ("top_k,my/idea.py") gives as files.
+def load_entries(names: str = "", folder: str = "") -> dict[str, Entry]:
+    """Every config of this folder of configs with a claim, by name, and those that `names` ("top_k,my/idea.py") gives
+    as files.
 
     Raises ConfigError for a claim that cannot be judged.
     """
-    found = {name: entry for name, path in known_configs().items() if (entry := _entry(name, path)) is not None}
+    here = {PurePath(name).name: path for name, path in known_configs().items() if _folder(name) == folder}
+    found = {name: entry for name, path in here.items() if (entry := _entry(name, path)) is not None}
     for name in (part.strip() for part in names.split(",") if part.strip().endswith(".py")):
         path = Path(name)
         entry = _entry(path.stem, path) if path.is_file() else None
@@ -126,6 +128,10 @@ def load_entries(names: str = "") -> dict[str, Entry]:
                 f"known: {', '.join(found)}"
             )
     return found
+
+
+def _folder(name: str) -> str:
+    return name.rpartition("/")[0]
 
 
 def _entry(name: str, path: Path) -> Entry | None:
@@ -172,7 +178,7 @@ def plan(entry: Entry, scale: Scale, seed: int, *, by: str = "active", source: s
     fits = tuple(how for how in MATCHES if same(how))
     tree["model"][_width_key(config)] = match.width
     config = config_from_dict(tree)
-    return Plan(entry, scale, seed, config, match, _hash(_learned(config)), _hash(_shared(config)), fits)
+    return Plan(entry, scale, seed, config, match, digest(learned(config)), digest(_shared(config)), fits)
 
 
 def _match(config: Config, reference: Config, by: str, step: int, check: bool) -> Match:
@@ -217,7 +223,7 @@ _OWN = (
 
 def _shared(config: Config) -> dict[str, Any]:
     """What all entries of a comparison must have in common: data, optimizer, schedule, decoder."""
-    tree = _learned(config)
+    tree = learned(config)
     model = {name: value for name, value in tree["model"].items() if name not in _OWN}
     train = {name: tree["train"][name] for name in ("steps", "minutes", "accumulation")}
     return {
@@ -226,7 +232,7 @@ def _shared(config: Config) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _learned(config: Config) -> dict[str, Any]:
+def learned(config: Config) -> dict[str, Any]:
     """The settings that change what is learned, but for the seed and where the data lies."""
     tree = {
         name: dict(section) for name, section in config.to_dict().items() if name not in ("checkpoint", "log", "mesh")
@@ -235,5 +241,6 @@ def _learned(config: Config) -> dict[str, Any]:
     return tree
 
 
-def _hash(tree: Mapping[str, Any]) -> str:
+def digest(tree: Mapping[str, Any]) -> str:
+    """A hash of settings, 12 hexadecimal digits."""
     return hashlib.blake2b(json.dumps(tree, sort_keys=True).encode(), digest_size=6).hexdigest()

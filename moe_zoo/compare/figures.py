@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from moe_zoo.analysis.plots import BELOW_AND_ABOVE
-from moe_zoo.compare.claims import STATISTICS, Claim
+from moe_zoo.compare.claims import ALL_STATISTICS, Claim
 from moe_zoo.compare.entries import REFERENCE
 from moe_zoo.compare.statistics import NO, YES, Interval, Run, interval, paired
 from moe_zoo.compare.style import FAINT, INK, MUTED, PAGE, colours, figure, name_curves, title
@@ -58,7 +58,7 @@ def _forest(axes: Axes, group: Group, statistic: str, rows: Sequence[Row], shade
         reach = max(reach, *map(abs, pairs.values()))
         answer = row.verdict.answer
         axes.text(
-            1.015, height, f"{plus_minus(found, '+' + STATISTICS[statistic].form)}   {says(row.verdict)}",
+            1.015, height, f"{plus_minus(found, '+' + ALL_STATISTICS[statistic].form)}   {says(row.verdict)}",
             transform=axes.get_yaxis_transform(), va="center", fontsize=8.5,
             color=INK if answer in (YES, NO) else MUTED, weight="bold" if answer in (YES, NO) else "normal",
         )  # fmt: skip
@@ -71,7 +71,7 @@ def _forest(axes: Axes, group: Group, statistic: str, rows: Sequence[Row], shade
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color=FAINT, linewidth=0.5)
     axes.set_axisbelow(True)
-    name = STATISTICS[statistic].title.partition(":")[0]
+    name = ALL_STATISTICS[statistic].title.partition(":")[0]
     side = {row.claim.direction for row in rows}
     note = "← as claimed" if side == {"lower"} else "as claimed →" if side == {"higher"} else ""
     title(axes, f"{name[:1].upper()}{name[1:]}: difference to the baseline", note=note)

@@ -40,10 +40,15 @@ def run_all(
     *,
     say: Callable[[str], None],
     until: float | None,
+    make: Callable[[Plan, Corpus, Path], dict[str, Any] | None] | None = None,
+    outcome: Callable[[dict[str, Any]], str] | None = None,
 ) -> bool:
     """Trains what is not in the store, in the order of `plans`; starts nothing after the time `until` (of
     `time.monotonic`). False if it was stopped by a signal before it was through.
+
+    `make`: a run's line of the store (`run_one`); `outcome`: what is said of it.
     """
+    make, outcome = make or run_one, outcome or _outcome
     workdir = Path(workdir).absolute()
     use_compilation_cache(workdir / "compiled")
     for number, plan in enumerate(plans, 1):
@@ -60,11 +65,11 @@ def run_all(
                 say(f"{head}: another process is at it")
                 continue
             say(f"{head}: {plan.match.says()}")
-            run = run_one(plan, corpus, workdir / key)
+            run = make(plan, corpus, workdir / key)
             if run is None:
                 return False
             store.append(run)
-            say(f"{head}: {_outcome(run)}")
+            say(f"{head}: {outcome(run)}")
             shutil.rmtree(workdir / key, ignore_errors=True)
         with contextlib.suppress(OSError):
             (workdir / f"{key}.lock").unlink()
@@ -93,11 +98,7 @@ def run_one(plan: Plan, corpus: Corpus, workdir: Path) -> dict[str, Any] | None:
         )  # fmt: skip
         del done
     run = facts | measure(plan, workdir, test) | {"failure": failure}
-    run["timing"] = {
-        "wall_seconds": round(time.perf_counter() - began, 1), "clock": record.clock(jax.devices()[0].device_kind),
-        "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "load_before": round(load, 2), "load_after": round(os.getloadavg()[0], 2),
-    }  # fmt: skip
+    run["timing"] = timing(began, load)
     jax.clear_caches()
     gc.collect()
     return run
@@ -115,11 +116,7 @@ def describe(plan: Plan, corpus: Corpus) -> dict[str, Any]:
         "config_hash": plan.config_hash, "cost_hash": plan.cost_hash,
         "data": {"source": Path(config.data.source).name, "fingerprint": corpus.fingerprint,
                  "bytes": int(corpus.num_bytes.sum()), "domains": list(corpus.domains)},
-        "when": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"),
-        "commit": loop.code_version(),
-        "device": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")},
+        **circumstances(),
         "router": {
             "name": config.model.router.name if routed else None,
             "decision": router.decision.__name__ if routed else None,
@@ -129,6 +126,26 @@ def describe(plan: Plan, corpus: Corpus) -> dict[str, Any]:
         "causal": trainer.abstract.causal,
         "parameters": count_parameters(trainer.abstract, trainer.partition.trainable),
         "config": config.to_dict(),
+    }  # fmt: skip
+
+
+def circumstances() -> dict[str, Any]:
+    """When, with which code, on what."""
+    return {
+        "when": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"),
+        "commit": loop.code_version(),
+        "device": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")},
+    }  # fmt: skip
+
+
+def timing(began: float, load: float) -> dict[str, Any]:
+    """How long a run took, and how busy the machine was. `began`: of `time.perf_counter`; `load`: before it."""
+    return {
+        "wall_seconds": round(time.perf_counter() - began, 1), "clock": record.clock(jax.devices()[0].device_kind),
+        "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load_before": round(load, 2), "load_after": round(os.getloadavg()[0], 2),
     }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_zoo.compare.claims import STATISTICS, Claim, Reference
+from moe_zoo.compare.claims import ALL_STATISTICS, Claim, Reference
 
 #: the answers, and what is said where there can be none
 YES, NO, OPEN = "yes", "no", "not distinguishable"
@@ -82,7 +82,7 @@ def judge(claim: Claim | Reference, entry: Sequence[Run], baseline: Sequence[Run
         return Verdict("", None, "no run yet")
     if not baseline:
         return Verdict("", None, f"no run of {claim.baseline} yet")
-    statistic = STATISTICS[claim.statistic]
+    statistic = ALL_STATISTICS[claim.statistic]
     if statistic.needs_causal and not all(run["causal"] for run in (*entry, *baseline)):
         return Verdict("", None, "not causal: its loss sees the future")
     shared = {run["seed"] for run in entry} & {run["seed"] for run in baseline}

@@ -32,7 +32,8 @@ def colours(names: Sequence[str]) -> dict[str, str]:
     """A colour per entry, the same on every page: the reference in ink, the others by their place in the list of all
     entries, whichever are shown.
     """
-    entries = [name for name, path in known_configs().items() if "\nCLAIM = " in path.read_text(encoding="utf-8")]
+    known = {name: path for name, path in known_configs().items() if "/" not in name}
+    entries = [name for name, path in known.items() if "\nCLAIM = " in path.read_text(encoding="utf-8")]
     others = [name for name in [*entries, *sorted(set(names) - set(entries))] if name != REFERENCE]
     return {REFERENCE: INK} | {name: _PALETTE[i % len(_PALETTE)] for i, name in enumerate(others)}
 

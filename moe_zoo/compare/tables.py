@@ -70,9 +70,12 @@ class Group:
         return self.row(REFERENCE)
 
 
-def groups(runs: Sequence[Run], entries: Mapping[str, Entry], match: str) -> list[Group]:
+def groups(
+    runs: Sequence[Run], entries: Mapping[str, Entry], match: str, reference: str = REFERENCE, loss: str = LOSS
+) -> list[Group]:
     """Every run in at least one group. First the largest one of this way of matching (of equal ones, that which was
-    last written to), then the other groups that have something to add.
+    last written to), then the other groups that have something to add. `loss`: the statistic that rows are sorted by,
+    lowest first, and that is compared with the entry `reference`.
     """
     places: dict[tuple[str, str, str], list[Run]] = {}
     for run in runs:
@@ -86,11 +89,11 @@ def groups(runs: Sequence[Run], entries: Mapping[str, Entry], match: str) -> lis
     for place in ordered:
         if not {id(run) for run in places[place]} <= shown:
             shown |= {id(run) for run in places[place]}
-            found.append(Group(*place, tuple(_rows(places[place], entries))))
+            found.append(Group(*place, tuple(_rows(places[place], entries, reference, loss))))
     return found
 
 
-def _rows(runs: Sequence[Run], entries: Mapping[str, Entry]) -> list[Row]:
+def _rows(runs: Sequence[Run], entries: Mapping[str, Entry], reference: str, loss: str) -> list[Row]:
     by_settings: dict[tuple[str, str], list[Run]] = {}
     current: dict[str, str] = {}
     for run in runs:
@@ -101,7 +104,7 @@ def _rows(runs: Sequence[Run], entries: Mapping[str, Entry]) -> list[Row]:
     for (name, settings), mine in by_settings.items():
         claim = entries[name].claim if name in entries else Reference("no longer an entry")
         baseline = now(claim.baseline) if isinstance(claim, Claim) else []
-        differences = paired(mine, now(REFERENCE), LOSS) if name != REFERENCE else {}
+        differences = paired(mine, now(reference), loss) if name != reference else {}
         rows.append(
             Row(
                 label=name if settings == current[name] else f"{name} (settings {settings[:6]})",
@@ -113,8 +116,8 @@ def _rows(runs: Sequence[Run], entries: Mapping[str, Entry]) -> list[Row]:
             )
         )
     worst = float("inf")
-    loss = lambda row: worst if (value := row.mean(LOSS)) is None else value
-    return sorted(rows, key=lambda row: (not row.causal, loss(row), row.label))
+    by_loss = lambda row: worst if (value := row.mean(loss)) is None else value
+    return sorted(rows, key=lambda row: (not row.causal, by_loss(row), row.label))
 
 
 #: titles of the columns of `cells`, and whether they are numbers

@@ -44,7 +44,7 @@ _MIN_DOCSTRING = 200  # characters; shorter ones are mostly signatures in words
 _NAMES_MIN, _NAMES_MAX = 4_000, 8_000  # bytes per document of character names
 
 
-def _python_files() -> Iterator[tuple[str, str]]:
+def python_files() -> Iterator[tuple[str, str]]:
     """Yields (path relative to the standard library, source), sorted."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = 0
@@ -76,7 +76,7 @@ def _docstrings(source: str) -> list[str]:
     return [text for text in found if text and len(text) > _MIN_DOCSTRING]
 
 
-def _reference_topics() -> Iterator[tuple[str, str]]:
+def reference_topics() -> Iterator[tuple[str, str]]:
     """Yields (topic, text), sorted; nothing where a distribution leaves the module out."""
     try:
         from pydoc_data.topics import topics
@@ -86,7 +86,7 @@ def _reference_topics() -> Iterator[tuple[str, str]]:
     yield from sorted(topics.items())
 
 
-def _header_files() -> Iterator[str]:
+def header_files() -> Iterator[str]:
     """Yields the C headers of `HEADER_PACKAGES`, sorted by package and path."""
     skipped = 0
     for package in HEADER_PACKAGES:
@@ -103,7 +103,7 @@ def _header_files() -> Iterator[str]:
         _log.info("embedded corpus: skipped %d headers that are not UTF-8 or not readable", skipped)
 
 
-def _character_lines() -> Iterator[tuple[str, str]]:
+def character_lines() -> Iterator[tuple[str, str]]:
     """Yields (script, "character name" line) for characters whose name is more than their code point."""
     for code in range(0x110000):
         name = unicodedata.name(chr(code), "")
@@ -116,7 +116,7 @@ def _character_lines() -> Iterator[tuple[str, str]]:
 def _character_documents() -> Iterator[str]:
     """Yields documents of 4 to 8 kB, cut where the script changes if that is in reach."""
     lines, size, previous = [], 0, None
-    for script, line in _character_lines():
+    for script, line in character_lines():
         length = len(line.encode("utf-8"))
         if (script != previous and size >= _NAMES_MIN) or size + length > _NAMES_MAX:
             yield "".join(lines)
@@ -134,15 +134,15 @@ def embedded_documents() -> Iterator[Document]:
     A file's docstrings are also in its code, so both documents are of one group: a split never trains on the one and
     tests on the other.
     """
-    files = list(_python_files())
+    files = list(python_files())
     for path, source in files:
         yield Document(source, "python_code", group=path)
-    for topic, text in _reference_topics():
+    for topic, text in reference_topics():
         yield Document(text, "reference_prose", group=f"topic:{topic}")
     for path, source in files:
         if found := _docstrings(source):
             yield Document("\n\n".join(found) + "\n", "docstrings", group=path)
-    for text in _header_files():
+    for text in header_files():
         yield Document(text, "c_headers")
     for text in _character_documents():
         yield Document(text, "character_names")

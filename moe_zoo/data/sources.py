@@ -44,6 +44,7 @@ _MAX_REASONS = 12
 
 def load_corpus(source: str | Path, tokenizer: Tokenizer) -> Corpus:
     """Returns the corpus at `source`: "embedded", "arithmetic", "tasks", "guarded_tasks", a file, or a folder.
+    "tasks:copy,kind": these tasks, with ids in this order.
 
     Domains: of a record, its `domain`; else the first sub-folder the file is in; else, directly in the folder (or named
     itself), the file's stem without a shard's "-00001-of-00005", except that more than 16 text files directly in the
@@ -56,6 +57,9 @@ def load_corpus(source: str | Path, tokenizer: Tokenizer) -> Corpus:
     """
     if str(source) in NAMED:
         return NAMED[str(source)](tokenizer)
+    name, _, tasks = str(source).partition(":")
+    if name == "tasks" and tasks:
+        return load_tasks(tokenizer, [task.strip() for task in tasks.split(",")])
     path = Path(os.path.expanduser(source))
     # An empty name would be the current folder; pipes and devices might never end.
     if not str(source) or not (os.path.isdir(path) or os.path.isfile(path)):

@@ -1,27 +1,37 @@
-"""Ten tasks on short strings, with their answers: a multi-task supervised set that is generated, the same everywhere.
+"""Short questions with their answers: a multi-task supervised set. Ten tasks on strings, the same everywhere,
 
     copy reverse sort swap_case shift dedupe       "reverse:hxQa=" -> "aQxh"; shift: every letter three further on
     initials                                       "initials:bk rtz o=" -> "bro"
     interleave                                     "interleave:abc,xyz=" -> "axbycz"
     digit_sum parity                               "digit_sum:48213=" -> "8", modulo 10; "parity:48213=" -> "even"
 
-    guarded_tasks                                  every other question is flagged and answered with a refusal:
-                                                   "!reverse:hxQa=" -> "NO"; what was not answered is `rejected`
+and four on real text (`real_tasks`): kind, category, completion, language. One whose text is not installed is left out
+with a warning. `swap_reverse`, two of them one after the other, is there if it is asked for: a task to hold out.
+
+    guarded_tasks      every other question is flagged and answered with a refusal: "!reverse:hxQa=" -> "NO"; what was
+                       not answered is `rejected`
 
 A domain per task, so that a mixture of adapters can be told which one it is. They need different things of a model:
-places, order, case, arithmetic; what two of them have in common a third may lack.
+places, order, case, arithmetic, knowledge of text; what two of them have in common a third may lack.
 """
 
 import dataclasses
+import logging
 import string
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from moe_zoo.core.registry import nearest
 from moe_zoo.data.corpus import Corpus, Document, build_corpus
+from moe_zoo.data.errors import DataError
+from moe_zoo.data.real_tasks import REAL_TASKS
 from moe_zoo.data.tokenizer import Tokenizer
 
-#: distinct questions of each task
+_log = logging.getLogger(__name__)
+
+#: distinct questions of each task; real text may have fewer
 COUNT = 4_000
 _LETTERS = np.array(list(string.ascii_letters))
 _DIGITS = np.array(list(string.digits))
@@ -67,24 +77,52 @@ def _question(kind: str, random: np.random.RandomState) -> str:
     return draw(_DIGITS if kind == "digits" else _LETTERS, n)
 
 
-def task_documents() -> Iterator[Document]:
+#: all tasks, in the order of their domain ids
+ALL_TASKS = (*TASKS, *REAL_TASKS)
+#: only by name
+COMPOSED = {"swap_reverse": ("letters", lambda s: s[::-1].swapcase())}
+
+
+def task_documents(names: Sequence[str] = ALL_TASKS) -> Iterator[Document]:
     """Yields the questions with their answers, task by task, no question of a task twice."""
+    for task in names:
+        try:
+            questions = REAL_TASKS[task](COUNT) if task in REAL_TASKS else _generated(task)
+        except DataError as error:
+            _log.warning("left out the task %s: %s", task, error)
+            continue
+        for question, answer in questions:
+            yield Document.supervised(
+                [(f"{task}:{question}=", False), (answer, True)], task, f"{task}:{question}"
+            )  # fmt: skip
+
+
+def _generated(task: str) -> Iterator[tuple[str, str]]:
+    kind, answer = (TASKS | COMPOSED)[task]
     # RandomState: numpy promises that its stream never changes
-    random = np.random.RandomState(0)
-    for task, (kind, answer) in TASKS.items():
-        seen: set[str] = set()
-        while len(seen) < COUNT:
-            question = _question(kind, random)
-            if question not in seen:
-                seen.add(question)
-                yield Document.supervised(
-                    [(f"{task}:{question}=", False), (answer(question), True)], task, f"{task}:{question}"
-                )
+    random = np.random.RandomState(zlib.crc32(task.encode()))
+    seen: set[str] = set()
+    while len(seen) < COUNT:
+        question = _question(kind, random)
+        if question not in seen:
+            seen.add(question)
+            yield question, answer(question)
 
 
-def load_tasks(tokenizer: Tokenizer) -> Corpus:
-    """Returns the corpus of all questions; only the answers and their ends are trained on and scored."""
-    return build_corpus(task_documents(), tokenizer, domains=tuple(TASKS))
+def load_tasks(tokenizer: Tokenizer, names: Sequence[str] = ALL_TASKS) -> Corpus:
+    """Returns the corpus of these tasks, a domain each, ids in this order; only answers and their ends are trained on
+    and scored. A task whose text is not installed keeps its id and has no question.
+
+    Raises:
+      DataError: an unknown task, one that is named twice, or none that is installed.
+    """
+    known = (*ALL_TASKS, *COMPOSED)
+    for name in names:
+        if name not in known:
+            raise DataError(f"unknown task {name!r}{nearest(name, known)}; known: {', '.join(known)}.")
+        if names.count(name) > 1:
+            raise DataError(f"the task {name!r} is named twice.")
+    return build_corpus(task_documents(names), tokenizer, domains=names)
 
 
 #: domains of the guarded tasks, by their ids
@@ -93,8 +131,8 @@ FLAG, REFUSAL = "!", "NO"
 
 
 def guarded_documents() -> Iterator[Document]:
-    """Yields every question once, each second one of a task flagged and refused; the other answer is rejected."""
-    for number, document in enumerate(task_documents()):
+    """Yields every generated question once, each second one of a task flagged and refused; the other answer is rejected."""
+    for number, document in enumerate(task_documents(tuple(TASKS))):
         (question, _), (answer, _) = document.pieces
         flagged = number % 2
         prompt, own, other = (FLAG + question, REFUSAL, answer) if flagged else (question, answer, REFUSAL)
@@ -103,5 +141,5 @@ def guarded_documents() -> Iterator[Document]:
 
 
 def load_guarded_tasks(tokenizer: Tokenizer) -> Corpus:
-    """Returns the corpus of all questions, plain and flagged, with both answers to each."""
+    """Returns the corpus of the generated tasks' questions, plain and flagged, with both answers to each."""
     return build_corpus(guarded_documents(), tokenizer, domains=(PLAIN, FLAGGED))

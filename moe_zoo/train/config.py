@@ -24,8 +24,8 @@ from moe_zoo.train.objective import OBJECTIVES
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """`source`: "embedded", "arithmetic", "tasks", "guarded_tasks", a file or a folder (`moe_zoo.data.load_corpus`).
-    `fractions`: train, validation, test, by document.
+    """`source`: "embedded", "arithmetic", "tasks" ("tasks:copy,kind": these), "guarded_tasks", a file or a folder
+    (`moe_zoo.data.load_corpus`). `fractions`: train, validation, test, by document.
 
     `eval_stride`: evaluation windows of seq_len overlap so that every scored token sees at least seq_len - eval_stride
     tokens of its document, if there are that many.

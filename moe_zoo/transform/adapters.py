@@ -115,9 +115,10 @@ def _rebuilt(loaded: Loaded, config: ModelConfig, values: Mapping[str, jax.Array
 def join_experts(base: Loaded, models: Sequence[Loaded], adapters: str | Mapping[str, Any], *, seed: int = 0) -> Loaded:
     """The base with a mixture whose experts are the one adapter of each of `models`, runs of ours beside that base.
 
-    Where the mixture's router has the shape of theirs side by side, it is theirs (PHATGOOSE's gates); else it is drawn
-    with `seed`. Smaller ranks are filled up with zeros; a linear layer that a model leaves out has no such expert.
-    Raises ConfigError for models with more than one expert, DoRA, or a mixture whose experts are no LoRAs.
+    Where the mixture's router has the shape of theirs side by side, it is theirs (PHATGOOSE's gates); where it follows
+    from the experts, it is made of them (Arrow); else it is drawn with `seed`. Smaller ranks are filled up with zeros,
+    and a linear layer that a model leaves out has no such expert. Raises ConfigError for models with several experts,
+    DoRA, or a mixture whose experts are no LoRAs.
     """
     settings = {"name": adapters} if isinstance(adapters, str) else dict(adapters)
     if not getattr(ADAPTERS.get(settings.get("name", ""), "adapters.name"), "takes_loras", False):
@@ -133,10 +134,11 @@ def join_experts(base: Loaded, models: Sequence[Loaded], adapters: str | Mapping
     made = add_adapters(base, settings, seed=seed)
     values = P.arrays(made.model)
     for path, block, layers in adapted_blocks(made.model):
-        for name in block.adapters:
+        for name, adapter in block.adapters.items():
             prefix = f"{path}.adapters.{name}."
             old = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
             rows = [_side_by_side([one.get((layer, name)) for one in found], old) for layer in layers]
+            rows = [row | adapter.from_experts(row["a"], row["b"], row["scale"]) for row in rows]
             for key in rows[0]:
                 array = np.stack([row[key] for row in rows]).astype(old[key].dtype)
                 values[prefix + key] = jax.device_put(array, old[key].sharding)

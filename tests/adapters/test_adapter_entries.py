@@ -10,6 +10,7 @@ from test_adapter_contract import BASE, IDS, adapted, layers_of, trained
 
 from moe_zoo.adapters import ADAPTERS
 from moe_zoo.adapters.adapter import Tapped
+from moe_zoo.adapters.arrow import direction
 from moe_zoo.adapters.dynmole import normalised_tsallis, within_top_p
 from moe_zoo.adapters.loramoe import variation
 from moe_zoo.adapters.targets import AdapterConfig, Linear
@@ -270,6 +271,14 @@ def test_gates_that_were_learned_alone_become_the_router():
     assert not np.asarray(values[f"{prefix}.q.b"])[1, 0, 2:].any()
     for name, value in P.arrays(join_experts(base, learned, "glider").model).items():
         np.testing.assert_array_equal(value, values.get(name, 0), err_msg=name)
+    # Arrow's router follows from the experts, whatever gates they come with
+    arrow = P.arrays(join_experts(base, learned, {"name": "arrow", "num_experts_per_tok": 2}).model)
+    a_RD, b_RN = (np.asarray(arrow[f"{prefix}.q.{key}"])[1, 1] for key in ("a", "b"))
+    scale_R = np.asarray(arrow[f"{prefix}.q.scale"])[1, 1]
+    np.testing.assert_allclose(
+        arrow[f"{prefix}.q.router"][1, :, 1], direction(a_RD * scale_R[:, None], b_RN), rtol=1e-5
+    )
+    assert not np.asarray(arrow[f"{prefix}.q.router"])[0, :, 1].any()  # a layer that an expert leaves out
     drawn = join_experts(base, learned, "mole")
     assert np.asarray(P.arrays(drawn.model)[f"{prefix}.q.router"]).shape[1:] == (2, 12, 2)
     with pytest.raises(ConfigError, match="experts of 'smora' are no LoRAs of their own"):
