@@ -131,7 +131,7 @@ FLAG, REFUSAL = "!", "NO"
 
 
 def guarded_documents() -> Iterator[Document]:
-    """Yields every generated question once, each second one of a task flagged and refused; the other answer is rejected."""
+    """Yields every generated question once, each second one flagged and refused; the other answer is rejected."""
     for number, document in enumerate(task_documents(tuple(TASKS))):
         (question, _), (answer, _) = document.pieces
         flagged = number % 2
