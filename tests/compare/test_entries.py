@@ -1,15 +1,19 @@
 """Claims of all configs, and what makes runs equal: width, seed, data, schedule."""
 
+from pathlib import Path
+
 import pytest
 
 from moe_zoo.compare import entries as E
 from moe_zoo.compare.claims import STATISTICS, Claim, Reference
+from moe_zoo.compare.store import Store
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.models import Decoder
 from moe_zoo.models.counting import count_parameters, train_flops_per_token
 from moe_zoo.routing import ROUTERS
 from moe_zoo.train.config import known_configs, load_config
 
+STORE = Path(__file__).parents[2] / "docs/results/compare/cpu.jsonl"
 KNOWN = E.load_entries()
 CPU = E.SCALES["cpu"]
 
@@ -82,6 +86,14 @@ def test_seeds_share_all_but_the_seed_and_entries_share_data_schedule_and_decode
     assert len({E.plan(entry, CPU, 0).config_hash for entry in KNOWN.values()}) == len(KNOWN)
     # the reference is the same run however others are matched to it
     assert set(E.plan(KNOWN[E.REFERENCE], CPU, 0).fits) == set(E.MATCHES)
+
+
+def test_the_committed_runs_are_of_the_settings_that_would_run_now():
+    """A setting that joins later without being `silent` at its default makes every stored run one of earlier settings,
+    and `--entries=all` would train all of them again.
+    """
+    stored = {(run["entry"], run["config_hash"]) for run in Store(STORE).read()}
+    assert {(name, E.plan(entry, CPU, 0).config_hash) for name, entry in KNOWN.items()} <= stored
 
 
 def test_an_entry_with_its_own_schedule_is_refused(tmp_path):
