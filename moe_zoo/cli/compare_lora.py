@@ -64,7 +64,7 @@ def parse(argv: Sequence[str]) -> Any:
     add = parser.add_argument
     add("--entries", default="", help="names or config files with commas between them, or all")
     add("--seeds", type=int, default=3, help="seeds 0, 1, ... of each entry (3)")
-    add("--scale", default="cpu", help="cpu: half a minute a run on one core; tiny: a trial")
+    add("--scale", default="cpu", help="cpu: a small base, eight tasks; tiny: a trial")
     add("--store", default=None, help=f"the store ({STORES}/SCALE.jsonl)")
     add("--workdir", default="runs/compare_lora", help="where the base is kept")
     add("--minutes", type=float, default=None, help="start no run after this time")

@@ -69,6 +69,12 @@ def test_every_entry_trains_as_much_as_the_reference_on_the_same_tasks():
     assert by_name["smora"].scaling("layers.0.mixer.k") == 2 and by_name["smora"].r != 32
 
 
+def test_ranks_that_an_adapter_cannot_have_are_left_out():
+    """Eight ranks for each token are more than a tiny LoRA has: a trial keeps the configured rank and says so."""
+    match = plans.plan(KNOWN["smora"], TINY, 0).match
+    assert match.rank == 32 and match.more == 0 and "+1100.00%" in match.says()
+
+
 def test_parameters_of_experts_that_tasks_train_alone_count():
     plan = plans.plan(KNOWN["phatgoose"], CPU, 0)
     config = plan.config.model.adapters.config

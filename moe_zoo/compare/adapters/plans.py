@@ -193,12 +193,14 @@ def _matched(config: Config, recipe: Recipe, target: int) -> tuple[Config, Match
     first = config.model.adapters.config.r
     one, two = (trained(_ranked(config, rank), recipe) for rank in (first, first + 1))
     rank = max(1, first + math.floor((target - one) / (two - one)))
-    found = [(rank, 0), (rank + 1, 0)]
-    if _takes_patterns(config):
-        found += [(rank, more) for more in range(1, len(kinds))]
-    made = [(_ranked(config, rank, kinds[:more]), rank, more) for rank, more in found]
-    counted = [(changed, Match(rank, more, trained(changed, recipe), target)) for changed, rank, more in made]
-    return min(counted, key=lambda pair: abs(pair[1].value - target))
+    found = []
+    for r, more in ((first, 0), (rank + 1, 0), *((rank, more) for more in range(len(kinds)))):
+        try:
+            changed = _ranked(config, r, kinds[:more])
+        except ConfigError:
+            continue  # a rank that this adapter cannot have, or ranks that differ; the configured one is always there
+        found.append((changed, Match(r, more, trained(changed, recipe), target)))
+    return min(found, key=lambda pair: abs(pair[1].value - target))
 
 
 def _ranked(config: Config, rank: int, more: list[str] | tuple[str, ...] = ()) -> Config:
@@ -215,12 +217,3 @@ def _ranked(config: Config, rank: int, more: list[str] | tuple[str, ...] = ()) -
     adapters["alpha_pattern"] = {name: each * new.rank(f"layers.0.{name}") for name in more}
     choice = build_choice(ADAPTERS, adapters, "model.adapters")
     return dataclasses.replace(config, model=dataclasses.replace(config.model, adapters=choice))
-
-
-def _takes_patterns(config: Config) -> bool:
-    adapters = to_dict(config.model.adapters) | {"rank_pattern": {"mixer.*": 1}}
-    try:
-        build_choice(ADAPTERS, adapters, "")
-    except ConfigError:
-        return False
-    return True
