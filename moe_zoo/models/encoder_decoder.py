@@ -160,7 +160,7 @@ class EncoderDecoder(Decoder):
         view = PairView(positions, None, valid, bias=bias, memory=memory, memory_valid=source_valid)
         ctx = self._context(tokens, positions, valid, at=at, **how)
         ctx = ctx.replace(carry=self._carry(self.segments, tokens.size))
-        state = self._layers(self._embedded(tokens, positions), ctx, view, cache, "segments", None)
+        state = self._layers(self._embedded(tokens, positions), ctx, view, cache, "segments", {})
         for name, loss in state.losses.items():
             losses[name] = losses.get(name, 0.0) + loss
         logits = self._logits(state.x[:, -1:] if last else state.x)
