@@ -252,6 +252,8 @@ def test_experts_parameters_are_theirs_beside_and_merged_and_out_again_bit_for_b
 def test_experts_are_where_transformers_has_them_and_lie_as_peft_sees_them():
     for name, (cls, settings) in TINY.items():
         config = getattr(transformers, cls)(**{**BASE, **settings})
+        if config.is_encoder_decoder:
+            continue  # nothing of PEFT's goes beside those yet
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)
         family = hf.architectures()[type(model).__name__]
