@@ -9,7 +9,7 @@ compare.py --cards                                    figures of the cards in do
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ def compare(argv: Sequence[str]) -> None:
     arguments = parse(argv)
     allocator.give_back()
 
-    from moe_zoo.compare.entries import MATCHES, SCALES, load_entries, pick
+    from moe_zoo.compare.entries import MATCHES, SCALES, load_entries, pick, plan
     from moe_zoo.compare.store import Store
 
     for flag, given, known in (("scale", arguments.scale, SCALES), ("match", arguments.match, MATCHES)):
@@ -41,7 +41,7 @@ def compare(argv: Sequence[str]) -> None:
     if store.path.suffix != ".jsonl":
         raise common.ConfigError(f"--store: expected a file that ends in .jsonl, got {arguments.store!r}")
     if arguments.list:
-        list_entries(entries or list(known.values()), scale, store, arguments.match)
+        list_entries(entries or list(known.values()), store, lambda entry: plan(entry, scale, 0, by=arguments.match))
     elif entries and not train(arguments, entries, scale, store):
         raise KeyboardInterrupt
     if arguments.page or (entries and not arguments.list and store.keys()):
@@ -114,14 +114,13 @@ def default_source() -> str:
     return PREPARED if Path(PREPARED).is_dir() else "embedded"
 
 
-def list_entries(entries: Sequence[Any], scale: Any, store: Any, match: str) -> None:
-    """Prints each entry: its claim, how it is matched, and the seeds that the store has of these settings."""
+def list_entries(entries: Sequence[Any], store: Any, plan: Callable[[Any], Any]) -> None:
+    """Prints each entry: its claim, how its `plan` is matched, and the seeds that the store has of these settings."""
     from moe_zoo.compare.claims import Claim
-    from moe_zoo.compare.entries import plan
 
     runs = store.read()
     for entry in entries:
-        planned = plan(entry, scale, 0, by=match)
+        planned = plan(entry)
         mine = [run for run in runs if run["entry"] == entry.name]
         seeds = sorted(run["seed"] for run in mine if run["config_hash"] == planned.config_hash)
         other = len(mine) - len(seeds)

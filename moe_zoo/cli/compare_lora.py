@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_zoo.cli import allocator, common
+from moe_zoo.cli.compare import list_entries
 
 #: where runs are kept, with their page
 STORES = Path("docs/results/compare_lora")
@@ -42,7 +43,7 @@ def compare_lora(argv: Sequence[str]) -> None:
     if store.path.suffix != ".jsonl":
         raise common.ConfigError(f"--store: expected a file that ends in .jsonl, got {arguments.store!r}")
     if arguments.list:
-        list_entries(entries or list(known.values()), scale, store)
+        list_entries(entries or list(known.values()), store, lambda entry: plans.plan(entry, scale, 0))
     elif entries and not train(arguments, entries, scale, store):
         raise KeyboardInterrupt
     if arguments.page or arguments.cards or (entries and not arguments.list and store.keys()):
@@ -101,24 +102,6 @@ def train(arguments: Any, entries: Sequence[Any], scale: Any, store: Any) -> boo
     return run_all(
         plans, store, made, workdir, say=say, until=until, make=running.run_one, outcome=running.outcome
     )  # fmt: skip
-
-
-def list_entries(entries: Sequence[Any], scale: Any, store: Any) -> None:
-    """Prints each entry: its claim, its rank, and the seeds that the store has of these settings."""
-    from moe_zoo.compare.adapters.plans import plan
-    from moe_zoo.compare.claims import Claim
-
-    runs = store.read()
-    for entry in entries:
-        planned = plan(entry, scale, 0)
-        mine = [run for run in runs if run["entry"] == entry.name]
-        seeds = sorted(run["seed"] for run in mine if run["config_hash"] == planned.config_hash)
-        other = len(mine) - len(seeds)
-        print(f"{entry.name}: {entry.claim.says}")
-        if isinstance(entry.claim, Claim):
-            print(f"    claim   {entry.claim.short()} ({entry.claim.source})")
-        print(f"    matched {planned.match.says()}")
-        print(f"    stored  seeds {seeds or 'none'}" + (f", {other} runs of other settings" if other else ""))
 
 
 def main() -> None:

@@ -237,10 +237,9 @@ def test_what_sees_what(with_cache):
     assert np.abs(run(read, TOKENS) - whole).max(2).min() > 1e-4  # all that is written depends on all that is read
 
 
+@pytest.mark.parametrize("with_cache", ["switch"], indirect=True)
 def test_text_is_that_of_the_most_likely_tokens(with_cache, tmp_path):
     model, run = with_cache
-    if model.config.router.name != "switch":
-        pytest.skip("one compiled program is enough")
     sources = [row[ok] for row, ok in zip(SOURCE, VALID)]
     out = generate(model, [[1], [1]], S - 1, temperature=0.0, sources=sources)
     ids = np.ones((B, S), int)
