@@ -24,6 +24,7 @@ from bench_kernels import add_kernels
 from bench_routers import add_routers
 from measuring import compare, print_table
 
+from moe_zoo.cli import allocator
 from pallas_kernels import expert_ffn, expert_positions, expert_rows, grouped_matmul
 
 # --- expert_ffn ------------------------------------------------------------------------------------------------------
@@ -59,24 +60,26 @@ def _draw(rng: np.random.Generator, dtype: str, *shape: int) -> jax.Array:
 
 
 def _bench_expert_ffn(args: argparse.Namespace) -> None:
+    allocator.use()  # as training runs
+    rng = np.random.default_rng(args.seed)
+    draw = functools.partial(_draw, rng, args.dtype)
+    R, D, F = args.rows, args.d_model, args.d_ff
+    x_RD, dy_RD = draw(R, D), draw(R, D)
+    baseline = "dense, same FLOPs"
+    fused = lambda name: functools.partial(expert_ffn, implementation=name)
+    ffns = {"expert_ffn": fused(None), "three grouped_matmuls": _three_matmuls}
+    if not args.no_ragged_dot:
+        ffns["ragged_dot"] = fused("xla")
+    dense = (dy_RD, x_RD, draw(D, F), draw(D, F), draw(F, D))
+    contenders = {baseline: functools.partial(_forward_backward(_dense_ffn), *dense)}
     for E in args.num_experts:
-        rng = np.random.default_rng(args.seed)
-        draw = functools.partial(_draw, rng, args.dtype)
-        R, D, F = args.rows, args.d_model, args.d_ff
-        x_RD, dy_RD, sizes_E = draw(R, D), draw(R, D), jnp.asarray(_routed_sizes(rng, R, E, args.skew))
-        dense = (dy_RD, x_RD, draw(D, F), draw(D, F), draw(F, D))
+        sizes_E = jnp.asarray(_routed_sizes(rng, R, E, args.skew))
         routed = (dy_RD, x_RD, draw(E, D, F), draw(E, D, F), draw(E, F, D), sizes_E)
-        fused = lambda name: functools.partial(expert_ffn, implementation=name)
-        contenders = {
-            "dense, same FLOPs": functools.partial(_forward_backward(_dense_ffn), *dense),
-            "expert_ffn": functools.partial(_forward_backward(fused(None)), *routed),
-            "three grouped_matmuls": functools.partial(_forward_backward(_three_matmuls), *routed),
-        }
-        if not args.no_ragged_dot:
-            contenders["ragged_dot"] = functools.partial(_forward_backward(fused("xla")), *routed)
-        timings = compare(contenders, args.rounds, args.repeats)
-        title = f"forward + backward, rows {R}, D {D}, F {F}, E {E}, {args.dtype}, skew {args.skew:g}"
-        print_table(title, timings, "dense, same FLOPs", gflop=18 * R * D * F / 1e9)
+        for name, ffn in ffns.items():
+            contenders[f"{name}, E {E}"] = functools.partial(_forward_backward(ffn), *routed)
+    timings = compare(contenders, args.rounds, args.repeats)
+    title = f"forward + backward, rows {R}, D {D}, F {F}, {args.dtype}, skew {args.skew:g}"
+    print_table(title, timings, baseline, gflop=18 * R * D * F / 1e9)
 
 
 def add_expert_ffn(subparsers: Any) -> None:

@@ -41,9 +41,10 @@ def print_table(title: str, timings: dict[str, Timing], baseline: str, gflop: fl
     """One line per contender; `gflop` is the useful work of one call, if it has any."""
     base = timings[baseline]
     print(f"{title}: lower quartiles, ratios to {baseline!r}")
-    print(f"  {'':24}{'CPU ms':>9}{'ratio':>7}{'wall ms':>9}{'ratio':>7}{'GF per CPU s' if gflop else '':>14}")
+    width = max(24, *map(len, timings))
+    print(f"  {'':{width}}{'CPU ms':>9}{'ratio':>7}{'wall ms':>9}{'ratio':>7}{'GF per CPU s' if gflop else '':>14}")
     for name, t in timings.items():
         print(
-            f"  {name:24}{t.cpu_s * 1e3:9.1f}{t.cpu_s / base.cpu_s:7.2f}{t.wall_s * 1e3:9.1f}"
+            f"  {name:{width}}{t.cpu_s * 1e3:9.1f}{t.cpu_s / base.cpu_s:7.2f}{t.wall_s * 1e3:9.1f}"
             f"{t.wall_s / base.wall_s:7.2f}" + (f"{gflop / t.cpu_s:14.1f}" if gflop else "")
         )
