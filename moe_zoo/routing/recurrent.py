@@ -74,7 +74,7 @@ class Recurrent(Router):
     """RMoE: logits read from a GRU state that is carried from layer to layer."""
 
     Config = RecurrentConfig
-    cost = CostBound(14, 4, "a GRU of p = 128 for every token: thirty times the multiplications of x W")
+    cost = CostBound(28, 4, "a GRU of p = 128 for every token: thirty times the multiplications of x W")
 
     def __init__(self, config: RecurrentConfig, dims: Dims):
         self.config, self.num_experts = config, dims.num_experts
