@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # also without an installation
-TIMES = ("seconds", "tokens_per_second")
+TIMES = ("seconds", "processor_seconds", "tokens_per_second")
 
 
 def command(workdir: Path, arguments) -> list[str]:

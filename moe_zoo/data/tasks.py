@@ -77,6 +77,24 @@ def _question(kind: str, random: np.random.RandomState) -> str:
     return draw(_DIGITS if kind == "digits" else _LETTERS, n)
 
 
+#: what each task asks for, in words: for adapters that route by an instruction
+INSTRUCTIONS = {
+    "copy": "write the text again as it is",
+    "reverse": "write the letters of the text in reverse order",
+    "sort": "write the letters of the text in the order of the alphabet",
+    "swap_case": "write lower case letters in upper case and upper case letters in lower case",
+    "shift": "replace every letter by the third one after it in the alphabet",
+    "dedupe": "write every letter of the text once, where it comes first",
+    "initials": "write the first letter of every word",
+    "interleave": "take letters from two words in turn",
+    "digit_sum": "add the digits and write the last digit of the sum",
+    "parity": "say whether the sum of the digits is even or odd",
+    "kind": "say whether a line is Python, C or English",
+    "category": "say which category of Unicode a character of this name has",
+    "completion": "write the name that a line of Python ends with",
+    "language": "say which language a text is written in",
+    "swap_reverse": "write the letters of the text in reverse order, lower case in upper case and upper case in lower case",
+}
 #: all tasks, in the order of their domain ids
 ALL_TASKS = (*TASKS, *REAL_TASKS)
 #: only by name

@@ -192,7 +192,8 @@ def _matched(config: Config, recipe: Recipe, target: int) -> tuple[Config, Match
     # from the configured rank, since some cannot have less than so many
     first = config.model.adapters.config.r
     one, two = (trained(_ranked(config, rank), recipe) for rank in (first, first + 1))
-    rank = max(1, first + math.floor((target - one) / (two - one)))
+    # with pools to draw from (MoS), a higher rank trains no more
+    rank = first if one == two else max(1, first + math.floor((target - one) / (two - one)))
     found = []
     for r, more in ((first, 0), (rank + 1, 0), *((rank, more) for more in range(len(kinds)))):
         try:

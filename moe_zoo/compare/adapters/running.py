@@ -21,13 +21,14 @@ from moe_zoo.compare.record import rounded
 from moe_zoo.core import param as P
 from moe_zoo.core.schema import to_dict
 from moe_zoo.data import Corpus, load_tokenizer, split, train_iterator
+from moe_zoo.data.tasks import INSTRUCTIONS
 from moe_zoo.inference import Loaded
 from moe_zoo.models import Decoder
 from moe_zoo.models.counting import train_flops_per_token
 from moe_zoo.sharding import make_mesh
 from moe_zoo.train.config import Config
 from moe_zoo.train.step import Trainer
-from moe_zoo.transform import join_experts
+from moe_zoo.transform import describe_experts, join_experts
 
 _POINTS = 40  # of the curve of the loss
 
@@ -122,6 +123,9 @@ def follow(plan: Plan, base: Loaded, corpus: Corpus) -> tuple[Loaded, list[Tuner
                 for i, (model, own) in enumerate(zip(models, owns, strict=True))
             ]
         made = join_experts(base, models, recipe.join, seed=plan.seed)
+        if made.model.instruction_size is not None:
+            known = [task for i, task in enumerate(tasks) if (corpus.domain_ids == i).any()]
+            made = describe_experts(made, [INSTRUCTIONS[task] for task in known])
         config, begin = dataclasses.replace(plan.config, model=made.config), P.arrays(made.model)
     for changes, steps in zip(recipe.then, for_all, strict=True):
         tuners.append(Tuner(staged(config, changes, alone=False)))

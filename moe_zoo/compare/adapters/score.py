@@ -15,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moe_zoo.adapters.instructions import of_each
 from moe_zoo.analysis.specialization import Specialization
 from moe_zoo.core.aux import merge_stats
 from moe_zoo.data import Corpus, DataError, Tokenizer
 from moe_zoo.data.pipeline import Batch
+from moe_zoo.data.tasks import INSTRUCTIONS
 from moe_zoo.models.decoder import per_layer
 from moe_zoo.train.objective import cross_entropy, forward
 
@@ -50,8 +52,12 @@ def score(model: nnx.Module, corpus: Corpus, tokenizer: Tokenizer, *, seq_len: i
     """Scores every document of a supervised corpus, whole. Raises DataError if one is longer than `seq_len`."""
     graphdef, state = nnx.split(model)
     nats, hits, count = np.zeros((3, len(corpus)))
+    instructed = model.instruction_size is not None
     tokens, layers = np.zeros(len(corpus.domains)), None
-    for batch, documents in whole_documents(corpus, tokenizer, seq_len, batch_size):
+    for batch, documents in whole_documents(corpus, tokenizer, seq_len, batch_size, by_domain=instructed):
+        if instructed:
+            domains = [corpus.domains[max(domain, 0)] for domain in batch["domain"][:, 0]]
+            batch["instructions"] = of_each(model, [INSTRUCTIONS[task] for task in domains], batch_size)
         nll_BS, hit_BS, layer = jax.device_get(_score(graphdef, len(corpus.domains), state, batch))
         counted = batch["loss_mask"]
         np.add.at(nats, documents[counted], nll_BS[counted])
@@ -73,9 +79,11 @@ def score(model: nnx.Module, corpus: Corpus, tokenizer: Tokenizer, *, seq_len: i
 
 
 def whole_documents(
-    corpus: Corpus, tokenizer: Tokenizer, seq_len: int, batch_size: int
+    corpus: Corpus, tokenizer: Tokenizer, seq_len: int, batch_size: int, by_domain: bool = False
 ) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Batches whose rows hold whole documents, one after the other, and for each position which document it is of."""
+    """Batches whose rows hold whole documents, one after the other (`by_domain`: only of one domain), and for each
+    position which document it is of.
+    """
     ends = corpus.trained_ends()
     rows: list[list[int]] = [[]]
     used = 0
@@ -83,7 +91,8 @@ def whole_documents(
         size = len(corpus.document(i)) + 1
         if size > seq_len:
             raise DataError(f"a question and its answer have {size} tokens, which is more than seq_len={seq_len}")
-        if used + size > seq_len:
+        other = by_domain and rows[-1] and corpus.domain_ids[rows[-1][-1]] != corpus.domain_ids[i]
+        if used + size > seq_len or other:
             rows.append([])
             used = 0
         rows[-1].append(i)
@@ -109,7 +118,8 @@ def whole_documents(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _score(graphdef, num_domains: int, state, batch: Mapping[str, Any]):
-    logits, aux = forward(nnx.merge(graphdef, state), batch, num_domains=num_domains)
+    more = {name: batch[name] for name in ("instructions",) if name in batch}
+    logits, aux = forward(nnx.merge(graphdef, state), batch, num_domains=num_domains, **more)
     hit_BS = jnp.argmax(logits, -1) == batch["targets"]
     layers = {path: (ids, a.stats) for path, (ids, a) in aux.layers.items()}
     return cross_entropy(logits, batch["targets"]), hit_BS, layers
