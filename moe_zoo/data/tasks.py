@@ -93,7 +93,7 @@ INSTRUCTIONS = {
     "category": "say which category of Unicode a character of this name has",
     "completion": "write the name that a line of Python ends with",
     "language": "say which language a text is written in",
-    "swap_reverse": "write the letters of the text in reverse order, lower case in upper case and upper case in lower case",
+    "swap_reverse": "write the letters in reverse order, lower case in upper case and upper case in lower case",
 }
 #: all tasks, in the order of their domain ids
 ALL_TASKS = (*TASKS, *REAL_TASKS)
