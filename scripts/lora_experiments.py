@@ -35,7 +35,7 @@ from moe_zoo.transform import merge
 SCALE = plans.SCALES["cpu"]
 RESULTS = Path("docs/results/compare_lora")
 #: of one task in `continual`, of each part in `guarded`; LoRA beside MoGU gets as many as its three stages together
-STEPS = {"continual": 60, "tuned": 400, "glad": 100, "unwill": 100, "route": 300}
+STEPS = {"continual": 60, "tuned": 400, "glad": 10, "unwill": 100, "route": 300}
 QUESTIONS = 64
 Run = dict[str, Any]
 

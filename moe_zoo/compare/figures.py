@@ -73,8 +73,9 @@ def _forest(axes: Axes, group: Group, statistic: str, rows: Sequence[Row], shade
     axes.set_axisbelow(True)
     name = ALL_STATISTICS[statistic].title.partition(":")[0]
     side = {row.claim.direction for row in rows}
-    note = "← as claimed" if side == {"lower"} else "as claimed →" if side == {"higher"} else ""
-    title(axes, f"{name[:1].upper()}{name[1:]}: difference to the baseline", note=note)
+    ends = ("← as claimed      " if side == {"lower"} else "", "      as claimed →" if side == {"higher"} else "")
+    axes.set_xlabel("difference to the baseline".join(ends))
+    title(axes, f"{name[:1].upper()}{name[1:]}")
 
 
 # -------------------------------------------------------------------------------------------------------------- curves
