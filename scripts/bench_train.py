@@ -220,7 +220,7 @@ def run_startup(args: argparse.Namespace) -> None:
 
     everything = "import moe_zoo; moe_zoo.load; moe_zoo.routers()"
     print(
-        f"import moe_zoo: {seconds('import moe_zoo'):.2f} s, with what it imports when used {seconds(everything):.2f} s "
+        f"import moe_zoo: {seconds('import moe_zoo'):.2f} s, with what it uses {seconds(everything):.2f} s "
         f"(bare interpreter {seconds('pass'):.2f} s)"
     )
     first = "import sys; sys.path.insert(0, 'scripts'); import bench_train; bench_train.our_step()()"
