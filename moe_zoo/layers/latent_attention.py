@@ -6,7 +6,6 @@
 The cache holds c and k_rot only. B batch, S query length, L key length, N heads, R latent width.
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 

@@ -123,9 +123,7 @@ class ModelConfig:
             if kind.partition(":")[0] == "mixer" and variant.mixer.name == "none":
                 raise ConfigError(f"{join(path, 'layers')}: {kind!r} has no mixer, so there is nothing in it")
             if self.adapted and variant.depth.name != "none":
-                raise ConfigError(
-                    f"{join(path, 'adapters')}: go without depth, and {kind!r} has {variant.depth.name!r}"
-                )
+                raise ConfigError(f"{join(path, 'adapters')}: go without depth; {kind!r} has {variant.depth.name!r}")
 
     def _validate_attention(self, path: str) -> None:
         D, N = self.hidden_size, self.attention.num_attention_heads

@@ -1,4 +1,4 @@
-"""Blocks that some tokens go through: against a loop over tokens, exact invariants, what looks at the future, caches."""
+"""Blocks that some tokens go through: against a loop over tokens, exact invariants, what sees the future, caches."""
 
 import functools
 
