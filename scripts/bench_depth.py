@@ -35,7 +35,7 @@ def decoder(args: argparse.Namespace, layers: str) -> Decoder:
     return Decoder(build(ModelConfig, settings, "model"))
 
 
-def shifted(model: Decoder, ids_BS: np.ndarray, capacity: float, rounds: int = 24) -> Decoder:
+def shifted(model: Decoder, ids_BS: np.ndarray, capacity: float, rounds: int = 12) -> Decoder:
     """The model with its predictors' last layers moved by a constant each, by bisection: they then choose `capacity` of
     these tokens. What a SiLU returns is positive on average, so a constant moves all logits alike.
     """
@@ -56,7 +56,7 @@ def run_depth(args: argparse.Namespace) -> None:
     """A table per batch."""
     n, rng = args.layers // 2, np.random.default_rng(0)
     ids = rng.integers(0, 256, (8, args.prompt)).astype(np.int32)
-    some = shifted(P.materialize(decoder(args, f"{n}*(dense dense:some)"), 0), ids, args.capacity)
+    some = shifted(P.materialize(decoder(args, f"{n}*(dense dense:some)"), 0), ids[:2], args.capacity)
     models = {"dense": P.materialize(decoder(args, f"{n}*(dense dense)"), 0), "mod": some}
     context = args.prompt / 2
     flops = {name: model.flops_per_token(context) for name, model in models.items()}
@@ -78,7 +78,9 @@ def _measure(models: dict[str, Decoder], ids_BS: np.ndarray, batch: int, args: a
     timings = compare(calls, args.rounds, 1)
     text = np.stack([np.concatenate([p, new]) for p, new in zip(prompts, write(models["mod"], args.new), strict=True)])
     print(f"batch {batch}; went through: {_went(models['mod'], text, args.prompt)}")
-    print(f"  {'':16}{'dense':>10}{'mod':>10}{'faster':>8}{'CPU':>8}   (ms by the clock; ratios by it, and of CPU time)")
+    print(
+        f"  {'':16}{'dense':>10}{'mod':>10}{'faster':>8}{'CPU':>8}   (ms by the clock; ratios by it and of CPU time)"
+    )
     first = {name: timings[f"{name} 1"] for name in models}
     each = {name: _less(timings[f"{name} {args.new}"], first[name], args.new - 1) for name in models}
     for what, of in (("prompt", first), ("each new token", each)):

@@ -65,29 +65,29 @@ class SelectiveBlock(Block):
         valid_BS = jnp.ones(x.shape[:2], bool) if ctx.valid is None else ctx.valid.reshape(x.shape[:2])
         if cache is not None:
             return self._continued(selection, x, view, ctx, cache, valid_BS)
-        if not self.selector.competes:
-            return self._chosen(selection, x, view, ctx, valid_BS, Aux())
-        at_BC = best(selection.scores, valid_BS, self.selector.size(x.shape[1]))
-        best_BS = jnp.zeros(x.shape[:2], bool).at[_rows(at_BC), at_BC].set(True) & valid_BS
-        learned = self.selector.learn(selection, best_BS, valid_BS)
-        if not (ctx.train or self.as_trained):
-            return self._chosen(selection, x, view, ctx, valid_BS, Aux(stats=learned.stats))
-        live_BC = None if ctx.valid is None else take(valid_BS, at_BC)
-        x, aux, _, carry = self._some(selection, x, view, ctx, at_BC, live_BC)
-        return x, aux | learned | _share(best_BS, valid_BS), None, carry
+        go_BS = wanted_BS = selection.chosen & valid_BS
+        if self.selector.competes:
+            at_BC = best(selection.scores, valid_BS, self.selector.size(x.shape[1]))
+            wanted_BS = jnp.zeros(x.shape[:2], bool).at[_rows(at_BC), at_BC].set(True) & valid_BS
+        learned = self.selector.learn(selection, wanted_BS, valid_BS)
+        if self.selector.competes and (ctx.train or self.as_trained):
+            go_BS, live_BC = wanted_BS, None if ctx.valid is None else take(valid_BS, at_BC)
+            x, aux, _, carry = self._some(selection, x, view, ctx, at_BC, live_BC)
+        else:
+            x, aux, carry = self._chosen(selection, x, view, ctx, go_BS)
+        return x, aux | learned | _share(go_BS, valid_BS), None, carry
 
     def _through(self, x, view: View, ctx: RoutingContext, cache=None, at=None):
         """Through the block as it is without a selector."""
         return super().__call__(x, view, ctx, cache, at)
 
-    def _chosen(self, selection: Selection, x, view: View, ctx: RoutingContext, valid_BS, aux: Aux):
-        """All tokens computed, the chosen ones seen and changed."""
-        go_BS = selection.chosen & valid_BS
+    def _chosen(self, selection: Selection, x, view: View, ctx: RoutingContext, go_BS):
+        """All tokens computed, those that go through seen and changed."""
         seen = dataclasses.replace(view, valid=go_BS)
-        y, own, _, carry = self._through(x, seen, ctx.replace(valid=go_BS.reshape(-1)))
-        x = jnp.where(go_BS[..., None], blend(x, y, selection.weights), x)
+        y, aux, _, carry = self._through(x, seen, ctx.replace(valid=go_BS.reshape(-1)))
         keep = lambda new, old: jnp.where(_like(go_BS.reshape(-1), new), new, old)
-        return x, own | aux | _share(go_BS, valid_BS), None, jax.tree.map(keep, carry, ctx.carry)
+        x = jnp.where(go_BS[..., None], blend(x, y, selection.weights), x)
+        return x, aux, jax.tree.map(keep, carry, ctx.carry)
 
     def _some(self, selection: Selection, x, view: View, ctx: RoutingContext, at_BC, live_BC, cache=None, at=None):
         """The tokens `at_BC` through the block, those that are `live_BC` (None: all) seen and changed."""

@@ -66,7 +66,7 @@ class Selector(nnx.Module):
         raise NotImplementedError(f"selector {type(self).__name__} does not define __call__")
 
     def learn(self, selection: Selection, best_BS: Bool[Array, "B S"], valid_BS: Bool[Array, "B S"]) -> Aux:
-        """Its losses and statistics, given which tokens were the C best."""
+        """Its losses and statistics, given which tokens are the C best, or are chosen, if they do not compete."""
         return Aux()
 
     def size(self, seq_len: int) -> int:

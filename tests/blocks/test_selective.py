@@ -11,9 +11,11 @@ from naive import normal, tiny_config, tiny_model
 
 from moe_zoo.blocks.selective import best
 from moe_zoo.core import param as P
+from moe_zoo.core.aux import Aux
 from moe_zoo.core.context import RoutingContext
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.depth import SELECTORS
+from moe_zoo.depth.selector import Selection, Selector
 from moe_zoo.layers.attention import View
 from moe_zoo.models import Decoder
 from moe_zoo.models.counting import count_parameters, router_parameters
@@ -21,6 +23,19 @@ from moe_zoo.sharding import MeshConfig, batch_sharding, make_mesh
 
 B, S, D, C = 2, 12, 16, 6
 call = jax.jit(lambda block, x, view, ctx: block(x, view, ctx)[:2])
+
+
+class EverySecond(Selector):
+    """Tokens of even numbers, and nobody competes."""
+
+    competes = False
+
+    def __call__(self, x_BSD, ctx):
+        chosen_BS = ctx.positions.reshape(x_BSD.shape[:2]) % 2 == 0
+        return Selection(x_BSD[..., 0], chosen_BS, jnp.ones_like(x_BSD[..., 0]))
+
+    def learn(self, selection, best_BS, valid_BS):
+        return Aux(losses={"budget": best_BS.sum() / valid_BS.sum()})
 
 
 @functools.cache
@@ -96,6 +111,16 @@ def test_all_tokens_at_weight_one_are_the_block_without_a_selector_to_the_last_b
     for train in (True, False):
         where = looks(block, train=train, key=jax.random.key(0))
         np.testing.assert_array_equal(block(x, *where)[0], plain(x, *where)[0])
+
+
+def test_a_selector_of_ones_own_in_which_nobody_competes_trains_as_it_reads():
+    block, plain, x = first(decoder(name="test_selective:EverySecond")), first(decoder("1*dense")), normal(1, B, S, D)
+    y, aux = call(block, x, *looks(block, train=True))
+    assert aux.losses["budget"] == 0.5
+    even = jnp.broadcast_to(jnp.arange(S) % 2 == 0, (B, S))
+    np.testing.assert_array_equal(y[~even], x[~even])
+    np.testing.assert_allclose(y[even], call(plain, x, *looks(plain, even))[0][even], atol=1e-6)
+    np.testing.assert_array_equal(call(block, x, *looks(block))[0], y)
 
 
 def test_tokens_that_pass_by_are_seen_by_nobody():
