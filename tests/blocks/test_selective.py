@@ -103,6 +103,11 @@ def test_output_is_that_of_the_loop_and_others_pass_by_untouched(train):
     np.testing.assert_array_equal(y[~chosen], x[~chosen])
     assert 0 < chosen.sum() < valid.sum() and (not train or (chosen.sum(1) == C).all())
     assert aux.stats["depth_share"].value() == pytest.approx(chosen.sum() / valid.sum())
+    if train:
+        yes = np.asarray(selection.logits > 0) & valid
+        assert aux.stats["depth_f1"].value() == pytest.approx(2 * (chosen & yes).sum() / (chosen.sum() + yes.sum()))
+        block.as_trained = True
+        np.testing.assert_array_equal(call(block, x, *looks(block, jnp.asarray(valid), segments))[0], y)
 
 
 def test_all_tokens_at_weight_one_are_the_block_without_a_selector_to_the_last_bit():
@@ -179,7 +184,8 @@ def test_competing_sees_the_future_and_choosing_does_not_and_decodes_as_it_reads
     whole, changed = read(ids), (ids + (np.arange(S) == S - 1)) % 32
     np.testing.assert_allclose(read(changed)[:, :-1], whole[:, :-1], atol=1e-6)
     if depth["name"] == "mod":  # random scores are of places: nobody competes with what a token says
-        competing = jax.jit(lambda ids: made(ids, train=True)[0])
+        competing = jax.jit(lambda ids: made.as_trained()(ids)[0])
+        assert made.causal and made.selects and not made.as_trained().causal
         futures = [(ids + shift * (np.arange(S) == S - 1)) % 32 for shift in range(1, 32)]
         assert any(np.abs(competing(f) - competing(ids))[:, :-1].max() > 1e-3 for f in futures)
     step = jax.jit(lambda ids, cache: made(ids, cache=cache)[::2])
