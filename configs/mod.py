@@ -3,7 +3,8 @@
 Command:  python scripts/train.py --config=configs/mod.py --workdir=runs/mod
           staged MoDE, around routed blocks: --config.model.layers="2*(moe moe:mod)"
           the control, random tokens: --config.model.layers="2*(dense dense:random_depth)"
-Cost:     as the quickstart, at most 5 minutes of training on 2 CPU cores; a token of scale `cpu` has 0.59 of dense.py's FLOPs
+Cost:     as the quickstart, at most 5 minutes of training on 2 CPU cores
+          a token of scale `cpu` has 0.59 of dense.py's FLOPs
 Reaches:  see docs/zoo/mod.md
 Presets:  "" (the above), "tiny" (20 steps: seconds, for tests), "cpu", "gpu", "pod" (docs/comparison.md)
 """
