@@ -13,6 +13,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import bench_depth
 import bench_generate
 import bench_loading
 import bench_low_rank
@@ -152,8 +153,8 @@ def _add_common(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespa
 
 
 BENCHMARKS = (
-    add_expert_ffn, add_expert_rows, add_kernels, add_routers, bench_generate.add_generate, bench_loading.add_loading,
-    bench_low_rank.add_low_rank, bench_train.add_train, bench_train.add_startup,
+    add_expert_ffn, add_expert_rows, add_kernels, add_routers, bench_depth.add_depth, bench_generate.add_generate,
+    bench_loading.add_loading, bench_low_rank.add_low_rank, bench_train.add_train, bench_train.add_startup,
 )  # fmt: skip
 
 

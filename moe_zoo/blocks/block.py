@@ -61,6 +61,25 @@ class Block(nnx.Module):
         return hasattr(self, "ffn") and isinstance(self.ffn, MoE)
 
     @property
+    def selects(self) -> bool:
+        """Whether only some tokens go through it (`blocks/selective.py`)."""
+        return hasattr(self, "selector")
+
+    @property
+    def causal(self) -> bool:
+        """Whether at inference no token depends on later ones."""
+        return not self.routed or self.ffn.router.causal
+
+    @property
+    def share(self) -> float:
+        """The part of the tokens that go through it."""
+        return 1.0
+
+    def computed(self, seq_len: int) -> int:
+        """How many tokens of a sequence of that length go through it in training."""
+        return seq_len
+
+    @property
     def adapted(self) -> bool:
         """Whether linear layers of it have adapters (`adapters.add_adapters`)."""
         return hasattr(self, "adapters")

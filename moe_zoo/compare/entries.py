@@ -217,7 +217,7 @@ def _width_key(config: Config) -> str:
 #: of the model's settings, what an entry may have of its own
 _OWN = (
     "layers", "intermediate_size", "moe_intermediate_size", "num_experts", "shared_expert_size", "shared_expert_gate",
-    "mlp", "chain", "router", "experts", "dispatch", "losses", "remat", "variants",
+    "mlp", "chain", "router", "experts", "dispatch", "losses", "depth", "remat", "variants",
 )  # fmt: skip
 
 

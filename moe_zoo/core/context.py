@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
@@ -92,3 +93,19 @@ class Routing:
     carry: Any = None
     cache: Any = None
     aux: Aux = dataclasses.field(default_factory=Aux)
+
+
+def keys_by_place(key: Array, ctx: RoutingContext, each_token: bool = True) -> Array:
+    """A random key for every token [T], by what it is called: row, document, position; without `each_token` one for
+    each document. So it does not matter how many tokens are drawn for at once.
+    """
+    T = ctx.batch * ctx.seq
+    row_T, place_T = jnp.divmod(jnp.arange(T, dtype=jnp.int32), ctx.seq)
+    # a row that is not packed is a row of one document
+    names = [row_T, jnp.ones_like(row_T) if ctx.segment_ids is None else ctx.segment_ids]
+    if each_token:
+        names.append(place_T if ctx.positions is None else ctx.positions)
+    keys_T = jnp.broadcast_to(key, T)
+    for name_T in names:
+        keys_T = jax.vmap(jax.random.fold_in)(keys_T, name_T)
+    return keys_T

@@ -229,8 +229,8 @@ class Attention(nnx.Module):
     def __call__(
         self, x_BSD: Float[Array, "B S D"], view: View, cache: dict | None = None, at=None, tap: Tap = untouched
     ):
-        """Returns (output, cache). With a cache, the S new tokens are written at index `at` and see all before them.
-        `tap`: what is made of every linear layer's output.
+        """Returns (output, cache). With a cache, the S new tokens are written at index `at`, or of every row at its
+        own [B], and see all before them. `tap`: what is made of every linear layer's output.
         """
         return self.observed(x_BSD, view, cache, at, tap)[:2]
 
@@ -321,8 +321,7 @@ class Attention(nnx.Module):
     def _append(self, cache, k_BMSH, v_BMSH, view, at):
         valid = jnp.ones(view.positions.shape, bool) if view.valid is None else view.valid
         new = {"k": (k_BMSH, 2), "v": (v_BMSH, 2), "positions": (view.positions, 1), "valid": (valid, 1)}
-        write = lambda old, value, axis: jax.lax.dynamic_update_slice_in_dim(old, value.astype(old.dtype), at, axis)
-        return {name: write(old, *new[name]) for name, old in cache.items()}
+        return {name: write(old, new[name][0], at, new[name][1]) for name, old in cache.items()}
 
     def flops_per_token(self, context: float) -> float:
         """Projections, scores and mixing over `context` visible keys on average. Forward; multiply-adds count two."""
@@ -335,3 +334,16 @@ class Attention(nnx.Module):
         c = self.config
         context = context if c.sliding_window is None else min(context, c.sliding_window)
         return context if c.chunk_size is None else min(context, (c.chunk_size + 1) / 2)
+
+
+def write(old, new, at, axis: int):
+    """`new` [B, ...] into the cache `old`, from place `at` of that axis (1 or 2) on: the same one in every row, or one
+    for each [B], where nothing is written that lies beyond the end.
+    """
+    new = new.astype(old.dtype)
+    if not jnp.ndim(at):
+        return jax.lax.dynamic_update_slice_in_dim(old, new, at, axis)
+    rows, places = jnp.arange(old.shape[0])[:, None], at[:, None] + jnp.arange(new.shape[axis])
+    if axis == 1:
+        return old.at[rows, places].set(new, mode="drop")
+    return old.at[rows, :, places].set(jnp.swapaxes(new, 1, 2), mode="drop")

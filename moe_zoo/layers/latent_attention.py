@@ -6,12 +6,11 @@
 The cache holds c and k_rot only. B batch, S query length, L key length, N heads, R latent width.
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moe_zoo.core.param import fan_in, param
-from moe_zoo.layers.attention import Attention, AttentionConfig, RotaryKey, View
+from moe_zoo.layers.attention import Attention, AttentionConfig, RotaryKey, View, write
 from moe_zoo.layers.norm import RMSNorm
 from moe_zoo.layers.rope import rotate
 from moe_zoo.layers.tap import Tap, untouched
@@ -67,8 +66,7 @@ class LatentAttention(Attention):
         if cache is not None:
             valid = jnp.ones(view.positions.shape, bool) if view.valid is None else view.valid
             new = {"latent": latent, "rotated": rotated, "positions": view.positions, "valid": valid}
-            write = lambda old, value: jax.lax.dynamic_update_slice_in_dim(old, value.astype(old.dtype), at, 1)
-            cache = {name: write(old, new[name]) for name, old in cache.items()}
+            cache = {name: write(old, new[name], at, 1) for name, old in cache.items()}
             latent, rotated = (cache[name].astype(q.dtype) for name in ("latent", "rotated"))
         k, v = self._expand(latent, rotated, tap)
         sight = self._sight(view, cache, at)

@@ -6,6 +6,7 @@
     layers = "12*(moe:local moe)"   `local` is a variant: the same settings but for what `variants.local` changes
     layers = "6*(moe moe:attention)"   a mixer's name is the variant with `mixer` changed to it, if no other is declared
     layers = "2*(mixer dense:none)"    a mixer alone, a feed-forward part alone
+    layers = "6*(dense dense:mod)"     so is a selector's: every second block takes some of the tokens (`depth`)
 
 Every `n*...` becomes one segment, scanned n times.
 """
@@ -20,6 +21,7 @@ from moe_zoo.blocks.chain import ChainConfig
 from moe_zoo.blocks.moe import MoEConfig
 from moe_zoo.core.registry import ConfigError, nearest
 from moe_zoo.core.schema import Choice, build, build_choice, choice, choices, join, overlay, positive, to_dict
+from moe_zoo.depth import SELECTORS
 from moe_zoo.dispatch import DISPATCHERS
 from moe_zoo.experts import EXPERTS
 from moe_zoo.layers.attention import AttentionConfig
@@ -48,6 +50,7 @@ class ModelConfig:
     multiplied, logits divided by the three numbers that Granite has for it.
     `mixer` is what mixes tokens: "attention", with the settings of `attention`, or a recurrent state with its own.
     `chain` repeats the routed layer on its own output (Chain-of-Experts).
+    `depth` says which tokens go through a block (mixture of depths), all by default; usually a variant's setting.
     `adapters` act beside linear layers; with any, they alone are trained.
     `dtype` is the compute type; parameters, router, softmax and losses are float32. `remat`: what the backward pass
     recomputes: nothing ("none"), all but matrix products ("dots"), or whole blocks ("block").
@@ -73,6 +76,9 @@ class ModelConfig:
     losses: tuple[Choice, ...] = choices(LOSSES, {"load_balance": {"coef": 0.01}, "z_loss": {"coef": 0.001}})
     adapters: Choice = dataclasses.field(
         default_factory=lambda: build_choice(ADAPTERS, "none", ""), metadata={"registry": ADAPTERS, "silent": True}
+    )
+    depth: Choice = dataclasses.field(
+        default_factory=lambda: build_choice(SELECTORS, "none", ""), metadata={"registry": SELECTORS, "silent": True}
     )
     norm: NormKind = "rms"
     norm_eps: float = 1e-6
@@ -116,6 +122,8 @@ class ModelConfig:
             variant = self.variant(kind, path)
             if kind.partition(":")[0] == "mixer" and variant.mixer.name == "none":
                 raise ConfigError(f"{join(path, 'layers')}: {kind!r} has no mixer, so there is nothing in it")
+            if self.adapted and variant.depth.name != "none":
+                raise ConfigError(f"{join(path, 'adapters')}: go without depth; {kind!r} has {variant.depth.name!r}")
 
     def _validate_attention(self, path: str) -> None:
         D, N = self.hidden_size, self.attention.num_attention_heads
@@ -158,8 +166,11 @@ class ModelConfig:
             return self
         if name not in self.variants and name in MIXERS:
             return self._changed(base, {"mixer": {"name": name}}, f"{join(path, 'layers')}:{name}")
+        if name not in self.variants and name in SELECTORS:
+            return self._changed(base, {"depth": {"name": name}}, f"{join(path, 'layers')}:{name}")
         if name not in self.variants:
-            known = f"{', '.join(self.variants) or 'none declared'}, and mixers: {', '.join(MIXERS.names())}"
+            parts = ", ".join((*MIXERS.names(), *(n for n in SELECTORS.names() if n not in MIXERS)))
+            known = f"{', '.join(self.variants) or 'none declared'}, and mixers and selectors: {parts}"
             raise ConfigError(
                 f"{join(path, 'layers')}: unknown variant {name!r}{nearest(name, self.variants)}; known: {known}"
             )

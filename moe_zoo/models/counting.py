@@ -8,7 +8,7 @@ from moe_zoo.models.decoder import Decoder
 
 def count_parameters(model: Decoder, trainable=None) -> dict[str, int]:
     """{"total", "active", "trainable"}: buffers are not parameters; active counts what one token uses: its experts, and
-    one row of each n-gram table.
+    one row of each n-gram table; of a block that some tokens go through, their share.
 
     `trainable`: paths that are trained; all but frozen ones if None. Ranks and experts that a layer's adapters do not
     have, stored beside those of other layers, never move and are no trained parameters.
@@ -29,6 +29,10 @@ def count_parameters(model: Decoder, trainable=None) -> dict[str, int]:
         for name in size:
             if name.startswith(f"{path}.ffn.experts."):
                 active[name] = round(size[name] * share)
+    for path, block, _ in model.blocks():
+        for name in size:
+            if block.selects and name.startswith(f"{path}.") and not name.startswith(f"{path}.selector."):
+                active[name] = round(active[name] * block.share)
     if trainable is None:
         trainable = [n for n, v in variables.items() if not isinstance(v, P.Frozen)]
     moving = sum(size[n] for n in trainable) - _idle(model, set(trainable))
@@ -52,8 +56,10 @@ def count_adapters(model: Decoder) -> dict[str, int]:
 
 
 def router_parameters(model: Decoder) -> int:
-    """Parameters that are the routers', of all layers together: frozen ones, and what the routers share, included."""
-    own = lambda name: ".router." in name or name.startswith("shared.")
+    """Parameters that are the routers' and selectors', of all layers together: frozen ones, and what the routers share,
+    included.
+    """
+    own = lambda name: ".router." in name or ".selector." in name or name.startswith("shared.")
     return sum(v.get_value().size for n, v in P.flat(model).items() if own(n) and not isinstance(v, P.Buffer))
 
 
@@ -67,7 +73,7 @@ def train_flops_per_token(
     `rows_per_token`: as measured, by the path of the stacked block; for other blocks what their routers say.
     `passes`: how often the objective runs the model on each token (`Objective.passes`).
     """
-    rows = {path: block.ffn.router.rows_per_token(seq_len) for path, block, _ in model.routed()}
+    rows = {path: block.ffn.router.rows_per_token(block.computed(seq_len)) for path, block, _ in model.routed()}
     rows |= rows_per_token or {}
     forward = model.flops_per_token((seq_len + 1) / 2, rows)
     if not model.config.adapted:

@@ -18,11 +18,13 @@ from moe_zoo.adapters.adapter import add_adapters
 from moe_zoo.blocks.block import Block
 from moe_zoo.blocks.chain import Chain, ChainConfig
 from moe_zoo.blocks.moe import MoE
+from moe_zoo.blocks.selective import SelectiveBlock, SelectiveShortcut
 from moe_zoo.blocks.shortcut import Shortcut
 from moe_zoo.core.aux import Aux, Stat, is_stat
 from moe_zoo.core.context import PROVIDABLE, RoutingContext
 from moe_zoo.core.param import arrays, flat, freeze, replace, stack
 from moe_zoo.core.registry import ConfigError
+from moe_zoo.depth.selector import Selector
 from moe_zoo.layers.attention import RotaryKey, View
 from moe_zoo.layers.embedding import Embedding, Head
 from moe_zoo.layers.mlp import MLP
@@ -241,7 +243,20 @@ class Decoder(nnx.Module):
     @property
     def causal(self) -> bool:
         """Whether every router claims that no token depends on later ones; generation makes sense only then."""
-        return all(block.ffn.router.causal for _, block, _ in self.routed())
+        return all(block.causal for _, block, _ in self.blocks())
+
+    @property
+    def selects(self) -> bool:
+        """Whether there are blocks that only some tokens go through."""
+        return any(block.selects for _, block, _ in self.blocks())
+
+    def as_trained(self) -> "Decoder":
+        """The model with the same arrays, its tokens competing for such blocks as in training: not causal."""
+        other = nnx.merge(*nnx.split(self))
+        for _, block, _ in other.blocks():
+            if block.selects:
+                block.as_trained = True
+        return other
 
     def from_corpus(self, counts_V: Int[np.ndarray, "V"], domains: Sequence[str]) -> dict[str, np.ndarray]:
         """Initial values by path that follow from the training data: counts of token ids, names of domains."""
@@ -367,9 +382,24 @@ def make_block(config: ModelConfig, kind: str, whole: ModelConfig) -> Block:
         multiplier=config.residual_multiplier,
         skip=config.skip_multiplier,
     )
+    selector = {} if config.depth.name == "none" else {"selector": make_selector(config, kind, ffn)}
     if kind.partition(":")[0] == "shortcut":
-        return Shortcut(dense=dense(), second=Block(**parts(dense())), **parts(ffn))
-    return Block(**parts(ffn))
+        made = SelectiveShortcut if selector else Shortcut
+        return made(dense=dense(), second=Block(**parts(dense())), **parts(ffn), **selector)
+    return (SelectiveBlock if selector else Block)(**parts(ffn), **selector)
+
+
+def make_selector(config: ModelConfig, kind: str, ffn) -> Selector:
+    """Who goes through a block of that kind. Raises ConfigError if its router looks at all tokens."""
+    if is_routed(kind):
+        shared = config.router.cls.make_shared(config.router.config, config.moe().dims(config.hidden_size))
+        ahead = shared is not None and type(shared).before_layers is not Shared.before_layers
+        if ahead or ffn.router.init_cache(1, 1) is not None or "attention" in ffn.router.requires:
+            raise ConfigError(
+                f"model.depth: {config.depth.name!r} shows block {kind!r} some of the tokens, and router "
+                f"{config.router.name!r} looks at all of them; choose another router"
+            )
+    return config.depth.make(config.hidden_size)
 
 
 def count_positions(shape, segment_ids, valid) -> Int[Array, "B S"]:

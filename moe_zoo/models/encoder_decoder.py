@@ -64,7 +64,7 @@ class EncoderDecoderConfig(ModelConfig):
         self._check_parts(path, encoder)
 
     def _check_parts(self, path: str, encoder: ModelConfig) -> None:
-        for name, usual in (("mixer", "attention"), ("adapters", "none")):
+        for name, usual in (("mixer", "attention"), ("adapters", "none"), ("depth", "none")):
             if getattr(self, name).name != usual or getattr(encoder, name).name != usual:
                 raise ConfigError(f"{join(path, name)}: an encoder-decoder goes with {usual!r} only")
         for name, usual in (("norm_placement", "pre"), ("variants", {}), ("skip_multiplier", 1.0)):

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moe_zoo.core.context import Routing, RoutingContext
+from moe_zoo.core.context import Routing, RoutingContext, keys_by_place
 from moe_zoo.core.decision import TokenChoice
 from moe_zoo.core.schema import positive
 from moe_zoo.routing.router import Dims, Router
@@ -80,12 +80,4 @@ def draw(key: Array, granularity: Granularity, num_experts: int, ctx: RoutingCon
     one = lambda key: jax.random.randint(key, (), 0, num_experts, jnp.int32)
     if granularity == "batch":
         return jnp.broadcast_to(one(key), T)
-    row_T, place_T = jnp.divmod(jnp.arange(T, dtype=jnp.int32), ctx.seq)
-    # a row that is not packed is a row of one document
-    names = [row_T, jnp.ones_like(row_T) if ctx.segment_ids is None else ctx.segment_ids]
-    if granularity == "token":
-        names.append(place_T if ctx.positions is None else ctx.positions)
-    keys_T = jnp.broadcast_to(key, T)
-    for name_T in names:
-        keys_T = jax.vmap(jax.random.fold_in)(keys_T, name_T)
-    return jax.vmap(one)(keys_T)
+    return jax.vmap(one)(keys_by_place(key, ctx, each_token=granularity == "token"))

@@ -18,15 +18,20 @@ from moe_zoo.train.log_writers import read_metrics
 
 def make_report(config: Config, workdir: str | Path, run: dict[str, Any]) -> dict[str, Any] | None:
     """Evaluates the test split, draws the pictures into workdir/pictures and writes workdir/report.json.
+    Of a model with blocks that some tokens go through, "as_trained" is the score with tokens that compete for them.
 
     Of several processes all evaluate and the first one writes: the others return None.
     """
     trainer, parts, tokenizer = run["trainer"], run["parts"], run["tokenizer"]
     model = trainer.model(run["state"])
-    result = evaluate(
+    score = lambda model: evaluate(
         model, parts["test"], tokenizer, seq_len=config.data.seq_len, stride=config.data.eval_stride,
         batch_size=config.data.eval_batch_size, sharding=trainer.batch_sharding,
     )  # fmt: skip
+    result = score(model)
+    if model.selects:
+        as_trained = score(model.as_trained())
+        result["as_trained"] = {name: as_trained[name] for name in ("bits_per_byte", "loss")}
     result["sample"] = draw_sample(config, Loaded(model, config.model, tokenizer))
     return distributed.main_only(lambda: _write(config, Path(workdir), run, result))
 

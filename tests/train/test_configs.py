@@ -48,7 +48,7 @@ def test_tiny_preset_trains_in_one_compilation_and_nan_shows(path):
         losses.append(float(stats["scalars"]["loss"]))
     assert losses[0] == pytest.approx(math.log(264), abs=0.6) and losses[-1] < losses[0] - 1, losses
     assert trainer.train_step._cache_size() == 1
-    ids = {path: ids for path, _, ids in trainer.abstract.routed()}
+    ids = {path: ids for path, _, ids in trainer.abstract.blocks()}
     assert first_non_finite(flatten(jax.device_get(stats), ids, 1.0)) is None
     poisoned = next(name for name in state["trainable"] if name.endswith("w_up"))
     state["trainable"][poisoned] *= np.nan

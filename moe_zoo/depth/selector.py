@@ -1,0 +1,96 @@
+"""What a selector says of the tokens of a sequence, and what it is asked; `blocks/selective.py` does the rest.
+
+B batch, S sequence, D model, C tokens that go through.
+"""
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from moe_zoo.core.aux import Aux
+from moe_zoo.core.context import RoutingContext
+from moe_zoo.core.registry import ConfigError
+from moe_zoo.core.schema import join, positive
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """`scores`: by what tokens of a sequence compete in training. `chosen`: who goes through at inference, each token
+    by itself. `weights` w: of x + w (block(x) - x), for who goes through. `logits`: behind `chosen`, if it is learned.
+    """
+
+    scores: Float[Array, "B S"]
+    chosen: Bool[Array, "B S"]
+    weights: Float[Array, "B S"]
+    logits: Float[Array, "B S"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectorConfig:
+    """`capacity`: the part of a sequence's tokens that go through in training, C = ceil(capacity S). `cache_factor`:
+    while decoding there are places for cache_factor C tokens of the longest text, and tokens for which none is left
+    pass the block by; None: for all of them.
+    """
+
+    capacity: float = 0.125
+    cache_factor: float | None = 1.25
+
+    def validate(self, path: str) -> None:
+        positive(self, path, "capacity", "cache_factor")
+        if self.capacity > 1:
+            raise ConfigError(f"{join(path, 'capacity')}: {self.capacity} of a sequence's tokens; at most 1")
+
+
+class Selector(nnx.Module):
+    """Says which tokens go through one block. A subclass declares `Config`, builds its parameters from (config,
+    hidden_size) and implements `__call__`. Its mathematics is float32 or wider.
+
+    What it chooses at inference depends on no later token, and not on how many tokens it is shown at once. A selector
+    of whole sequences says the same of all their tokens.
+    """
+
+    Config: ClassVar[type] = SelectorConfig
+    #: in training the C best of a sequence go through; otherwise, as at inference, who is chosen
+    competes: ClassVar[bool] = True
+
+    def __init__(self, config: SelectorConfig, hidden_size: int):
+        self.config, self.hidden_size = config, hidden_size
+
+    def __call__(self, x_BSD: Float[Array, "B S D"], ctx: RoutingContext) -> Selection:
+        """What it says of every token, padding included."""
+        raise NotImplementedError(f"selector {type(self).__name__} does not define __call__")
+
+    def learn(self, selection: Selection, best_BS: Bool[Array, "B S"], valid_BS: Bool[Array, "B S"]) -> Aux:
+        """Its losses and statistics, given which tokens are the C best, or are chosen, if they do not compete."""
+        return Aux()
+
+    def size(self, seq_len: int) -> int:
+        """C of a sequence of that length."""
+        return _part(self.config.capacity, seq_len)
+
+    def places(self, max_seq: int) -> int:
+        """Of a cache for a text of that length."""
+        factor = self.config.cache_factor
+        return max_seq if factor is None else _part(factor * self.config.capacity, max_seq)
+
+    def flops_per_token(self) -> float:
+        """Forward FLOPs of what it says of one token; multiply-adds count two."""
+        return 0
+
+
+class NoSelector(Selector):
+    """None: every token goes through."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        """No settings."""
+
+
+def _part(part: float, whole: int) -> int:
+    """ceil(part * whole), at most the whole; a product that is whole but for rounding is not rounded up."""
+    return min(whole, math.ceil(round(part * whole, 6)))
