@@ -9,8 +9,8 @@ others. A block h = x + Attn(BHyT_1(x; s^2)), y = h + FFN(BHyT_2(h; s'^2)) measu
 
     s'^2 = s^2 + c lambda_1^2 / kappa^2,    c = ||W_V W_O||_F^2 / (n D)
 
-since BHyT_1 returns channels of variance (lambda_1 / kappa)^2, attention spread evenly over n independent tokens divides
-that by n, and W_V W_O multiplies it by ||W_V W_O||_F^2 / D. No gradient goes through c and the lambda_1 in it.
+since BHyT_1 returns channels of variance (lambda_1 / kappa)^2, attention spread evenly over n independent tokens
+divides that by n, and W_V W_O multiplies it by ||W_V W_O||_F^2 / D. No gradient goes through c and the lambda_1 in it.
 
 D model, N query heads, M key-value heads, H head size.
 """
@@ -136,22 +136,17 @@ def wide(x):
 
 def why_not_predicted(model, path: str) -> None:
     """Raises ConfigError if a block of `model` (ModelConfig) is other than the prediction takes it to be."""
-    attention = model.attention
-    instead = "; model.norm 'bhyt_star' measures both"
-    if model.mixer.name not in ("attention", "none"):
-        raise ConfigError(
-            f"{join(path, 'norm')}: 'bhyt' looks at W_V W_O of attention, not of {model.mixer.name!r}" + instead
-        )
+    attention, wrong = model.attention, None
     for name, there in (
         ("latent", attention.latent.kv_lora_rank), ("experts", attention.experts.num_experts),
         ("output_gate", attention.output_gate), ("clip_qkv", attention.clip_qkv), ("sinks", attention.sinks),
     ):  # fmt: skip
         if there:
-            raise ConfigError(
-                f"{join(path, 'norm')}: 'bhyt' looks at W_V W_O alone, and there is attention.{name}" + instead
-            )
+            wrong = f"{join(path, 'norm')}: 'bhyt' looks at W_V W_O alone, and there is attention.{name}"
+    if model.mixer.name not in ("attention", "none"):
+        wrong = f"{join(path, 'norm')}: 'bhyt' looks at W_V W_O of attention, not of {model.mixer.name!r}"
     for name, usual in (("norm_placement", "pre"), ("residual_multiplier", 1.0), ("skip_multiplier", 1.0)):
         if getattr(model, name) != usual:
-            raise ConfigError(
-                f"{join(path, name)}: with norm 'bhyt' {usual!r} only, got {getattr(model, name)!r}" + instead
-            )
+            wrong = f"{join(path, name)}: with norm 'bhyt' {usual!r} only, got {getattr(model, name)!r}"
+    if wrong:
+        raise ConfigError(f"{wrong}; model.norm 'bhyt_star' measures both")

@@ -82,9 +82,7 @@ class EncoderDecoderConfig(ModelConfig):
         if self.ngram.orders:
             raise ConfigError(f"{join(path, 'ngram')}: an encoder-decoder goes without")
         if "bhyt" in (self.norm, encoder.norm):
-            raise ConfigError(
-                f"{join(path, 'norm')}: 'bhyt' predicts over attention alone, and an encoder-decoder has more; 'bhyt_star'"
-            )
+            raise ConfigError(f"{join(path, 'norm')}: 'bhyt' predicts over self-attention alone; 'bhyt_star' measures")
         for name in ("vocab_size", "hidden_size", "dtype", "embedding_multiplier", "embedding_scale"):
             if getattr(encoder, name) != getattr(self, name):
                 raise ConfigError(f"{join(path, 'encoder')}.{name}: belongs to the whole model")

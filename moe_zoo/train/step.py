@@ -105,7 +105,8 @@ class Trainer:
         values = P.arrays(P.materialize(self.abstract, self.config.train.seed, place, given))
         if any(block.refreshes for _, block, _ in self.abstract.blocks()):
             follow = lambda values: P.replace(self.abstract, values).refreshed(jnp.int32(0))
-            values |= jax.jit(follow, out_shardings=self.replicated)(values)
+            where = {name: self.shardings[name] for name in jax.eval_shape(follow, values)}
+            values |= jax.jit(follow, out_shardings=where)(values)
         state = {
             group: {n: values[n] for n in getattr(self.partition, group)}
             for group in ("trainable", "frozen", "buffers")

@@ -21,7 +21,7 @@ from moe_zoo.train.step import Trainer
 B, S, D, N, M, H = 2, 7, 12, 4, 2, 6
 EPS = 1e-6
 CONFIG = TanhNormConfig(seq_len=32)
-V, O = normal(1, D, M, H, scale=0.4), normal(2, N, H, D, scale=0.4)
+W_V, W_O = normal(1, D, M, H, scale=0.4), normal(2, N, H, D, scale=0.4)
 POSITIONS = jnp.broadcast_to(jnp.arange(S), (B, S))
 
 
@@ -66,11 +66,11 @@ def test_they_are_their_formulas_number_by_number(dtype, tolerance):
 def test_the_second_statistic_is_predicted_from_the_first(tokens):
     x, config = normal(3, B, S, D) * 3, dataclasses.replace(CONFIG, tokens=tokens, kappa=3.0)
     first, second = drawn(BHyT(D, EPS, 2.0, 3.0)), drawn(PredictingBHyT(D, EPS, config, 1.0))
-    second.growth[...] = growth(V, O)
-    assert float(second.growth[...]) == pytest.approx(growth_by_heads(V, O), rel=1e-5)
+    second.growth[...] = growth(W_V, W_O)
+    assert float(second.growth[...]) == pytest.approx(growth_by_heads(W_V, W_O), rel=1e-5)
     square, predicted = second.squares(x, POSITIONS, first)
     lam = float(first.slope[...])
-    c = lambda s: growth_by_heads(V, O) / (32 if tokens == "seq_len" else s + 1)
+    c = lambda s: growth_by_heads(W_V, W_O) / (32 if tokens == "seq_len" else s + 1)
     measured = (np.asarray(x, np.float64) ** 2).mean(-1)
     expected = [[measured[b, s] + c(s) * lam**2 / 3.0**2 for s in range(S)] for b in range(B)]
     np.testing.assert_allclose(square[..., 0], measured, rtol=1e-5)
@@ -79,7 +79,7 @@ def test_the_second_statistic_is_predicted_from_the_first(tokens):
     expected = loop(h, second.scale[...], second.slope[...], 3.0, np.asarray(predicted[..., 0], np.float64))
     np.testing.assert_allclose(second(h, predicted), expected, rtol=1e-5, atol=1e-6)
     # without what attention adds the prediction is exact, bit by bit
-    second.growth[...] = growth(V, 0 * O)
+    second.growth[...] = growth(W_V, 0 * W_O)
     np.testing.assert_array_equal(*second.squares(x, POSITIONS, first))
 
 
@@ -88,9 +88,9 @@ def test_attention_spread_evenly_adds_what_is_predicted():
     rng, n, slope, kappa = np.random.default_rng(0), 16, 1.0, 10.0
     first = P.materialize(BHyT(D, EPS, slope, kappa), 0)
     x = jnp.asarray(rng.standard_normal((4000, n, D)), jnp.float32)
-    both = np.einsum("dmh,mhe->de", V, np.asarray(O).reshape(M, N // M, H, D).sum(1))
+    both = np.einsum("dmh,mhe->de", W_V, np.asarray(W_O).reshape(M, N // M, H, D).sum(1))
     added = np.asarray(first(x)).mean(1) @ both
-    assert (added**2).mean() == pytest.approx(growth_by_heads(V, O) / n * (slope / kappa) ** 2, rel=0.05)
+    assert (added**2).mean() == pytest.approx(growth_by_heads(W_V, W_O) / n * (slope / kappa) ** 2, rel=0.05)
 
 
 def test_no_number_reaches_the_gain_whatever_the_input():
@@ -190,7 +190,7 @@ def test_padding_on_the_left_changes_nothing_and_cached_decoding_is_the_parallel
 
 
 def test_growth_follows_the_weights_when_it_is_its_turn_on_a_mesh_too():
-    """From the first step's weights on; heads lie on different devices, so norms of shards would miss their cross terms."""
+    """From the first weights on. Heads lie on different devices: norms of shards would miss their cross terms."""
     config = load_config(
         "bhyt:tiny", [("model.tanh_norm.refresh_every", "2"), ("model.layers", "2*dense"), ("optim.warmup_steps", "0")]
     )
