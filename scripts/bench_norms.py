@@ -3,7 +3,8 @@
     JAX_PLATFORMS=cpu python scripts/bench.py norms
 
 One sees what enters the block, the other what the mixer made of it: two arrays, and for BHyT one statistic, from which
-the second is predicted. Forward, and forward and backward (gradients of both arrays and of all parameters).
+the second is predicted. Forward, and forward and backward (gradients of both arrays and of all parameters). Then a
+model of `--layers` with each of them: its loss and all gradients.
 """
 
 import argparse
@@ -20,6 +21,8 @@ from measuring import compare, print_table
 from moe_zoo.core import param as P
 from moe_zoo.layers.norm import make_norm
 from moe_zoo.layers.tanh_norm import PredictingBHyT, TanhNormConfig, growth
+from moe_zoo.models import Decoder
+from moe_zoo.train.config import load_config
 
 BASELINE = "rms"
 KINDS = (BASELINE, "layer", "dyt_no_bias", "dyt", "bhyt_star", "bhyt")
@@ -52,6 +55,22 @@ def functions(kind: str, args: argparse.Namespace) -> dict[str, Callable[[], Any
     return {"forward": call(both), "forward + backward": call(gradients)}
 
 
+def whole(kind: str, args: argparse.Namespace) -> Callable[[], Any]:
+    """A call that computes the loss of a model of such norms, and all gradients."""
+    settings = [("model.norm", kind), ("model.layers", args.layers), ("model.hidden_size", str(args.d_model))]
+    config = load_config("quickstart:cpu", settings).model
+    graphdef, state = nnx.split(P.materialize(Decoder(config), 0))
+    floats, rest = nnx.split_state(state, nnx.Param, ...)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 256, (args.batch, args.seq)), jnp.int32)
+
+    def loss(floats, tokens):
+        logits, aux, _ = nnx.merge(graphdef, floats, rest)(tokens, train=True)
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], -1)
+        return aux.total_loss() - chosen.mean()
+
+    return functools.partial(jax.jit(jax.value_and_grad(loss)), floats, tokens)
+
+
 def _bench(args: argparse.Namespace) -> None:
     D, H = args.d_model, args.d_model // 4
     contenders = {kind: functions(kind, args) for kind in KINDS}
@@ -59,6 +78,9 @@ def _bench(args: argparse.Namespace) -> None:
         timings = compare({kind: calls[what] for kind, calls in contenders.items()}, args.rounds, args.repeats)
         title = f"{what}, two norms of [{args.batch}, {args.seq}, {D}], {args.dtype}"
         print_table(title, timings, BASELINE)
+    if args.layers:
+        timings = compare({kind: whole(kind, args) for kind in KINDS}, args.rounds, 1)
+        print_table(f"loss and gradients of {args.layers}, hidden size {D}", timings, BASELINE)
     rng = np.random.default_rng(0)
     v, o = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((D, 4, H), (4, H, D)))
     once = compare({"growth": functools.partial(jax.jit(growth), v, o)}, args.rounds, args.repeats)
@@ -72,6 +94,7 @@ def add_norms(subparsers: Any) -> None:
     parser.add_argument("--seq", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--d_model", type=int, default=512)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--layers", default="2*dense", help="of the model; empty: no model")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--repeats", type=int, default=3, help="calls per round")
     parser.set_defaults(run=_bench)
