@@ -271,6 +271,8 @@ def test_layers_may_differ_and_a_lone_branch_measures():
     )
     kinds = [block.predicts for _, block, _ in model.blocks()]
     assert kinds == [False, True, False, False]
+    shortcut = tiny_model(layers="shortcut", norm="bhyt").refreshed(jnp.int32(0))
+    assert {name.split("blocks.0.")[1] for name in shortcut} == {"ffn_norm.growth", "second.ffn_norm.growth"}
 
 
 def test_dyt_has_a_learned_factor_on_its_embeddings():
