@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from bench_kernels import add_kernels
+from bench_norms import add_norms
 from bench_routers import add_routers
 from measuring import compare, print_table
 
@@ -153,7 +154,8 @@ def _add_common(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespa
 
 
 BENCHMARKS = (
-    add_expert_ffn, add_expert_rows, add_kernels, add_routers, bench_depth.add_depth, bench_generate.add_generate,
+    add_expert_ffn, add_expert_rows, add_kernels, add_norms, add_routers, bench_depth.add_depth,
+    bench_generate.add_generate,
     bench_loading.add_loading, bench_low_rank.add_low_rank, bench_train.add_train, bench_train.add_startup,
 )  # fmt: skip
 

@@ -14,7 +14,9 @@ from moe_zoo.blocks.chain import Chain
 from moe_zoo.blocks.moe import MoE
 from moe_zoo.core.aux import Aux, Stat
 from moe_zoo.core.context import RoutingContext
+from moe_zoo.core.param import Buffer
 from moe_zoo.layers.attention import View
+from moe_zoo.layers.tanh_norm import PredictingBHyT
 from moe_zoo.layers.tap import below
 
 
@@ -108,11 +110,12 @@ class Block(nnx.Module):
     def __call__(self, x, view: View, ctx: RoutingContext, cache: dict | None = None, at=None):
         """Returns (x, Aux, cache, carry of the router)."""
         tapped = Tapped(self.adapters, ctx) if self.adapted else None
-        x, mixer_cache, attention = self._mix(x, view, ctx, cache, at, tapped)
+        squares = self._squares(x, view)
+        x, mixer_cache, attention = self._mix(x, view, ctx, cache, at, tapped, squares[:1])
         aux, carry, router_cache = Aux(), ctx.carry, None
         if hasattr(self, "ffn"):
             with jax.named_scope("ffn"):
-                x, seen = self._before(self.ffn_norm, x)
+                x, seen = self._before(self.ffn_norm, x, squares[1:])
                 if self.routed:
                     y, aux, router_cache, carry = self._route(seen, ctx, cache, attention, tapped)
                 else:
@@ -138,14 +141,32 @@ class Block(nnx.Module):
         own = {name.removeprefix(self._prefix): s for name, s in stats.items() if name.startswith(self._prefix)}
         return {f"adapters.{name}": value for name, value in self.adapters.after_step(own).items()}
 
-    def _mix(self, x, view: View, ctx: RoutingContext, cache, at, tapped: Tapped | None):
+    @property
+    def predicts(self) -> bool:
+        """Whether what the second norm divides by is known before the mixer has run (BHyT)."""
+        return self.mixes and hasattr(self, "ffn") and isinstance(self.ffn_norm, PredictingBHyT)
+
+    @property
+    def refreshes(self) -> bool:
+        """Whether it has buffers that follow from its parameters; one that is frozen does not."""
+        return self.predicts and isinstance(self.ffn_norm.growth, Buffer)
+
+    def refreshed(self, step) -> dict[str, Array]:
+        """Those buffers at `step`, keyed by their path below this block."""
+        return {"ffn_norm.growth": self.ffn_norm.refreshed(self.mixer, step)} if self.refreshes else {}
+
+    def _squares(self, x, view: View) -> tuple:
+        """Mean squares that the two norms divide by, if they are known already."""
+        return self.ffn_norm.squares(x, view.positions, self.mixer_norm) if self.predicts else ()
+
+    def _mix(self, x, view: View, ctx: RoutingContext, cache, at, tapped: Tapped | None, square: tuple = ()):
         """(x with the mixer's branch, the mixer's cache, what it compared if the router asks for it)."""
         if not self.mixes:
             return x, None, None
         taps = {} if tapped is None or not self.mixer.linears else {"tap": below("mixer", tapped)}
         with jax.named_scope("mixer"):
             mixer = self.mixer.observed if self.shows_attention else self.mixer
-            x, seen = self._before(self.mixer_norm, x)
+            x, seen = self._before(self.mixer_norm, x, square)
             y, mixer_cache, *attention = mixer(seen, view, None if cache is None else cache["mixer"], at, **taps)
         return self._add(x, self._after("mixer", y)), mixer_cache, attention[0] if attention else None
 
@@ -157,12 +178,12 @@ class Block(nnx.Module):
         y, aux, routing = self.ffn(x, mine, **({} if tapped is None else {"tap": below("ffn", tapped)}))
         return y, aux, routing.cache, {**depth, name: routing.carry} if name in depth else depth
 
-    def _before(self, norm, x):
+    def _before(self, norm, x, square: tuple = ()):
         """(what a branch is added to, what it sees)."""
         if self.placement == "stream":
             x = norm(x)
             return x, x
-        return x, x if self.placement == "post" else norm(x)
+        return x, x if self.placement == "post" else norm(x, *square)
 
     def _after(self, branch: str, y):
         """What a branch returns, as it is or normed."""

@@ -22,8 +22,8 @@ class CrossBlock(Block):
         x, aux, new, carry = super().__call__(x, view, ctx, cache, at)
         return x, aux, None if cache is None else {**new, "cross": cache["cross"]}, carry
 
-    def _mix(self, x, view: PairView, ctx: RoutingContext, cache, at, tapped):
-        x, *rest = super()._mix(x, view, ctx, cache, at, tapped)
+    def _mix(self, x, view: PairView, ctx: RoutingContext, cache, at, tapped, square: tuple = ()):
+        x, *rest = super()._mix(x, view, ctx, cache, at, tapped, square)
         with jax.named_scope("cross"):
             kv = self.cross.keys_values(view.memory) if cache is None else cache["cross"]
             y = self.cross(self.cross_norm(x), kv, view.memory_valid)

@@ -7,6 +7,7 @@ What experts return is added a block later, so that their communication has the 
 """
 
 import jax
+from jaxtyping import Array
 
 from moe_zoo.adapters.adapter import Tapped
 from moe_zoo.blocks.block import Block
@@ -27,8 +28,9 @@ class Shortcut(Block):
     def __call__(self, x, view: View, ctx: RoutingContext, cache: dict | None = None, at=None):
         """Returns (x, Aux, cache, carry of the router)."""
         tapped = Tapped(self.adapters, ctx) if self.adapted else None
-        x, mixer_cache, attention = self._mix(x, view, ctx, cache, at, tapped)
-        x, u = self._before(self.ffn_norm, x)
+        squares = self._squares(x, view)
+        x, mixer_cache, attention = self._mix(x, view, ctx, cache, at, tapped, squares[:1])
+        x, u = self._before(self.ffn_norm, x, squares[1:])
         with jax.named_scope("ffn"):
             routed, aux, router_cache, carry = self._route(u, ctx, cache, attention, tapped)
             x = self._add(x, self._after("ffn", self.dense(u)))
@@ -39,6 +41,12 @@ class Shortcut(Block):
             aux = aux | tapped.aux(self._prefix)
         new = None if cache is None else {"mixer": mixer_cache, "router": router_cache, "second": second}
         return x, aux, new, carry
+
+    def refreshed(self, step) -> dict[str, Array]:
+        """Buffers that follow from parameters, of both blocks, keyed by their path below this one."""
+        return super().refreshed(step) | {
+            f"second.{name}": value for name, value in self.second.refreshed(step).items()
+        }
 
     def flops_per_token(self, context: float, rows_per_token: float | None = None) -> float:
         more = self.dense.flops_per_token() + self.second.flops_per_token(context)

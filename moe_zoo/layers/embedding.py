@@ -8,13 +8,18 @@ from moe_zoo.core.param import Constant, Normal, fan_in, param
 
 
 class Embedding(nnx.Module):
-    """table[ids]; `attend` gives logits with the same table (tied embeddings)."""
+    """table[ids], times a learned scalar that begins at `scale` if that is not 0 (DyT); `attend` gives logits with the
+    same table (tied embeddings), as it is.
+    """
 
-    def __init__(self, vocab_size: int, hidden_size: int, std: float = 0.02):
+    def __init__(self, vocab_size: int, hidden_size: int, std: float = 0.02, scale: float = 0.0):
         self.table = param((vocab_size, hidden_size), ("vocab", "embed"), Normal(std))
+        if scale:
+            self.scale = param((), (), Constant(scale))
 
     def __call__(self, ids_BS: Int[Array, "B S"], dtype) -> Float[Array, "B S D"]:
-        return jnp.take(self.table[...].astype(dtype), ids_BS, axis=0)
+        found = jnp.take(self.table[...].astype(dtype), ids_BS, axis=0)
+        return found * self.scale[...].astype(dtype) if hasattr(self, "scale") else found
 
     def attend(self, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
         return x_BSD @ self.table[...].astype(x_BSD.dtype).T

@@ -1,4 +1,4 @@
-"""RMSNorm (arXiv 1910.07467) and LayerNorm. Statistics in float32 or wider."""
+"""RMSNorm (arXiv 1910.07467) and LayerNorm, statistics in float32 or wider; and which norm goes where."""
 
 import functools
 from typing import Literal
@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_zoo.core.param import Constant, param
+from moe_zoo.layers.tanh_norm import BHyT, DyT, Place, PredictingBHyT, TanhNormConfig
 
-NormKind = Literal["rms", "rms_plus_one", "layer", "layer_no_bias"]
+NormKind = Literal["rms", "rms_plus_one", "layer", "layer_no_bias", "dyt", "dyt_no_bias", "bhyt", "bhyt_star"]
 
 
 def rms(x, eps: float):
@@ -58,9 +59,28 @@ class LayerNorm(nnx.Module):
         return (scaled + self.bias[...] if hasattr(self, "bias") else scaled).astype(x.dtype)
 
 
+#: those that know nothing of their place
 NORMS = {
     "rms": RMSNorm,
     "rms_plus_one": RMSNormPlusOne,
     "layer": LayerNorm,
     "layer_no_bias": functools.partial(LayerNorm, bias=False),
 }
+
+
+def make_norm(
+    kind: NormKind, size: int, eps: float, place: Place, config: TanhNormConfig, predicted: float | None = None
+) -> nnx.Module:
+    """The norm of that kind for a place. `predicted`: the scale of the initial values of the branch before it, if it is
+    the second of a block in which "bhyt" predicts its mean square; None: it is measured.
+    """
+    if kind in NORMS:
+        return NORMS[kind](size, eps)
+    if kind in ("dyt", "dyt_no_bias"):
+        return DyT(size, getattr(config, f"alpha_{place}"), bias=kind == "dyt")
+    slope = getattr(config, f"lambda_{place}")
+    if slope == 0:
+        return RMSNorm(size, eps)
+    if kind == "bhyt" and predicted is not None:
+        return PredictingBHyT(size, eps, config, predicted)
+    return BHyT(size, eps, slope, config.kappa)

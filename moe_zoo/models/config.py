@@ -28,6 +28,7 @@ from moe_zoo.layers.attention import AttentionConfig
 from moe_zoo.layers.mlp import FeedForwardConfig
 from moe_zoo.layers.ngram import NgramConfig
 from moe_zoo.layers.norm import NormKind
+from moe_zoo.layers.tanh_norm import TanhNormConfig, why_not_predicted
 from moe_zoo.losses import LOSSES
 from moe_zoo.mixers import MIXERS
 from moe_zoo.routing import ROUTERS
@@ -35,7 +36,7 @@ from moe_zoo.routing import ROUTERS
 KINDS = ("dense", "moe", "shortcut", "mixer")
 _WHOLE_MODEL = (
     "vocab_size", "hidden_size", "layers", "ngram", "tie_word_embeddings", "lm_head_bias", "embedding_multiplier",
-    "logits_scaling", "adapters", "dtype", "remat", "variants",
+    "embedding_scale", "logits_scaling", "adapters", "dtype", "remat", "variants",
 )  # fmt: skip
 
 
@@ -47,7 +48,8 @@ class ModelConfig:
     adds an always-active expert, of the formula `mlp` as dense blocks are, `expert_sum_bias` a bias behind the sum of
     all (JetMoE). `norm_placement` "post" norms what a branch adds instead of what it sees (OLMo 2), "both" both,
     "stream" what it sees and is added to (MiniMax-01), times `skip_multiplier`; embeddings and residual branches are
-    multiplied, logits divided by the three numbers that Granite has for it.
+    multiplied, logits divided by the three numbers that Granite has for it. `tanh_norm`: settings of the norms dyt and
+    bhyt; `embedding_scale`: where a learned factor of embeddings begins, which DyT needs, 0 for none.
     `mixer` is what mixes tokens: "attention", with the settings of `attention`, or a recurrent state with its own.
     `chain` repeats the routed layer on its own output (Chain-of-Experts).
     `depth` says which tokens go through a block (mixture of depths), all by default; usually a variant's setting.
@@ -82,8 +84,10 @@ class ModelConfig:
     )
     norm: NormKind = "rms"
     norm_eps: float = 1e-6
+    tanh_norm: TanhNormConfig = dataclasses.field(default_factory=TanhNormConfig, metadata={"silent": True})
     norm_placement: Literal["pre", "post", "both", "stream"] = "pre"
     embedding_multiplier: float = 1.0
+    embedding_scale: float = dataclasses.field(default_factory=lambda: 0.0, metadata={"silent": True})
     residual_multiplier: float = 1.0
     skip_multiplier: float = 1.0
     logits_scaling: float = 1.0
@@ -108,7 +112,7 @@ class ModelConfig:
             "skip_multiplier",
             "logits_scaling",
         )
-        positive(self, path, "shared_expert_size", zero=True)
+        positive(self, path, "shared_expert_size", "embedding_scale", zero=True)
         if self.shared_expert_gate and not self.shared_expert_size:
             raise ConfigError(f"{join(path, 'shared_expert_gate')}: needs shared_expert_size > 0")
         if self.lm_head_bias and self.tie_word_embeddings:
@@ -124,6 +128,8 @@ class ModelConfig:
                 raise ConfigError(f"{join(path, 'layers')}: {kind!r} has no mixer, so there is nothing in it")
             if self.adapted and variant.depth.name != "none":
                 raise ConfigError(f"{join(path, 'adapters')}: go without depth; {kind!r} has {variant.depth.name!r}")
+            if variant.norm == "bhyt":
+                why_not_predicted(variant, path)
 
     def _validate_attention(self, path: str) -> None:
         D, N = self.hidden_size, self.attention.num_attention_heads

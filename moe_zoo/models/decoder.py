@@ -29,7 +29,7 @@ from moe_zoo.layers.attention import RotaryKey, View
 from moe_zoo.layers.embedding import Embedding, Head
 from moe_zoo.layers.mlp import MLP
 from moe_zoo.layers.ngram import NgramEmbedding
-from moe_zoo.layers.norm import NORMS
+from moe_zoo.layers.norm import make_norm
 from moe_zoo.models.config import ModelConfig, is_routed
 from moe_zoo.routing.router import Shared
 
@@ -78,7 +78,7 @@ class Decoder(nnx.Module):
         """`mesh`: where it will run, if on more than one device; dispatchers need to know."""
         D = config.hidden_size
         self.config, self.mesh = config, mesh
-        self.embed = Embedding(config.vocab_size, D)
+        self.embed = Embedding(config.vocab_size, D, scale=config.embedding_scale)
         if config.ngram.orders:
             self.ngram = NgramEmbedding(config.ngram, vocab_size=config.vocab_size, hidden_size=D)
         first, segments = 0, []
@@ -88,7 +88,7 @@ class Decoder(nnx.Module):
             segments.append(([make_block(config.variant(kind), kind, config) for kind in segment.pattern], ids))
             first += P * R
         self.shared = nnx.Dict(shared_modules(config))
-        self.norm = NORMS[config.norm](D, config.norm_eps)
+        self.norm = last_norm(config)
         if not config.tie_word_embeddings:
             self.head = Head(config.vocab_size, D, config.lm_head_bias)
         if config.adapted:
@@ -275,6 +275,14 @@ class Decoder(nnx.Module):
                 new.update({f"{path}.{name}": value for name, value in values.items()})
         return new
 
+    def refreshed(self, step: Int[Array, ""]) -> dict[str, Array]:
+        """New values by path of buffers that follow from parameters, where it is their turn at `step`."""
+        new = {}
+        for path, block, _ in self.blocks():
+            values = jax.vmap(lambda block: block.refreshed(step))(block) if block.refreshes else {}
+            new.update({f"{path}.{name}": value for name, value in values.items()})
+        return new
+
     def _embed(self, tokens, positions, cache, dtype):
         x = self.embed(tokens, dtype)
         if self.config.embedding_multiplier != 1.0:
@@ -369,16 +377,17 @@ def make_block(config: ModelConfig, kind: str, whole: ModelConfig) -> Block:
         ffn = None
     else:
         ffn = dense()
-    norm = lambda: NORMS[config.norm](D, config.norm_eps)
+    norm = lambda place, predicted=None: make_norm(config.norm, D, config.norm_eps, place, config.tanh_norm, predicted)
+    predicted = None if config.mixer.name == "none" else out_scale
     parts = lambda ffn: dict(
         mixer=config.mixer.cls.build(
             config.mixer.config, config.attention, hidden_size=D, out_scale=out_scale, num_layers=whole.num_layers
         ),
         ffn=ffn,
-        mixer_norm=norm(),
-        ffn_norm=norm(),
+        mixer_norm=norm("mixer"),
+        ffn_norm=norm("ffn", predicted),
         placement=config.norm_placement,
-        after=(norm(), norm()) if config.norm_placement == "both" else (),
+        after=(norm("mixer"), norm("ffn")) if config.norm_placement == "both" else (),
         multiplier=config.residual_multiplier,
         skip=config.skip_multiplier,
     )
@@ -400,6 +409,11 @@ def make_selector(config: ModelConfig, kind: str, ffn) -> Selector:
                 f"{config.router.name!r} looks at all of them; choose another router"
             )
     return config.depth.make(config.hidden_size)
+
+
+def last_norm(config: ModelConfig) -> nnx.Module:
+    """The norm behind all layers."""
+    return make_norm(config.norm, config.hidden_size, config.norm_eps, "last", config.tanh_norm)
 
 
 def count_positions(shape, segment_ids, valid) -> Int[Array, "B S"]:

@@ -22,9 +22,18 @@ from moe_zoo.layers.attention import AttentionConfig
 from moe_zoo.layers.cross_attention import CrossAttention, PairView, SelfAttention
 from moe_zoo.layers.distance import RelativeBias, sines
 from moe_zoo.layers.embedding import Embedding, Head
-from moe_zoo.layers.norm import NORMS
+from moe_zoo.layers.norm import make_norm
 from moe_zoo.models.config import ModelConfig
-from moe_zoo.models.decoder import Decoder, ModelAux, Run, SegmentBlocks, count_positions, make_block, shared_modules
+from moe_zoo.models.decoder import (
+    Decoder,
+    ModelAux,
+    Run,
+    SegmentBlocks,
+    count_positions,
+    last_norm,
+    make_block,
+    shared_modules,
+)
 
 #: what attention can be set to here; all else stays at its default
 _ATTENTION = (
@@ -72,7 +81,9 @@ class EncoderDecoderConfig(ModelConfig):
                 raise ConfigError(f"{join(path, name)}: an encoder-decoder goes with {usual!r} only")
         if self.ngram.orders:
             raise ConfigError(f"{join(path, 'ngram')}: an encoder-decoder goes without")
-        for name in ("vocab_size", "hidden_size", "dtype", "embedding_multiplier"):
+        if "bhyt" in (self.norm, encoder.norm):
+            raise ConfigError(f"{join(path, 'norm')}: 'bhyt' predicts over self-attention alone; 'bhyt_star' measures")
+        for name in ("vocab_size", "hidden_size", "dtype", "embedding_multiplier", "embedding_scale"):
             if getattr(encoder, name) != getattr(self, name):
                 raise ConfigError(f"{join(path, 'encoder')}.{name}: belongs to the whole model")
         kinds = {kind for part in (self, encoder) for segment in part.segments(path) for kind in segment.pattern}
@@ -96,7 +107,7 @@ class Encoder(nnx.Module):
     def __init__(self, config: ModelConfig, whole: EncoderDecoderConfig):
         self.config = config
         self.segments = _segments(config, 0, _encoder_block)
-        self.norm = NORMS[config.norm](config.hidden_size, config.norm_eps)
+        self.norm = last_norm(config)
         if whole.positions == "relative":
             self.relative = _relative(whole, config, both_ways=True)
 
@@ -112,10 +123,10 @@ class EncoderDecoder(Decoder):
             if shared_modules(part):
                 raise ConfigError(f"model.router: {part.router.name!r} is one for all layers, of a decoder alone")
         self.shared = nnx.Dict({})
-        self.embed = Embedding(config.vocab_size, D)
+        self.embed = Embedding(config.vocab_size, D, scale=config.embedding_scale)
         self.encoder = Encoder(encoder, config)
         self.segments = _segments(config, encoder.num_layers, _decoder_block)
-        self.norm = NORMS[config.norm](D, config.norm_eps)
+        self.norm = last_norm(config)
         if config.positions == "relative":
             self.relative = _relative(config, config, both_ways=False)
         if not config.tie_word_embeddings:
@@ -306,7 +317,8 @@ def _encoder_block(config: ModelConfig, kind: str) -> Block:
 def _decoder_block(config: ModelConfig, kind: str) -> CrossBlock:
     D = config.hidden_size
     cross = CrossAttention(config.attention, hidden_size=D, out_scale=_out_scale(config))
-    return CrossBlock(cross=cross, cross_norm=NORMS[config.norm](D, config.norm_eps), **_parts(config, kind))
+    cross_norm = make_norm(config.norm, D, config.norm_eps, "mixer", config.tanh_norm)
+    return CrossBlock(cross=cross, cross_norm=cross_norm, **_parts(config, kind))
 
 
 def _parts(config: ModelConfig, kind: str) -> dict[str, Any]:

@@ -103,6 +103,10 @@ class Trainer:
         # no alias: the state is donated, and the caller keeps what it gave
         place = lambda var, path, x: distributed.put(x.astype(self.shapes[path].dtype), self.shardings[path])
         values = P.arrays(P.materialize(self.abstract, self.config.train.seed, place, given))
+        if any(block.refreshes for _, block, _ in self.abstract.blocks()):
+            follow = lambda values: P.replace(self.abstract, values).refreshed(jnp.int32(0))
+            where = {name: self.shardings[name] for name in jax.eval_shape(follow, values)}
+            values |= jax.jit(follow, out_shardings=where)(values)
         state = {
             group: {n: values[n] for n in getattr(self.partition, group)}
             for group in ("trainable", "frozen", "buffers")
@@ -183,9 +187,11 @@ class Trainer:
         trainable = jax.tree.map(move, state["trainable"], updates, self.rate_scales)
         held = steering.held(model)
         buffers = state["buffers"] | model.after_step(stats["layers"])
+        buffers |= steering.refreshed(self.model(state | {"buffers": buffers}), state["step"])
+        moved = self.model(state | {"buffers": buffers, "trainable": trainable})
         return {
             "trainable": steering.kept(held, trainable, state["trainable"]),
-            "buffers": buffers | steering.refreshed(self.model(state | {"buffers": buffers}), state["step"]),
+            "buffers": buffers | moved.refreshed(state["step"]),
             "opt": steering.kept(held, opt, state["opt"]),
             "objective": self.objective.update(state["objective"], stats),
         }
