@@ -146,7 +146,7 @@ def why_not_predicted(model, path: str) -> None:
     if model.mixer.name not in ("attention", "none"):
         wrong = f"{join(path, 'norm')}: 'bhyt' looks at W_V W_O of attention, not of {model.mixer.name!r}"
     if model.depth.name != "none":
-        wrong = f"{join(path, 'norm')}: 'bhyt' reckons with all earlier tokens, and depth {model.depth.name!r} with some"
+        wrong = f"{join(path, 'norm')}: 'bhyt' reckons with all tokens, depth {model.depth.name!r} takes some"
     for name, usual in (("norm_placement", "pre"), ("residual_multiplier", 1.0), ("skip_multiplier", 1.0)):
         if getattr(model, name) != usual:
             wrong = f"{join(path, name)}: with norm 'bhyt' {usual!r} only, got {getattr(model, name)!r}"
