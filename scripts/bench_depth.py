@@ -78,9 +78,7 @@ def _measure(models: dict[str, Decoder], ids_BS: np.ndarray, batch: int, args: a
     timings = compare(calls, args.rounds, 1)
     text = np.stack([np.concatenate([p, new]) for p, new in zip(prompts, write(models["mod"], args.new), strict=True)])
     print(f"batch {batch}; went through: {_went(models['mod'], text, args.prompt)}")
-    print(
-        f"  {'':16}{'dense':>10}{'mod':>10}{'faster':>8}{'CPU':>8}   (ms by the clock; ratios by it and of CPU time)"
-    )
+    print(f"  {'':16}{'dense':>10}{'mod':>10}{'faster':>8}{'CPU':>8}   (ms by the clock; ratios by it and of CPU time)")
     first = {name: timings[f"{name} 1"] for name in models}
     each = {name: _less(timings[f"{name} {args.new}"], first[name], args.new - 1) for name in models}
     for what, of in (("prompt", first), ("each new token", each)):
