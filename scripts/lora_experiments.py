@@ -58,8 +58,6 @@ SAME = {"name": "same", **FEED_FORWARD, "num_experts": 5, "r": 4, "lora_alpha": 
 METHODS = {
     "lora": {"name": "lora", **FEED_FORWARD, "r": 22, "lora_alpha": 44.0},
     "same, no rules": SAME | {"gain": "none", "curvature": None, "freeze_below": -1.0},
-    "same, router's rule": SAME | {"curvature": None, "freeze_below": -1.0},
-    "same, experts' rule": SAME | {"gain": "none", "freeze_below": -1.0},
     "same, freezing": SAME | {"gain": "none", "curvature": None},
     "same": SAME,
 }
