@@ -1,9 +1,10 @@
-"""The experiments of the adapters that one LoRA for all tasks cannot be compared with: SAME and MoGU.
+"""The experiments of what one LoRA for all tasks cannot be compared with: SAME, MoGU, and fine-tunes as one model.
 
     python scripts/lora_experiments.py continual      one task after the other, without the earlier ones' data
     python scripts/lora_experiments.py guarded        answer what is asked, refuse what is flagged
+    python scripts/lora_experiments.py merged         a fine-tune of each task, as one model without training
 
-Both act beside the base of `scripts/compare_lora.py` (trained once, kept in --workdir), with three seeds. Lines go to
+All act beside the base of `scripts/compare_lora.py` (trained once, kept in --workdir), with three seeds. Lines go to
 docs/results/compare_lora/NAME.json, where they are counted as done; what is printed is the table of the cards.
 """
 
@@ -30,12 +31,12 @@ from moe_zoo.core.schema import overlay, to_dict
 from moe_zoo.data import Corpus, Tokenizer, load_corpus, load_tokenizer, split
 from moe_zoo.inference import Loaded
 from moe_zoo.train.config import Config, config_from_dict, load_config
-from moe_zoo.transform import merge
+from moe_zoo.transform import breadcrumbs, dare, merge, task_arithmetic, ties
 
 SCALE = plans.SCALES["cpu"]
 RESULTS = Path("docs/results/compare_lora")
 #: of one task in `continual`, of each part in `guarded`; LoRA beside MoGU gets as many as its three stages together
-STEPS = {"continual": 60, "tuned": 400, "glad": 10, "unwill": 100, "route": 300}
+STEPS = {"continual": 60, "merged": 60, "tuned": 400, "glad": 10, "unwill": 100, "route": 300}
 QUESTIONS = 64
 Run = dict[str, Any]
 
@@ -129,6 +130,41 @@ def kept_and_refused(model: Loaded, test: Corpus, tokenizer: Tokenizer, config: 
             "loss_plain": found.loss["plain"], "loss_flagged": found.loss["flagged"]}  # fmt: skip
 
 
+# -------------------------------------------------------------------------------------------------------------- merged
+
+MERGES: dict[str, Callable[[Loaded, list[Loaded], int], Loaded]] = {
+    "the base": lambda base, tuned, seed: base,
+    "mean": lambda base, tuned, seed: task_arithmetic(base, tuned, 1 / len(tuned)),
+    "task arithmetic": lambda base, tuned, seed: task_arithmetic(base, tuned),
+    "TIES": lambda base, tuned, seed: ties(base, tuned),
+    "DARE": lambda base, tuned, seed: dare(base, tuned, 0.3, seed=seed),
+    "Breadcrumbs": lambda base, tuned, seed: breadcrumbs(base, tuned),
+}
+
+
+def merged(made: bench.Bench, tokenizer: Tokenizer, tasks: Sequence[str], seed: int) -> Iterator[tuple[str, Run]]:
+    """Each task's own model on its task, then the models that they all amount to on all tasks."""
+    config = configured(made.base, {"name": "lora", "r": 18, "lora_alpha": 36.0})
+    parts = split(made.corpus, config.data.fractions, seed, tokenizer=tokenizer)
+    test, begin, tuner = sample(parts["test"], QUESTIONS), P.arrays(made.base.model), Tuner(config)
+    own = [parts["train"].select(parts["train"].domain_ids == i) for i in range(len(tasks))]
+    tuned = [merge(tuner.run(begin, part, STEPS["merged"], seed * 100 + i)) for i, part in enumerate(own)]
+    alone = [scored(model, test, tokenizer, config) for model in tuned]
+    mean = lambda found, value: float(np.mean([getattr(found, value)[task] for task in tasks]))
+    others = lambda found: float(np.mean([found.loss[task] for task in SCALE.held_out]))
+    yield (
+        "each on its own task",
+        {
+            "exact": float(np.mean([found.exact[task] for found, task in zip(alone, tasks, strict=True)])),
+            "loss": float(np.mean([found.loss[task] for found, task in zip(alone, tasks, strict=True)])),
+            "loss_held_out": float(np.mean([others(found) for found in alone])),
+        },
+    )
+    for name, make in MERGES.items():
+        found = scored(make(made.base, tuned, seed), test, tokenizer, config)
+        yield name, {"exact": mean(found, "exact"), "loss": mean(found, "loss"), "loss_held_out": others(found)}
+
+
 # ------------------------------------------------------------------------------------------------------- runs and table
 
 
@@ -140,6 +176,7 @@ def scored(model: Loaded, test: Corpus, tokenizer: Tokenizer, config: Config) ->
 
 EXPERIMENTS: dict[str, tuple[Callable[..., Iterator[tuple[str, Run]]], tuple[str, ...]]] = {
     "continual": (continual, ("exact", "learned", "forgotten", "loss")),
+    "merged": (merged, ("exact", "loss", "loss_held_out")),
     "guarded": (guarded, ("answered", "refused", "loss_plain", "loss_flagged")),
 }
 
