@@ -30,8 +30,8 @@ def plan(seed, rows, dropped=0, experts=E):
     return sizes, choice_R, slot.reshape(T, K)
 
 
-# All choices in place; some dropped and rows empty; fewer rows than choices; no live row.
-PLANS = [plan(0, T * K), plan(1, T * K + 5, 12), plan(2, 20), plan(3, T * K, T * K)]
+# All choices in place; some dropped and rows empty; fewer rows than choices; no live row, as many as in the second.
+PLANS = [plan(0, T * K), plan(1, T * K + 5, 12), plan(2, 20), plan(3, T * K + 5, T * K)]
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +100,8 @@ def test_equals_reference(implementation, gated, gate_on):
 def test_tpu_kernels_equal_reference(gate_on, gated, dtype, tolerance):
     args = operands((256, 128), gated, dtype)
     with_floats = [None if a is None else a.astype(jnp.float32) for a in args]
-    for p in PLANS[1:]:
+    # each number of rows is a program of its own, and they compile slowly: fewer rows than choices once
+    for p in PLANS[1:] if gated else PLANS[1::2]:
         got = compiled("pallas_tpu", gate_on=gate_on)(*args, p)
         assert_close(got, compiled("reference", gate_on=gate_on)(*with_floats, p), tolerance)
 
