@@ -155,8 +155,8 @@ def _add_common(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespa
 
 BENCHMARKS = (
     add_expert_ffn, add_expert_rows, add_kernels, add_norms, add_routers, bench_depth.add_depth,
-    bench_generate.add_generate,
-    bench_loading.add_loading, bench_low_rank.add_low_rank, bench_train.add_train, bench_train.add_startup,
+    bench_generate.add_generate, bench_loading.add_loading, bench_low_rank.add_low_rank, bench_train.add_train,
+    bench_train.add_startup,
 )  # fmt: skip
 
 

@@ -118,8 +118,8 @@ def whole_documents(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _score(graphdef, num_domains: int, state, batch: Mapping[str, Any]):
-    more = {name: batch[name] for name in ("instructions",) if name in batch}
-    logits, aux = forward(nnx.merge(graphdef, state), batch, num_domains=num_domains, **more)
+    model, instructions = nnx.merge(graphdef, state), batch.get("instructions")
+    logits, aux = forward(model, batch, num_domains=num_domains, instructions=instructions)
     hit_BS = jnp.argmax(logits, -1) == batch["targets"]
     layers = {path: (ids, a.stats) for path, (ids, a) in aux.layers.items()}
     return cross_entropy(logits, batch["targets"]), hit_BS, layers
