@@ -6,8 +6,9 @@ from typing import Any
 
 import jax
 
+from moe_zoo.analysis.depth_over_text import TokenDepth, plot_token_depth, token_depth, write_token_depth
 from moe_zoo.analysis.plots import plot_domain_experts, plot_expert_load, plot_loss
-from moe_zoo.data import compressed_bits_per_byte
+from moe_zoo.data import Corpus, Tokenizer, compressed_bits_per_byte
 from moe_zoo.inference import Loaded
 from moe_zoo.models.counting import count_parameters, train_flops_per_token
 from moe_zoo.train import distributed
@@ -32,11 +33,22 @@ def make_report(config: Config, workdir: str | Path, run: dict[str, Any]) -> dic
     if model.selects:
         as_trained = score(model.as_trained())
         result["as_trained"] = {name: as_trained[name] for name in ("bits_per_byte", "loss")}
-    result["sample"] = draw_sample(config, Loaded(model, config.model, tokenizer))
-    return distributed.main_only(lambda: _write(config, Path(workdir), run, result))
+    loaded = Loaded(model, config.model, tokenizer)
+    result["sample"] = draw_sample(config, loaded)
+    depth = None
+    if model.selects and model.causal:
+        depth = token_depth(loaded, _beginning(parts["test"], tokenizer), config.data.seq_len)
+    return distributed.main_only(lambda: _write(config, Path(workdir), run, result, depth))
 
 
-def _write(config: Config, workdir: Path, run: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+def _beginning(corpus: Corpus, tokenizer: Tokenizer, tokens: int = 1500) -> str:
+    """The split's first text: what the picture of depths is drawn over."""
+    return tokenizer.decode(corpus.tokens[:tokens])
+
+
+def _write(
+    config: Config, workdir: Path, run: dict[str, Any], result: dict[str, Any], depth: TokenDepth | None
+) -> dict[str, Any]:
     trainer, test = run["trainer"], run["parts"]["test"]
     compressed = compressed_bits_per_byte(test, run["tokenizer"])
     column = lambda kind: {name: values[kind] for name, values in compressed.items()}
@@ -55,6 +67,12 @@ def _write(config: Config, workdir: Path, run: dict[str, Any], result: dict[str,
         "versions": {"jax": jax.__version__, "device": jax.devices()[0].device_kind},
     }
     report["pictures"] = draw_pictures(workdir, report)
+    if depth is not None:
+        folder = workdir / "pictures"
+        report["pictures"] |= {
+            "depth of tokens": str(plot_token_depth(depth, folder / "depth.png")),
+            "depth of tokens, layer by layer": str(write_token_depth(depth, folder / "depth.html")),
+        }
     (workdir / "report.json").write_text(json.dumps(report, indent=2))
     return report
 
