@@ -12,9 +12,11 @@ B batch, S = Y * X tokens, R regions, P tokens of one, K regions that one attend
 """
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_zoo.core.param import Constant, fan_in, param
@@ -24,17 +26,21 @@ from moe_zoo.layers.grid import Depthwise, GridView
 from moe_zoo.mixers.mixer import Mixer
 from moe_zoo.routing.router import at_least_f32
 
+Select = Literal["alike", "nearest", "random"]
+
 
 @dataclasses.dataclass(frozen=True)
 class BiLevelConfig:
     """`windows`: regions per side of the grid; where they do not divide it, the side is cut into pieces of
-    floor(side / windows), and there are more. `topk`: K. `lce_size`: of LCE's kernel.
+    floor(side / windows), and there are more. `topk`: K. `lce_size`: of LCE's kernel. `select`: the regions that are
+    most alike, or as controls that see no image: the nearest, itself first, or random ones, drawn once for all layers.
     """
 
     num_heads: int = 2
     windows: int = 7
     topk: int = 4
     lce_size: int = 5
+    select: Select = "alike"
 
     def validate(self, path: str) -> None:
         positive(self, path, "num_heads", "windows", "topk", "lce_size")
@@ -98,7 +104,11 @@ class BiLevel(GridMixer):
         """Returns (y, None): there is no cache."""
         q, k, v = self.qkv(x_BSD)
         regions = Regions.of(view, self.config.windows)
-        chosen_BRK = route(regions.cut(q), regions.cut(k), regions.live_RP(), self.config.topk)
+        if self.config.select == "alike":
+            chosen_BRK = route(regions.cut(q), regions.cut(k), regions.live_RP(), self.config.topk)
+        else:
+            chosen_RK = jnp.asarray(regions.fixed(self.config.select, self.config.topk))
+            chosen_BRK = jnp.broadcast_to(chosen_RK, (x_BSD.shape[0], *chosen_RK.shape))
         o_BRPNH = attend_regions(
             regions.cut(q), regions.cut(k), regions.cut(v), chosen_BRK, regions.live_RP(), self.dims[0] ** -0.5
         )
@@ -174,6 +184,15 @@ class Regions:
         x = x_BRP.reshape(x_BRP.shape[0], self.rows, self.columns, self.height, self.width, *x_BRP.shape[3:])
         x = x.swapaxes(2, 3).reshape(x.shape[0], self.rows * self.height, self.columns * self.width, *x.shape[5:])
         return x[:, : self.view.height, : self.view.width].reshape(x.shape[0], -1, *x.shape[3:])
+
+    def fixed(self, select: Select, topk: int) -> Int[np.ndarray, "R K"]:
+        """Regions that do not depend on the image."""
+        R = self.rows * self.columns
+        if select == "random":
+            return np.random.RandomState(0).rand(R, R).argsort(1)[:, :topk]
+        at_R2 = np.stack(np.divmod(np.arange(R), self.columns), axis=1)
+        far_RR = ((at_R2[:, None] - at_R2) ** 2).sum(-1)
+        return far_RR.argsort(1, kind="stable")[:, :topk]
 
     def live_RP(self) -> Bool[Array, "R P"]:
         """Where there is a token."""

@@ -23,7 +23,7 @@ from moe_zoo.core.schema import join, positive
 from moe_zoo.layers.grid import Depthwise, Downsample, GridView, Stem, light
 from moe_zoo.layers.mlp import MLP, FeedForwardConfig
 from moe_zoo.layers.norm import LayerNorm
-from moe_zoo.mixers.bi_level import BiLevel, BiLevelConfig, FullGrid, Regions
+from moe_zoo.mixers.bi_level import BiLevel, BiLevelConfig, FullGrid, Regions, Select
 from moe_zoo.models.classifier import Classifier, ImagesConfig, PooledHead, collected, run_stack
 from moe_zoo.models.decoder import ModelAux
 
@@ -32,7 +32,8 @@ FULL = -2  # of `topk`, as the authors write it
 
 @dataclasses.dataclass(frozen=True)
 class BiFormerConfig(ImagesConfig):
-    """`depths`, `hidden_sizes`, `topk`, `num_heads`: one number per stage. `windows`: regions per side, in every stage.
+    """`depths`, `hidden_sizes`, `topk`, `num_heads`: one number per stage. `windows`: regions per side, in every stage;
+    `select`: which of them (`BiLevelConfig`).
     The defaults are BiFormer-T's. An image's side is divided by 4 before the first stage and by 2 before the others.
     """
 
@@ -46,6 +47,7 @@ class BiFormerConfig(ImagesConfig):
     windows: int = 7
     mlp_ratio: int = 3
     lce_size: int = 5
+    select: Select = "alike"
 
     def validate(self, path: str) -> None:
         super().validate(path)
@@ -61,8 +63,14 @@ class BiFormerConfig(ImagesConfig):
                 raise ConfigError(
                     f"{join(path, 'topk')}[{stage}]: {k}; expected regions >= 1, or {FULL} for all tokens"
                 )
+            self.attention(stage).validate(path)
             if k != FULL:
                 Regions.of(view, self.windows)
+
+    def attention(self, stage: int) -> BiLevelConfig:
+        """The settings of one stage's attention."""
+        topk = 1 if self.topk[stage] == FULL else self.topk[stage]
+        return BiLevelConfig(self.num_heads[stage], self.windows, topk, self.lce_size, self.select)
 
     @property
     def views(self) -> list[GridView]:
@@ -146,14 +154,10 @@ class BiFormer(Classifier):
         # residual branches start at 1/sqrt(2L) of their size, as a decoder's
         out_scale = (2 * config.num_layers) ** -0.5
         full = config.topk[stage] == FULL
-        settings = BiLevelConfig(
-            num_heads=config.num_heads[stage], windows=config.windows, topk=1 if full else config.topk[stage],
-            lce_size=config.lce_size,
-        )  # fmt: skip
         mlp = FeedForwardConfig(activation="gelu", gated=False, bias=True)
         return GridBlock(
             hidden_size=D,
-            mixer=(FullGrid if full else BiLevel)(settings, hidden_size=D, out_scale=out_scale),
+            mixer=(FullGrid if full else BiLevel)(config.attention(stage), hidden_size=D, out_scale=out_scale),
             ffn=MLP(mlp, hidden_size=D, intermediate_size=config.mlp_ratio * D, out_scale=out_scale),
             mixer_norm=LayerNorm(D, config.norm_eps),
             ffn_norm=LayerNorm(D, config.norm_eps),
