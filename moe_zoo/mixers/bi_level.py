@@ -63,14 +63,14 @@ class GridMixer(Mixer):
         self.w_o = param((N, H, D), ("heads", "head_dim", "embed"), fan_in(D, out_scale))
         self.b_o = param((D,), ("embed",), Constant(0.0))
 
+    def project(self, name: str, x_BSD) -> Float[Array, "B S N H"]:
+        """Queries "q", keys "k" or values "v"."""
+        y = jnp.einsum("bsd,dnh->bsnh", x_BSD, getattr(self, f"w_{name}")[...].astype(x_BSD.dtype))
+        return y + getattr(self, f"b_{name}")[...].astype(x_BSD.dtype) if self.qkv_bias else y
+
     def qkv(self, x_BSD) -> tuple[Float[Array, "B S N H"], ...]:
         """Queries, keys, values."""
-
-        def one(name):
-            y = jnp.einsum("bsd,dnh->bsnh", x_BSD, getattr(self, f"w_{name}")[...].astype(x_BSD.dtype))
-            return y + getattr(self, f"b_{name}")[...].astype(x_BSD.dtype) if self.qkv_bias else y
-
-        return one("q"), one("k"), one("v")
+        return tuple(self.project(name, x_BSD) for name in ("q", "k", "v"))
 
     def out(self, o_BSNH) -> Float[Array, "B S D"]:
         """Of all heads."""

@@ -19,6 +19,7 @@ OBJECTIVES = Registry(
         "next_token": "moe_zoo.train.objective:NextToken",
         "scheduled_loss": "moe_zoo.train.scheduled_loss:ScheduledLoss",
         "thor": "moe_zoo.train.thor:Thor",
+        "token_budget": "moe_zoo.train.token_budget:TokenBudget",
     },
     base="moe_zoo.train.objective:Objective",
 )
