@@ -34,6 +34,7 @@ from authors_torch import (
     thor,
     top_p,
 )
+from authors_vision import biformer
 from checkout import Checkout, Missing, torch
 
 COMPARISONS = {  # name -> function, what it needs
@@ -58,6 +59,7 @@ COMPARISONS = {  # name -> function, what it needs
     "hash": (hashed, "facebookresearch/ParlAI"),
     "glider": (glider, "UNITES-Lab/glider"),
     "mos": (mos, "Forence1999/MoS"),
+    "biformer": (biformer, "rayleizhu/BiFormer"),
 }
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import html
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,15 @@ class TokenDepth:
     def depth_S(self) -> np.ndarray:
         """How many of the layers, repeats counted, each token went through."""
         return self.through_LS.sum(0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {"texts": list(self.texts), "through": self.through_LS.tolist(), "layers": list(self.layers)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TokenDepth:
+        """What `to_dict` made."""
+        return cls(values["texts"], np.asarray(values["through"]), values["layers"])
 
 
 def token_depth(loaded: Any, text: str, length: int | None = None) -> TokenDepth:
