@@ -18,7 +18,7 @@ from moe_zoo.train.log_writers import read_metrics
 
 def make_report(config: Config, workdir: str | Path, run: dict[str, Any]) -> dict[str, Any] | None:
     """Evaluates the test split, draws the pictures into workdir/pictures and writes workdir/report.json.
-    Of a model with blocks that some tokens go through, "as_trained" is the score with tokens that compete for them.
+    Of a model whose tokens compete in training, for blocks or clusters, "as_trained" is the score when they do.
 
     Of several processes all evaluate and the first one writes: the others return None.
     """
@@ -29,7 +29,7 @@ def make_report(config: Config, workdir: str | Path, run: dict[str, Any]) -> dic
         batch_size=config.data.eval_batch_size, sharding=trainer.batch_sharding,
     )  # fmt: skip
     result = score(model)
-    if model.selects:
+    if model.competes:
         as_trained = score(model.as_trained())
         result["as_trained"] = {name: as_trained[name] for name in ("bits_per_byte", "loss")}
     result["sample"] = draw_sample(config, Loaded(model, config.model, tokenizer))
