@@ -9,7 +9,7 @@ The means mu follow the tokens by k-means, the mean of those nearest to them, av
 them. Whether t is in I_c depends on later tokens. What does not:
 
     "centroid_topk" at inference    I_c are the W best of the tokens up to t, when it is t's turn
-    "token_argmax"                  t is in its own nearest cluster alone, with the W - 1 of it before t; in training too
+    "token_argmax"                  t is in its nearest cluster alone, with the W - 1 of it before t; in training too
 
 B batch, S sequence, D model, N heads, K clusters, W members of a cluster, H head size.
 """
@@ -44,8 +44,8 @@ class RoutedAttentionConfig:
 
     `vectors`: what routing heads compare: "normed" queries and keys, layer norm without weights (the released code);
     "unit", of length 1, by which tokens are routed, and keys also compared if they are shared (lucidrains); "plain".
-    `temperature`: of a routing head's scores; None: sqrt(H). With "normed" the released code has 1, where a shared query
-    finds itself with a score of H. `sees_itself` False: only if there is nobody else, as usual with shared queries.
+    `temperature`: of a routing head's scores; None: sqrt(H). With "normed" the released code has 1, where a shared
+    query finds itself with a score of H. `sees_itself` False: only if there is nobody else.
     `decay`, `eps`: of the means' moving averages, and what is added to their counts. `commitment`: times the mean square
     of r - mu. `clusters` "random": tokens are scored at random by their position, what is left without k-means.
     """
