@@ -17,7 +17,7 @@ import importlib
 import pathlib
 import sys
 
-from authors_attention import routing_transformer
+from authors_attention import palbert, routing_transformer
 from authors_inputs import TOLERANCE
 from authors_jax import expert_choice, gshard, noisy_top_k, soft, sparse_ot, switch
 from authors_lora import glider, mos
@@ -59,6 +59,7 @@ COMPARISONS = {  # name -> function, what it needs
     "hash": (hashed, "facebookresearch/ParlAI"),
     "glider": (glider, "UNITES-Lab/glider"),
     "mos": (mos, "Forence1999/MoS"),
+    "palbert": (palbert, "tinkoff-ai/palbert"),
     "routing_transformer": (routing_transformer, "lucidrains/routing-transformer"),
 }
 

@@ -1,7 +1,10 @@
-"""Our routed attention beside code in PyTorch. Each function gives the figures of authors.py for one comparison."""
+"""Our routed attention and early exits beside code in PyTorch. Each function gives the figures of authors.py for one comparison."""
 
+import collections
 import inspect
+from types import SimpleNamespace as Space
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from authors_inputs import normal
@@ -9,7 +12,10 @@ from checkout import Checkout, difference, numpy, tensor, torch
 
 from moe_zoo.core import param as P
 from moe_zoo.layers.attention import AttentionConfig, View
+from moe_zoo.layers.exits import divergence, exit_pdf, geometric
 from moe_zoo.mixers.routed_attention import RoutedAttention, RoutedAttentionConfig
+from moe_zoo.models.ponder import Ponder, PonderConfig
+from moe_zoo.train.objective import cross_entropy
 
 #: sequences, their length, heads of 8 numbers, clusters, members of each
 B, S, N, H, K, W = 2, 64, 4, 8, 8, 8
@@ -45,3 +51,77 @@ def routing_transformer(checkout: Checkout) -> dict[str, float]:
         "output": difference(y, out), "commitment": difference(aux.losses["commitment"], numpy(loss)),
         "means": difference(ours.after_step(aux.stats)["means"], numpy(module.kmeans.means)),
     }  # fmt: skip
+
+
+def palbert(checkout: Checkout) -> dict[str, float]:
+    """Lambda's head, probabilities of leaving, the loss and its prior, given what is pooled; where an example leaves by
+    quantile. Of their encoder nothing but what it hands on.
+    """
+    D, C, L, examples = 16, 3, 12, 64
+    config = PonderConfig(
+        hidden_size=D, num_attention_heads=2, num_hidden_layers=L, num_classes=C, vocab_size=4, seq_len=1, eps=0.05
+    )  # fmt: skip
+    ours = P.materialize(Ponder(config), 0)
+    values = P.arrays(ours) | {
+        "halt.kernel": jnp.asarray(normal(9, 2 * D, 1)),
+        "head.kernel": jnp.asarray(normal(8, D, C)),
+    }
+    ours, hidden = P.replace(ours, values), normal(0, L, examples, D)
+    pooled = [jnp.tanh(ours.pool(h)) for h in hidden]
+    before = [jnp.zeros_like(pooled[0]), *pooled[:-1]]
+    halt = jnp.stack([jax.nn.sigmoid(ours.halting(*pair)) for pair in zip(pooled, before, strict=True)])
+    pdf, passed = exit_pdf(halt.T, "released", 0.05)
+    logits = jnp.stack([ours.head(g) for g in pooled])
+    labels = np.arange(examples) % C
+    nll = jnp.stack([cross_entropy(z, labels) for z in logits])
+    task = jnp.mean(jnp.sum(jnp.where(passed.T.all(1, keepdims=True), 0, pdf.T) * nll, 0))
+
+    theirs = checkout.run("src/modeling/palbert_fast.py", "LambdaLayer", "PAlbertModel",
+                          AlbertPreTrainedModel=object, AlbertConfig=None, defaultdict=collections.defaultdict)  # fmt: skip
+    losses = checkout.run("src/loss.py", "RegularizationLoss")
+    linear = lambda part: _linear(values, part)
+    exits = theirs.LambdaLayer(num_layers=3, hidden_dim=2 * D)
+    exits.cls, heads = linear("halt"), [linear(f"hidden.{i}") for i in range(3)]
+    for layer, given in zip(exits.feature_extractor, heads, strict=True):
+        layer[0] = given
+    model = theirs.PAlbertModel.__new__(theirs.PAlbertModel)
+    vars(model).update(
+        config=Space(num_hidden_layers=L, num_labels=C), training=True, epsilon=0.05, threshold=0.5, pooler_for_task=True,
+        embeddings=lambda *_, **__: None, pooler=linear("pool"), pooler_activation=torch.tanh, dtype=torch.float32,
+        parameters=lambda: iter([torch.zeros(1)]), inference_layers_num=0, inference_instances_num=0,
+    )  # fmt: skip
+    ask = dict(output_dropout=lambda x: x, output_layers=Space(cls_head=linear("head"), exit_head=exits))
+    ask |= dict(use_layer_pos_embeddings=False, use_prev_hiddens=True)
+    each = {}
+
+    def forward(encoder_outputs, current_layer, **_):
+        return (tensor(hidden[current_layer, each.get("of", slice(None))])[:, None],)
+
+    model.encoder = Space(adaptive_forward=forward)
+    with torch.no_grad():
+        found = model.forward(input_ids=torch.zeros(examples, 1, dtype=torch.long), **ask)
+        target, total = torch.tensor(labels), 0.0
+        for p, z in zip(found["exit_pdf"], found["logits"]):
+            total += (p * torch.nn.functional.cross_entropy(z, target, reduction="none")).mean()
+        there = torch.stack(found["exit_pdf"], 1)
+        kl = losses.RegularizationLoss(0.1, L)(there)
+        model.training, depths = False, []
+        for i in range(examples):
+            each["of"], model.inference_layers_num = slice(i, i + 1), 0
+            model.forward(input_ids=torch.zeros(1, 1, dtype=torch.long), **ask)
+            depths.append(model.inference_layers_num)
+    alive = jnp.cumprod(1 - halt, 0)
+    mine = np.asarray(jnp.minimum((1 - alive <= 0.5).sum(0) + 1, L))
+    return {
+        "pdf": difference(pdf, there), "loss": difference(task, numpy(total)),
+        "divergence": difference(divergence(pdf, geometric(0.1, L), "prior_to_exit").mean(), numpy(kl)),
+        "depth": int((mine != np.array(depths)).sum()),
+    }  # fmt: skip
+
+
+def _linear(values, name: str):
+    """Their layer with our weights."""
+    kernel = np.asarray(values[f"{name}.kernel"])
+    made = torch.nn.Linear(*kernel.shape)
+    made.weight.data, made.bias.data = tensor(kernel.T), tensor(values[f"{name}.bias"])
+    return made

@@ -46,8 +46,8 @@ class RoutedAttentionConfig:
     "unit", of length 1, by which tokens are routed, and keys also compared if they are shared (lucidrains); "plain".
     `temperature`: of a routing head's scores; None: sqrt(H). With "normed" the released code has 1, where a shared
     query finds itself with a score of H. `sees_itself` False: only if there is nobody else.
-    `decay`, `eps`: of the means' moving averages, and what is added to their counts. `commitment`: times the mean square
-    of r - mu. `clusters` "random": tokens are scored at random by their position, what is left without k-means.
+    `decay`, `eps`: of the means' moving averages, and what is added to their counts. `commitment`: times the mean
+    square of r - mu. `clusters` "random": tokens are scored at random by their position, what is left without k-means.
     """
 
     local_heads: int | None = None

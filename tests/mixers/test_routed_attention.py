@@ -1,4 +1,4 @@
-"""The Routing Transformer's mixer: against a loop over tokens, its invariants, k-means, what sees the future, caches."""
+"""The Routing Transformer's mixer: against a loop over tokens, its invariants, k-means, who sees ahead, caches."""
 
 import functools
 
