@@ -1,4 +1,4 @@
-"""Our routed attention and early exits beside code in PyTorch. Each function gives the figures of authors.py for one comparison."""
+"""Our routed attention and early exits beside code in PyTorch. Each function gives the figures of one comparison."""
 
 import collections
 import inspect
@@ -76,28 +76,8 @@ def palbert(checkout: Checkout) -> dict[str, float]:
     nll = jnp.stack([cross_entropy(z, labels) for z in logits])
     task = jnp.mean(jnp.sum(jnp.where(passed.T.all(1, keepdims=True), 0, pdf.T) * nll, 0))
 
-    theirs = checkout.run("src/modeling/palbert_fast.py", "LambdaLayer", "PAlbertModel",
-                          AlbertPreTrainedModel=object, AlbertConfig=None, defaultdict=collections.defaultdict)  # fmt: skip
+    model, ask, of = _released_model(checkout, values, hidden, C)
     losses = checkout.run("src/loss.py", "RegularizationLoss")
-    linear = lambda part: _linear(values, part)
-    exits = theirs.LambdaLayer(num_layers=3, hidden_dim=2 * D)
-    exits.cls, heads = linear("halt"), [linear(f"hidden.{i}") for i in range(3)]
-    for layer, given in zip(exits.feature_extractor, heads, strict=True):
-        layer[0] = given
-    model = theirs.PAlbertModel.__new__(theirs.PAlbertModel)
-    vars(model).update(
-        config=Space(num_hidden_layers=L, num_labels=C), training=True, epsilon=0.05, threshold=0.5, pooler_for_task=True,
-        embeddings=lambda *_, **__: None, pooler=linear("pool"), pooler_activation=torch.tanh, dtype=torch.float32,
-        parameters=lambda: iter([torch.zeros(1)]), inference_layers_num=0, inference_instances_num=0,
-    )  # fmt: skip
-    ask = dict(output_dropout=lambda x: x, output_layers=Space(cls_head=linear("head"), exit_head=exits))
-    ask |= dict(use_layer_pos_embeddings=False, use_prev_hiddens=True)
-    each = {}
-
-    def forward(encoder_outputs, current_layer, **_):
-        return (tensor(hidden[current_layer, each.get("of", slice(None))])[:, None],)
-
-    model.encoder = Space(adaptive_forward=forward)
     with torch.no_grad():
         found = model.forward(input_ids=torch.zeros(examples, 1, dtype=torch.long), **ask)
         target, total = torch.tensor(labels), 0.0
@@ -107,7 +87,7 @@ def palbert(checkout: Checkout) -> dict[str, float]:
         kl = losses.RegularizationLoss(0.1, L)(there)
         model.training, depths = False, []
         for i in range(examples):
-            each["of"], model.inference_layers_num = slice(i, i + 1), 0
+            of["examples"], model.inference_layers_num = slice(i, i + 1), 0
             model.forward(input_ids=torch.zeros(1, 1, dtype=torch.long), **ask)
             depths.append(model.inference_layers_num)
     alive = jnp.cumprod(1 - halt, 0)
@@ -117,6 +97,30 @@ def palbert(checkout: Checkout) -> dict[str, float]:
         "divergence": difference(divergence(pdf, geometric(0.1, L), "prior_to_exit").mean(), numpy(kl)),
         "depth": int((mine != np.array(depths)).sum()),
     }  # fmt: skip
+
+
+def _released_model(checkout: Checkout, values, hidden: np.ndarray, C: int):
+    """(their model with our heads, whose layers return `hidden` [L, examples, D], arguments of its forward pass, which
+    examples it is shown).
+    """
+    L, _, D = hidden.shape
+    given = dict(AlbertPreTrainedModel=object, AlbertConfig=None, defaultdict=collections.defaultdict)
+    theirs = checkout.run("src/modeling/palbert_fast.py", "LambdaLayer", "PAlbertModel", **given)
+    exits = theirs.LambdaLayer(num_layers=3, hidden_dim=2 * D)
+    exits.cls = _linear(values, "halt")
+    for i, layer in enumerate(exits.feature_extractor):
+        layer[0] = _linear(values, f"hidden.{i}")
+    model, of = theirs.PAlbertModel.__new__(theirs.PAlbertModel), {"examples": slice(None)}
+    layer = lambda x, current_layer, **_: (tensor(hidden[current_layer, of["examples"]])[:, None],)
+    vars(model).update(
+        config=Space(num_hidden_layers=L, num_labels=C), encoder=Space(adaptive_forward=layer), training=True,
+        epsilon=0.05, threshold=0.5, pooler_for_task=True, embeddings=lambda *_, **__: None, dtype=torch.float32,
+        pooler=_linear(values, "pool"), pooler_activation=torch.tanh, parameters=lambda: iter([torch.zeros(1)]),
+        inference_layers_num=0, inference_instances_num=0,
+    )  # fmt: skip
+    layers = Space(cls_head=_linear(values, "head"), exit_head=exits)
+    ask = dict(output_dropout=lambda x: x, output_layers=layers, use_layer_pos_embeddings=False, use_prev_hiddens=True)
+    return model, ask, of
 
 
 def _linear(values, name: str):

@@ -15,6 +15,7 @@ _HOME = {
     "load_entropy": "specialization",
     "load_max_over_mean": "specialization",
     "mutual_information": "specialization",
+    "plot_accuracy": "class_plots",
     "plot_domain_experts": "plots",
     "plot_expert_load": "plots",
     "plot_layer_load": "routing_plots",

@@ -1,7 +1,8 @@
-"""Bits per byte of a run on a split: evaluate.py --workdir=runs/quickstart [--split=test] [--source=FILE]"""
+"""The score of a run on a split: evaluate.py --workdir=runs/quickstart [--split=test] [--source=FILE]"""
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from moe_zoo.cli import common
 
@@ -18,14 +19,14 @@ def evaluate(argv: Sequence[str]) -> None:
     if overrides:
         raise common.ConfigError("a run's config is fixed; --config.KEY=VALUE is for train.py")
 
-    from pathlib import Path
-
     from moe_zoo.data import compressed_bits_per_byte, load_corpus, split
     from moe_zoo.inference.loaded import load, read_settings
     from moe_zoo.train.evaluate import evaluate as score
     from moe_zoo.train.reporting import final_table
 
     settings = read_settings(Path(arguments.workdir))["data"]
+    if "name" in settings:
+        return _evaluate_classes(arguments)
     loaded = load(arguments.workdir)
     corpus = load_corpus(arguments.source or settings["source"], loaded.tokenizer)
     if arguments.source is None and arguments.split != "all":
@@ -46,6 +47,24 @@ def evaluate(argv: Sequence[str]) -> None:
     final_table(result)
     if arguments.json:
         common.print_json(result)
+
+
+def _evaluate_classes(arguments) -> None:
+    from moe_zoo.data.labelled import PARTS
+    from moe_zoo.inference.classify import load_classifier
+    from moe_zoo.inference.loaded import read_settings
+    from moe_zoo.train.config import config_from_dict
+    from moe_zoo.train.reporting import final_table
+    from moe_zoo.train.task import make_task
+
+    if arguments.source or arguments.stride or arguments.split not in PARTS:
+        raise common.ConfigError(f"a classifier is scored on its own data: --split of {', '.join(PARTS)}, no more")
+    settings = read_settings(Path(arguments.workdir))
+    task = make_task(config_from_dict({name: value for name, value in settings.items() if name != "corpus"}))
+    result = task.score(load_classifier(arguments.workdir).model, arguments.split)
+    final_table(result | {"split": arguments.split})
+    if arguments.json:
+        common.print_json(result | {"split": arguments.split})
 
 
 def main() -> None:

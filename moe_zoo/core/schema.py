@@ -52,6 +52,13 @@ def choices(registry: Registry, default: Mapping[str, Mapping] | None = None):
     )
 
 
+def section_of(cls: type, registry: Registry):
+    """A dataclass field of `cls`; a section with a "name" is of the `Config` of that entry of `registry` instead, which
+    has a field `name` itself.
+    """
+    return dataclasses.field(default_factory=cls, metadata={"kinds": registry})
+
+
 def build(cls: type, values: Mapping, path: str = ""):
     """`cls(**values)` with every value converted to its field's type.
 
@@ -177,7 +184,11 @@ def _field(field, hint, value, path):
     registry = field.metadata.get("registry")
     if registry is not None:
         return (build_choices if field.metadata.get("many") else build_choice)(registry, value, path)
-    return _convert(hint, value, path)
+    kinds = field.metadata.get("kinds")
+    if kinds is not None and isinstance(value, Mapping) and "name" in value:
+        name = value["name"].value if isinstance(value["name"], Text) else value["name"]
+        return build(kinds.get(name, f"{path}.name").Config, value, path)
+    return value if kinds is not None and dataclasses.is_dataclass(value) else _convert(hint, value, path)
 
 
 def _convert(hint, value, path):

@@ -1,7 +1,7 @@
 """Pointers to follow: a table of N places, each naming a next one, and where K steps from a first one lead.
 
-An example is [read here, K, first place, table[0], ..., table[N - 1]] as ids from 1 on, 0 being padding; its class is the
-place. K is drawn from 1 to the most, all alike, and each table entry from all other places: to walk back is no shortcut.
+An example is [read here, K, first place, table[0], ..., table[N - 1]] as ids from 1 on, 0 being padding; its class is
+the place. K is drawn from 1 to the most, and each entry of the table from all other places: no way back is a shortcut.
 """
 
 import dataclasses

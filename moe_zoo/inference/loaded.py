@@ -300,15 +300,24 @@ def _tokenizer(folder: Path) -> Tokenizer | None:
 
 def _load_run(workdir: Path, mesh, dtype, step: int | None) -> Loaded:
     settings = read_settings(workdir)
+    if "name" in settings["model"]:
+        raise CheckpointError(
+            f"{workdir} is a run of {settings['model']['name']!r}, no model of text: inference.load_classifier opens it"
+        )
     config = build(ModelConfig, settings["model"], "model")
     tokenizer = load_tokenizer(settings["data"]["tokenizer"])
+    if dtype is not None:
+        config = dataclasses.replace(config, dtype=hf.compute_dtype(dtype))
+    model = run_weights(workdir, Decoder(config, mesh), mesh, dtype, step)
+    return Loaded(model, config, tokenizer, settings["data"]["tokenizer"])
+
+
+def run_weights(workdir: Path, model: nnx.Module, mesh, dtype=None, step: int | None = None) -> nnx.Module:
+    """The abstract `model` with the weights of a run of ours."""
     checkpoints = Checkpoints(workdir)
     step = checkpoints.latest() if step is None else step
     if step is None:
         raise CheckpointError(f"{workdir} has no finished checkpoint yet; train longer, or lower checkpoint.every")
-    if dtype is not None:
-        config = dataclasses.replace(config, dtype=hf.compute_dtype(dtype))
-    model = Decoder(config, mesh)
     abstract = {}
     groups = {name: group for group, names in checkpoints.meta(step)["groups"].items() for name in names}
     variables = P.flat(model)
@@ -323,7 +332,7 @@ def _load_run(workdir: Path, mesh, dtype, step: int | None) -> Loaded:
         abstract.setdefault(group, {})[name] = jax.ShapeDtypeStruct(value.shape, kind, sharding=where)
     values = checkpoints.restore_params(step, abstract)
     checkpoints.close()
-    return Loaded(P.replace(model, values), config, tokenizer, settings["data"]["tokenizer"])
+    return P.replace(model, values)
 
 
 def read_settings(workdir: Path) -> dict[str, Any]:

@@ -14,12 +14,12 @@ Every `n*...` becomes one segment, scanned n times.
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from moe_zoo.adapters import ADAPTERS
 from moe_zoo.blocks.chain import ChainConfig
 from moe_zoo.blocks.moe import MoEConfig
-from moe_zoo.core.registry import ConfigError, nearest
+from moe_zoo.core.registry import ConfigError, Registry, nearest
 from moe_zoo.core.schema import Choice, build, build_choice, choice, choices, join, overlay, positive, to_dict
 from moe_zoo.depth import SELECTORS
 from moe_zoo.dispatch import DISPATCHERS
@@ -32,6 +32,17 @@ from moe_zoo.layers.tanh_norm import TanhNormConfig, why_not_predicted
 from moe_zoo.losses import LOSSES
 from moe_zoo.mixers import MIXERS
 from moe_zoo.routing import ROUTERS
+
+#: what a run may train besides a decoder: a name in the settings, and the model's class
+MODELS = Registry(
+    "model",
+    {
+        "biformer": "moe_zoo.models.biformer:BiFormer",
+        "ponder": "moe_zoo.models.ponder:Ponder",
+        "dyn_token_routing_vit": "moe_zoo.models.dyn_token_routing:DynTokenRoutingViT",
+    },
+    base="moe_zoo.models.classifier:Classifier",
+)
 
 KINDS = ("dense", "moe", "shortcut", "mixer")
 _WHOLE_MODEL = (
@@ -57,6 +68,9 @@ class ModelConfig:
     `dtype` is the compute type; parameters, router, softmax and losses are float32. `remat`: what the backward pass
     recomputes: nothing ("none"), all but matrix products ("dots"), or whole blocks ("block").
     """
+
+    #: what it learns from
+    batches: ClassVar[str] = "text"
 
     vocab_size: int = 264
     hidden_size: int = 256
@@ -218,6 +232,11 @@ class ModelConfig:
     def num_encoder_layers(self) -> int:
         """Layers that come before the decoder's: `EncoderDecoderConfig` has some."""
         return 0
+
+    @property
+    def summary(self) -> str:
+        """What a run says of it, besides its parameters."""
+        return f"router {self.router.name}, {self.num_experts} experts, layers {self.layers}"
 
     @property
     def num_layers(self) -> int:

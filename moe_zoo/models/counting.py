@@ -19,11 +19,10 @@ def count_parameters(model: Decoder, trainable=None) -> dict[str, int]:
         name: var.get_value().shape[0] * var.get_value().shape[-1] if name == "ngram.tables" else size[name]
         for name, var in variables.items()
     }
-    for s, segment in enumerate(model.segments):
-        for p, block in enumerate(segment.blocks):
-            for name, share in (block.mixer.shares if block.mixes else {}).items():
-                path = f"segments.{s}.blocks.{p}.mixer.{name}"
-                active[path] = round(size[path] * share)
+    for at, block, _ in model.blocks():
+        for name, share in (block.mixer.shares if block.mixes else {}).items():
+            path = f"{at}.mixer.{name}"
+            active[path] = round(size[path] * share)
     for path, block, _ in model.routed():
         share = min(1.0, block.ffn.active() / block.ffn.num_experts)
         for name in size:

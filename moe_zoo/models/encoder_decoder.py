@@ -23,7 +23,7 @@ from moe_zoo.layers.cross_attention import CrossAttention, PairView, SelfAttenti
 from moe_zoo.layers.distance import RelativeBias, sines
 from moe_zoo.layers.embedding import Embedding, Head
 from moe_zoo.layers.norm import make_norm
-from moe_zoo.models.config import ModelConfig
+from moe_zoo.models.config import MODELS, ModelConfig
 from moe_zoo.models.decoder import (
     Decoder,
     ModelAux,
@@ -272,8 +272,10 @@ class EncoderDecoder(Decoder):
         return {name: carry for name, carry in carries.items() if carry is not None}
 
 
-def make_model(config: ModelConfig, mesh: Mesh | None = None) -> Decoder:
-    """The model that has these settings, abstract."""
+def make_model(config, mesh: Mesh | None = None):
+    """The model that has these settings, abstract: a decoder, with an encoder before it, or one of `MODELS`."""
+    if not isinstance(config, ModelConfig):
+        return MODELS.get(config.name)(config, mesh)
     return (EncoderDecoder if isinstance(config, EncoderDecoderConfig) else Decoder)(config, mesh)
 
 

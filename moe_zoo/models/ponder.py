@@ -39,9 +39,9 @@ Exit = Literal["quantile", "sample", "expectation", "released_expectation", "fix
 
 @dataclasses.dataclass(frozen=True)
 class PonderConfig(ClassifierConfig):
-    """`seq_len`: the longest example; token 0 is padding. `lambda_layers` n: n hidden layers before lambda's last one; 1
-    is none, as released. `lambda_input`: [g_l, g_{l-1}], g_l alone (PonderNet), or g_l - g_{l-1}. `detach_lambda`: no
-    gradient from leaving reaches g. `tail`, `eps`: `layers.exits.exit_pdf`, in training.
+    """`seq_len`: the longest example; token 0 is padding. `lambda_layers` n: n hidden layers before lambda's last one,
+    but none for 1, as released. `lambda_input`: [g_l, g_{l-1}], g_l alone (PonderNet), or g_l - g_{l-1}.
+    `detach_lambda`: no gradient from leaving reaches g. `tail`, `eps`: `layers.exits.exit_pdf`, in training.
 
     `exit`, at inference: the first layer with p_1 + ... + p_l > `quantile` (Q-exit); drawn with probability lambda_l;
     none, the answer being the mean of all by p ("expectation"; "released_expectation" weighs the last layer by
@@ -189,9 +189,9 @@ class Ponder(Classifier):
         wide = jnp.float32
         zeros = jnp.zeros((B, config.num_classes), wide)
         state = {
-            "layer": jnp.int32(0), "x": x, "before": jnp.zeros((B, config.hidden_size), wide), "alive": jnp.ones(B, wide),
-            "sum": jnp.zeros(B, wide), "logits": zeros, "mixed": zeros, "depth": jnp.zeros(B, jnp.int32),
-            "left": ~valid_B, "guess": jnp.full(B, -1), "agreed": jnp.zeros(B, jnp.int32),
+            "layer": jnp.int32(0), "x": x, "before": jnp.zeros((B, config.hidden_size), wide),
+            "alive": jnp.ones(B, wide), "sum": jnp.zeros(B, wide), "logits": zeros, "mixed": zeros, "left": ~valid_B,
+            "depth": jnp.zeros(B, jnp.int32), "guess": jnp.full(B, -1), "agreed": jnp.zeros(B, jnp.int32),
         }  # fmt: skip
         unfinished = lambda s: (s["layer"] < config.num_hidden_layers) & ~s["left"].all()
         state = jax.lax.while_loop(unfinished, lambda s: self._further(s, look, key), state)

@@ -12,11 +12,11 @@ import json
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from moe_zoo.core.registry import ConfigError, nearest
-from moe_zoo.core.schema import Choice, Text, build, choice, join, overlay, positive, set_path, to_dict
-from moe_zoo.models.config import ModelConfig
+from moe_zoo.core.registry import ConfigError, Registry, nearest
+from moe_zoo.core.schema import Choice, Text, build, choice, join, overlay, positive, section_of, set_path, to_dict
+from moe_zoo.models.config import MODELS, ModelConfig
 from moe_zoo.sharding.mesh import MeshConfig
 from moe_zoo.train.guard import GuardConfig
 from moe_zoo.train.objective import OBJECTIVES
@@ -30,6 +30,9 @@ class DataConfig:
     `eval_stride`: evaluation windows of seq_len overlap so that every scored token sees at least seq_len - eval_stride
     tokens of its document, if there are that many.
     """
+
+    #: what a batch is; the model and the objective must take the same
+    batches: ClassVar[str] = "text"
 
     source: str = "embedded"
     tokenizer: str = "bytes"
@@ -49,6 +52,9 @@ class DataConfig:
                 f"at most {self.seq_len}"
             )
 
+
+#: what a run may learn from besides text (`train/task.py`)
+TASKS = Registry("data", {"labelled": "moe_zoo.train.classification:Labels"}, base="moe_zoo.train.task:Task")
 
 OPTIMIZERS = ("adamw", "muon", "lion", "sgd")
 #: those of optax whose update is a multiple of the learning rate (tests/train/test_optimizer.py checks each)
@@ -193,10 +199,10 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything a run depends on."""
+    """Everything a run depends on. `model` and `data` with a "name" are of another kind than a decoder of text."""
 
-    model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()
+    model: ModelConfig = section_of(ModelConfig, MODELS)
+    data: DataConfig = section_of(DataConfig, TASKS)
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig(steps=1000)
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -213,6 +219,10 @@ class Config:
             raise ConfigError(
                 f"data.fractions: expected three numbers (train, validation, test), got {list(self.data.fractions)}"
             )
+        for where, part in (("model", self.model), ("train.objective", self.train.objective.cls)):
+            if part.batches != self.data.batches:
+                name = getattr(part, "__name__", type(part).__name__)
+                raise ConfigError(f"{where}: {name} learns from {part.batches}, but data is {self.data.batches}")
 
     def to_dict(self) -> dict:
         return to_dict(self)
@@ -241,7 +251,7 @@ def load_config(spec: str, overrides: Sequence[tuple[str, str]] = (), given: Map
         return config
     tree = config.to_dict()  # with all defaults, so that an override changes one key and not a whole section
     for key, text in overrides:
-        _override(tree, key, text)
+        _override(config, tree, key, text)
     return config_from_dict(tree)
 
 
@@ -322,11 +332,11 @@ def differences(old: Mapping, new: Mapping, prefix: str = "") -> list[str]:
     return lines
 
 
-def _override(tree: dict, key: str, text: str) -> None:
-    """Sets one key. Another `name` of a section drops the keys that only the old choice knew."""
+def _override(config: Config, tree: dict, key: str, text: str) -> None:
+    """Sets one key of the tree. Another `name` of a section drops the keys that only the old choice knew."""
     set_path(tree, key, Text(text))
     parents, _, last = key.rpartition(".")
-    registry = _registry_at(parents) if last == "name" else None
+    registry = _registry_at(config, parents) if last == "name" else None
     if registry is None:
         return
     section = tree
@@ -337,14 +347,11 @@ def _override(tree: dict, key: str, text: str) -> None:
         del section[stale]
 
 
-def _registry_at(path: str):
+def _registry_at(config: Config, path: str):
     """The registry behind a section such as `model.router`, or None."""
-    cls = Config
+    part = config
     *parents, last = path.split(".")
     for parent in parents:
-        fields = {f.name: f for f in dataclasses.fields(cls)}
-        if parent not in fields or not dataclasses.is_dataclass(fields[parent].type):
-            return None
-        cls = fields[parent].type
-    field = {f.name: f for f in dataclasses.fields(cls)}.get(last)
-    return None if field is None else field.metadata.get("registry")
+        part = getattr(part, parent, None)
+    field = {f.name: f for f in dataclasses.fields(part)}.get(last) if dataclasses.is_dataclass(part) else None
+    return None if field is None else field.metadata.get("registry") or field.metadata.get("kinds")

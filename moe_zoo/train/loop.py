@@ -15,18 +15,18 @@ import numpy as np
 import moe_zoo
 from moe_zoo.checkpoints import CheckpointError, Checkpoints
 from moe_zoo.core.registry import ConfigError
-from moe_zoo.data import DataError, load_corpus, load_tokenizer, split, train_iterator
+from moe_zoo.data import DataError
 from moe_zoo.models.counting import count_adapters, count_parameters
 from moe_zoo.sharding import batch_sharding, make_mesh
 from moe_zoo.train import distributed
 from moe_zoo.train.config import Config
-from moe_zoo.train.evaluate import evaluate
 from moe_zoo.train.guard import explain
 from moe_zoo.train.log_writers import JsonlWriter, TensorBoardWriter, Writer, Writers
 from moe_zoo.train.memory import check_memory, group_bytes
 from moe_zoo.train.metrics import first_non_finite, flatten
 from moe_zoo.train.progress import Progress
 from moe_zoo.train.step import Trainer
+from moe_zoo.train.task import Task, make_task
 from moe_zoo.train.workdir import prepare_workdir, write_settings
 
 
@@ -47,36 +47,25 @@ def train(
 
     `stop_at` ends early at that step as a SIGTERM would. `begin_from`: weights by path for a fresh run (fine-tuning);
     parameters that are not in it are drawn. `writers`: further loggers (`log_writers.Writer`), which get every line of
-    metrics that metrics.jsonl gets. Returns {"trainer", "state", "parts", "tokenizer", "step",
-    "seconds", "tokens_per_second", "finished"}.
+    metrics that metrics.jsonl gets. Returns {"trainer", "state", "task", its "parts" and "tokenizer",
+    "step", "seconds", "tokens_per_second", "finished"}.
     """
     workdir = Path(workdir).absolute()
     distributed.same_settings(config.to_dict())
     mesh = make_mesh(config.mesh)
 
     # -- data ---------------------------------------------------------------------------------------------------------
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size: {config.model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size}"
-        )
-    corpus = distributed.load_once(lambda: load_corpus(config.data.source, tokenizer))
-    parts = split(corpus, config.data.fractions, config.data.seed, tokenizer=tokenizer)
+    task = make_task(config)
     rows = distributed.rows_here(batch_sharding(mesh), config.data.batch_size, "data.batch_size")
     distributed.rows_here(batch_sharding(mesh), config.data.eval_batch_size, "data.eval_batch_size")
-    data = train_iterator(
-        parts["train"], tokenizer, seq_len=config.data.seq_len, batch_size=config.data.batch_size,
-        seed=config.data.seed, rows=rows,
-    )  # fmt: skip
-    per_domain = parts["train"].trained_bytes_per_domain(), parts["train"].targets_per_domain()
-    bytes_per_token = sum(per_domain[0].values()) / sum(per_domain[1].values())
+    data = task.iterator(rows)
 
     # -- model, optimizer ---------------------------------------------------------------------------------------------
     objective = config.train.objective.make()
     trainer = Trainer(config, mesh, objective)
 
     # -- work directory, checkpoint -----------------------------------------------------------------------------------
-    lock = distributed.main_only(lambda: prepare_workdir(workdir, config, corpus.fingerprint, overwrite))
+    lock = distributed.main_only(lambda: prepare_workdir(workdir, config, task.fingerprint, overwrite))
     with lock or contextlib.nullcontext():
         check_memory(trainer)
         checkpoints = Checkpoints(workdir, config.checkpoint.keep)
@@ -91,17 +80,15 @@ def train(
                     f"model.adapters: {config.model.adapters.name!r} acts beside a trained model, and there is none to "
                     "begin from: --init-from=PATH, of a run or a published directory"
                 )
-            counts = parts["train"].token_counts(config.model.vocab_size)
-            state = trainer.init_state(counts, begin_from, corpus.domains)
-        distributed.main_only(lambda: write_settings(workdir, config, corpus.fingerprint))
+            state = trainer.init_state(given=begin_from, **task.initial())
+        distributed.main_only(lambda: write_settings(workdir, config, task.fingerprint))
         writers = distributed.main_only(lambda: all_writers(workdir, config, step, writers)) or []
 
         # -- loop -----------------------------------------------------------------------------------------------------
         steps, limit = config.train.steps, (config.train.minutes or 0) * 60
         fraction = lambda: min(1.0, step / steps if steps else agreed.seconds / limit)
         unfinished = lambda: step < steps if steps else agreed.seconds < limit
-        speed = lambda: watch.steps_per_second * tokens_per_step
-        tokens_per_step = config.data.batch_size * config.data.seq_len
+        speed = lambda: watch.steps_per_second * task.tokens_per_step
         stats = None
         layer_ids = {path: ids for path, _, ids in trainer.abstract.blocks()}
         saved = step
@@ -122,7 +109,7 @@ def train(
         with _disk_errors(workdir), Writers(writers) as log, shown as progress, _StopSignal() as signals:
             agreed = distributed.Agreement(mesh, signals, watch)
             log.truncate_after(step)
-            announce(progress, trainer, parts, step, begin_from)
+            announce(progress, trainer, task, step, begin_from)
             while unfinished() and not agreed.stop and step != stop_at:
                 batch = distributed.put_batch(next(data), trainer.batch_sharding, config.data.batch_size)
                 state, stats = trainer.train_step(state, batch, np.float32(fraction()))
@@ -132,9 +119,9 @@ def train(
                 ended = not unfinished()
                 if step % config.log.every == 0 or ended:
                     host = jax.device_get(stats)
-                    line = flatten(host, layer_ids, bytes_per_token)
-                    line |= {
-                        "tokens": step * tokens_per_step, "seconds": watch.seconds,
+                    line = flatten(host, layer_ids)
+                    line |= task.line(line) | {
+                        "tokens": step * task.tokens_per_step, "seconds": watch.seconds,
                         "processor_seconds": watch.processor_seconds, "tokens_per_second": speed(),
                     }  # fmt: skip
                     log.write(step, "train", line)
@@ -149,13 +136,12 @@ def train(
                     progress.update(step, fraction())
                 if step % config.log.eval_every == 0 or ended:
                     watch.stop(stats)
-                    result = validate(trainer, state, parts["validation"], tokenizer, config)
-                    log.write(
-                        step,
-                        "validation",
-                        {"bits_per_byte": result["bits_per_byte"]["overall"], "loss": result["loss"]},
+                    score = task.score(
+                        trainer.model(state), "validation", trainer.batch_sharding, max_rows=config.log.eval_rows
                     )
-                    progress.update(step, fraction(), {"validation_bits_per_byte": result["bits_per_byte"]["overall"]})
+                    found = task.headline(score)
+                    log.write(step, "validation", found)
+                    progress.update(step, fraction(), {f"validation_{name}": value for name, value in found.items()})
                 if step % config.checkpoint.every == 0 and not ended:
                     watch.stop(stats)
                     save()
@@ -170,9 +156,9 @@ def train(
                 progress.print(f"stopped at step {step}, saved; the same command goes on from there")
         checkpoints.close()
         return {
-            "trainer": trainer, "state": state, "parts": parts, "tokenizer": tokenizer, "step": step,
-            "seconds": watch.seconds, "finished": finished,
-            "tokens_per_second": step * tokens_per_step / watch.seconds if watch.seconds else None,
+            "trainer": trainer, "state": state, "task": task, "parts": task.parts, "tokenizer": task.tokenizer,
+            "step": step, "seconds": watch.seconds, "finished": finished,
+            "tokens_per_second": step * task.tokens_per_step / watch.seconds if watch.seconds else None,
         }  # fmt: skip
 
 
@@ -195,33 +181,17 @@ def _disk_errors(workdir: Path):
         ) from error
 
 
-def validate(trainer: Trainer, state, corpus, tokenizer, config: Config) -> dict[str, Any]:
-    """The quick look during training: `log.eval_rows` rows without overlap."""
-    return evaluate(
-        trainer.model(state), corpus, tokenizer, seq_len=config.data.seq_len, batch_size=config.data.eval_batch_size,
-        max_rows=config.log.eval_rows, sharding=trainer.batch_sharding,
-    )  # fmt: skip
-
-
-def announce(progress: Progress, trainer: Trainer, parts, step: int, begin_from) -> None:
+def announce(progress: Progress, trainer: Trainer, task: Task, step: int, begin_from) -> None:
     """What is about to run, in three lines; and where the weights come from, if they are given."""
     counts = count_parameters(trainer.abstract, trainer.partition.trainable)
     config = trainer.config
-    domains = len(parts["train"].domains)
     progress.print(
         f"model {counts['total']:,} parameters, {counts['active']:,} active per token, "
-        f"{counts['trainable']:,} trained; router {config.model.router.name}, "
-        f"{config.model.num_experts} experts, layers {config.model.layers}"
+        f"{counts['trainable']:,} trained; {config.model.summary}"
     )
     if config.model.adapted:
         progress.print(describe_adapters(trainer))
-    trained = sum(parts["train"].trained_bytes_per_domain().values())
-    answers = "" if parts["train"].trained is None else f"; trained on the answers, {trained / 1e6:.1f} MB"
-    size = {name: part.num_bytes.sum() / 1e6 for name, part in parts.items()}
-    progress.print(
-        f"data {config.data.source}: {size['train']:.1f} MB train, {size['validation']:.2f} validation, "
-        f"{size['test']:.2f} test, {plural(domains, 'domain')}, split by document{answers}"
-    )
+    progress.print(f"data {task.summary()}")
     if begin_from and not step:
         fresh = sorted(trainer.shapes.keys() - begin_from.keys())
         drawn = f"; drawn fresh: {', '.join(fresh[:5])}{', ...' * (len(fresh) > 5)}" if fresh else ""

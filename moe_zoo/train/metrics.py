@@ -12,15 +12,14 @@ from moe_zoo.models.decoder import per_layer
 _ARRAYS = ("load", "load_by_domain")
 
 
-def flatten(stats: dict[str, Any], layer_ids: dict[str, tuple[int, ...]], bytes_per_token: float) -> dict[str, Any]:
+def flatten(stats: dict[str, Any], layer_ids: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     """Host statistics of a step -> one metrics line.
 
-    `loss` (nats per token), `bits_per_byte`, `router_loss`, `grad_norm`, `learning_rate`, `skipped_steps`, then
+    `loss` (nats per token or example), `router_loss`, `grad_norm`, `learning_rate`, `skipped_steps`, then
     `moe/<name>` averaged over layers, `moe/layer_03/<name>` for each, and `expert_load`: for each routed layer, the
     share of each expert.
     """
     line = {name: float(value) for name, value in stats["scalars"].items()}
-    line["bits_per_byte"] = line["loss"] / math.log(2) / bytes_per_token
     rows = per_layer({path: (layer_ids[path], s) for path, s in stats["layers"].items()})
     names: dict[str, list[float]] = {}
     loads = []

@@ -15,7 +15,9 @@ OBJECTIVES = Registry(
     {
         "adaptive_sparsity": "moe_zoo.train.adaptive_sparsity:AdaptiveSparsity",
         "answer_ratio": "moe_zoo.train.answer_ratio:AnswerRatio",
+        "classification": "moe_zoo.train.classification:Classification",
         "next_token": "moe_zoo.train.objective:NextToken",
+        "ponder": "moe_zoo.train.ponder:PonderLoss",
         "scheduled_loss": "moe_zoo.train.scheduled_loss:ScheduledLoss",
         "thor": "moe_zoo.train.thor:Thor",
     },
@@ -27,6 +29,8 @@ class Objective:
     """A loss with a state of its own (adaptive coefficients, controllers), updated once per optimizer step."""
 
     Config: ClassVar[type]
+    #: what it learns from: as `batches` of the data
+    batches: ClassVar[str] = "text"
     #: how often it runs the model, forward and backward, on every token: what a step costs
     passes: ClassVar[int] = 1
 

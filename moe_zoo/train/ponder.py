@@ -1,4 +1,4 @@
-"""The loss of a model that may be left behind any layer (PonderNet, PALBERT): each layer's, as likely as it is the exit.
+"""The loss of a model that may be left behind any layer (PonderNet, PALBERT): each layer's by its probability.
 
     sum_l mean_b p_l CE(logits_l, y) + beta KL
 

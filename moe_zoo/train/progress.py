@@ -80,7 +80,8 @@ class Progress:
         Args:
             step: steps done.
             progress_fraction: share of the run done, 0 to 1 (by steps or by time, as the run is limited).
-            metrics: host numbers; "loss" (nats per token), "bits_per_byte" and "validation_bits_per_byte" are shown.
+            metrics: host numbers; "loss" (nats per token or example), "bits_per_byte", "accuracy", and the two of
+                validation are shown.
             tokens_per_second: training speed.
         """
         now = time.monotonic()
@@ -136,7 +137,10 @@ class Progress:
 
     def _numbers(self, now: float, fraction: float) -> list[str]:
         shown = []
-        labels = {"loss": "loss", "bits_per_byte": "bits/byte", "validation_bits_per_byte": "validation"}
+        labels = {
+            "loss": "loss", "bits_per_byte": "bits/byte", "validation_bits_per_byte": "validation",
+            "accuracy": "accuracy", "validation_accuracy": "validation",
+        }  # fmt: skip
         for name, label in labels.items():
             if (value := self._metrics.get(name)) is not None:
                 shown.append(f"{label} {float(value):.3f}")

@@ -15,6 +15,7 @@ from rich.text import Text
 from moe_zoo.train.progress import PLAIN_WIDTH, duration, make_console, short_number
 
 _SAMPLE_CHARACTERS, _SAMPLE_LINES = 1500, 24
+_MOST_CLASSES = 10  # that have a column each
 _BAR_COLUMNS = 64
 _BARS, _ASCII_BARS = "·▁▂▃▄▅▆▇█", " .:-=+*#@"
 
@@ -27,6 +28,7 @@ def final_table(report: Mapping[str, Any], console: rich.console.Console | None 
             bits_per_byte: {"overall": float, "domains": {name: float}} on the test documents.
             scored: "answers" when only the answers of supervised documents count.
             bytes, gzip, xz: {name: number, "overall": number}: test bytes, and the compressors' bits per byte.
+            accuracy, bits, examples, accuracy_by_class {name}: of a classifier on the test examples.
             context_length: tokens. tokens_per_second, train_seconds, steps: numbers of the training run.
             parameters: {"total": int, "active": int (per token), "trainable": int}.
             flops_per_token: active floating-point operations per token.
@@ -39,6 +41,7 @@ def final_table(report: Mapping[str, Any], console: rich.console.Console | None 
     width = min(PLAIN_WIDTH, console.width)
     sections = [
         _compression_table(report),
+        _class_table(report),
         _facts(report),
         _load_table(
             report.get("expert_load"),
@@ -106,6 +109,19 @@ def _compression_table(report: Mapping[str, Any]) -> rich.table.Table | None:
         if name != "overall" or any(value is not None for value in values):
             size = f"{sizes[name]:,}" if name in sizes else "-"
             table.add_row(Text(name), *_marked(values), size, style="bold" if name == "overall" else "")
+    return table
+
+
+def _class_table(report: Mapping[str, Any]) -> rich.table.Table | None:
+    """The share of a classifier's right answers: of all examples, and of those of each class."""
+    if "accuracy" not in report:
+        return None
+    table = _new_table(f"Test accuracy on {report['examples']:,} examples, {report['bits']:.3f} bits each")
+    names = list(report["accuracy_by_class"])
+    shown = names if len(names) <= _MOST_CLASSES else []
+    for name in ("all", *shown):
+        table.add_column(Text(name), justify="right", no_wrap=True)
+    table.add_row(*(f"{v:.1%}" for v in (report["accuracy"], *(report["accuracy_by_class"][n] for n in shown))))
     return table
 
 

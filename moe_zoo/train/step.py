@@ -14,7 +14,7 @@ from moe_zoo.adapters import steering
 from moe_zoo.core import param as P
 from moe_zoo.core.aux import reduce_stacked
 from moe_zoo.core.registry import ConfigError
-from moe_zoo.models import Decoder
+from moe_zoo.models import Decoder, make_model
 from moe_zoo.sharding import batch_sharding, sharding_of
 from moe_zoo.train import accumulation, distributed, guard
 from moe_zoo.train.config import Config
@@ -56,7 +56,7 @@ class Trainer:
 
     def __init__(self, config: Config, mesh: Mesh, objective: Objective):
         self.config, self.mesh, self.objective = config, mesh, objective
-        self.abstract = Decoder(config.model, mesh)
+        self.abstract = make_model(config.model, mesh)
         self.names = P.layer_names(self.abstract)
         self.partition = partition(self.abstract, config.train.freeze)
         variables = P.flat(self.abstract)

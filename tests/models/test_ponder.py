@@ -1,4 +1,4 @@
-"""Models that an example may leave behind any layer: probabilities, losses, rules of leaving, what is really not run."""
+"""Models that an example may leave behind any layer: probabilities, losses, rules of leaving, what is not run."""
 
 import math
 

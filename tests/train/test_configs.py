@@ -49,11 +49,11 @@ def test_tiny_preset_trains_in_one_compilation_and_nan_shows(path):
     assert losses[0] == pytest.approx(math.log(264), abs=0.6) and losses[-1] < losses[0] - 1, losses
     assert trainer.train_step._cache_size() == 1
     ids = {path: ids for path, _, ids in trainer.abstract.blocks()}
-    assert first_non_finite(flatten(jax.device_get(stats), ids, 1.0)) is None
+    assert first_non_finite(flatten(jax.device_get(stats), ids)) is None
     poisoned = next(name for name in state["trainable"] if name.endswith("w_up"))
     state["trainable"][poisoned] *= np.nan
     _, stats = trainer.train_step(state, batch, np.float32(0))
-    assert first_non_finite(flatten(jax.device_get(stats), ids, 1.0)) == "loss"
+    assert first_non_finite(flatten(jax.device_get(stats), ids)) == "loss"
 
 
 def test_every_router_is_one_configs():

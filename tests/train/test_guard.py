@@ -43,7 +43,7 @@ def run(objective, steps, *settings):
     for _ in range(steps):
         state, stats = trainer.train_step(state, batch, np.float32(0))
         host = jax.device_get(stats)
-        seen.append((jax.device_get(state), flatten(host, ids, 1.0), host))
+        seen.append((jax.device_get(state), flatten(host, ids), host))
     return trainer, seen
 
 
