@@ -17,6 +17,7 @@ import importlib
 import pathlib
 import sys
 
+from authors_attention import palbert, routing_transformer
 from authors_inputs import TOLERANCE
 from authors_jax import expert_choice, gshard, noisy_top_k, soft, sparse_ot, switch
 from authors_lora import glider, mos
@@ -60,6 +61,8 @@ COMPARISONS = {  # name -> function, what it needs
     "glider": (glider, "UNITES-Lab/glider"),
     "mos": (mos, "Forence1999/MoS"),
     "biformer": (biformer, "rayleizhu/BiFormer"),
+    "palbert": (palbert, "tinkoff-ai/palbert"),
+    "routing_transformer": (routing_transformer, "lucidrains/routing-transformer"),
 }
 
 

@@ -18,6 +18,7 @@ from moe_zoo.core.param import Buffer
 from moe_zoo.layers.attention import View
 from moe_zoo.layers.tanh_norm import PredictingBHyT
 from moe_zoo.layers.tap import below
+from moe_zoo.mixers.mixer import LearningMixer
 
 
 class Block(nnx.Module):
@@ -70,7 +71,17 @@ class Block(nnx.Module):
     @property
     def causal(self) -> bool:
         """Whether at inference no token depends on later ones."""
-        return not self.routed or self.ffn.router.causal
+        return (not self.routed or self.ffn.router.causal) and not (self.mixer_competes and self.mixer.as_trained)
+
+    @property
+    def mixer_learns(self) -> bool:
+        """Whether the mixer has losses, statistics and buffers of its own."""
+        return self.mixes and isinstance(self.mixer, LearningMixer)
+
+    @property
+    def mixer_competes(self) -> bool:
+        """Whether within the mixer tokens compete in training, which looks at later ones."""
+        return self.mixer_learns and self.mixer.competes
 
     @property
     def share(self) -> float:
@@ -111,7 +122,7 @@ class Block(nnx.Module):
         """Returns (x, Aux, cache, carry of the router)."""
         tapped = Tapped(self.adapters, ctx) if self.adapted else None
         squares = self._squares(x, view)
-        x, mixer_cache, attention = self._mix(x, view, ctx, cache, at, tapped, squares[:1])
+        x, mixer_cache, attention, mixed = self._mix(x, view, ctx, cache, at, tapped, squares[:1])
         aux, carry, router_cache = Aux(), ctx.carry, None
         if hasattr(self, "ffn"):
             with jax.named_scope("ffn"):
@@ -122,6 +133,7 @@ class Block(nnx.Module):
                     y = self.ffn(seen) if tapped is None else self.adapters.feed_forward(self.ffn, seen, tapped)
                 y = self._after("ffn", y)
                 x = self._add(x, y) if self.outer_residual else y
+        aux = aux | mixed
         if tapped is not None:
             aux = aux | tapped.aux(self._prefix)
         if cache is None:
@@ -137,7 +149,9 @@ class Block(nnx.Module):
     def after_step(self, stats: dict[str, Stat]) -> dict[str, Array]:
         """New buffer values, keyed by their path below this block. A base that is frozen has none."""
         if not self.adapted:
-            return {f"ffn.{name}": value for name, value in self.ffn.after_step(stats).items()}
+            new = {f"ffn.{name}": value for name, value in self.ffn.after_step(stats).items()} if self.routed else {}
+            mixer = self.mixer.after_step(stats) if self.mixer_learns else {}
+            return new | {f"mixer.{name}": value for name, value in mixer.items()}
         own = {name.removeprefix(self._prefix): s for name, s in stats.items() if name.startswith(self._prefix)}
         return {f"adapters.{name}": value for name, value in self.adapters.after_step(own).items()}
 
@@ -160,15 +174,16 @@ class Block(nnx.Module):
         return self.ffn_norm.squares(x, view.positions, self.mixer_norm) if self.predicts else ()
 
     def _mix(self, x, view: View, ctx: RoutingContext, cache, at, tapped: Tapped | None, square: tuple = ()):
-        """(x with the mixer's branch, the mixer's cache, what it compared if the router asks for it)."""
+        """(x with the mixer's branch, the mixer's cache, what it compared if the router asks for it, its Aux)."""
         if not self.mixes:
-            return x, None, None
+            return x, None, None, Aux()
         taps = {} if tapped is None or not self.mixer.linears else {"tap": below("mixer", tapped)}
         with jax.named_scope("mixer"):
             mixer = self.mixer.observed if self.shows_attention else self.mixer
             x, seen = self._before(self.mixer_norm, x, square)
-            y, mixer_cache, *attention = mixer(seen, view, None if cache is None else cache["mixer"], at, **taps)
-        return self._add(x, self._after("mixer", y)), mixer_cache, attention[0] if attention else None
+            y, mixer_cache, *more = mixer(seen, view, None if cache is None else cache["mixer"], at, **taps)
+        attention = more[0] if self.shows_attention else None
+        return self._add(x, self._after("mixer", y)), mixer_cache, attention, more[0] if self.mixer_learns else Aux()
 
     def _route(self, x, ctx: RoutingContext, cache, attention, tapped: Tapped | None):
         """(experts' output, Aux, the router's cache, carry of all routers)."""

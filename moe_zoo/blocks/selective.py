@@ -116,9 +116,6 @@ class SelectiveBlock(Block):
         taken = jnp.arange(L) < (used_B + go_BS.sum(1, dtype=jnp.int32))[:, None]
         return x, aux | _counted(go_BS, valid_BS, ctx.record), {"block": block, "taken": taken}, carry
 
-    def after_step(self, stats: dict[str, Stat]) -> dict[str, Array]:
-        return super().after_step(stats) if self.routed else {}
-
     @property
     def share(self) -> float:
         return self.selector.config.capacity

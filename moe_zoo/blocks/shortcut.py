@@ -29,7 +29,7 @@ class Shortcut(Block):
         """Returns (x, Aux, cache, carry of the router)."""
         tapped = Tapped(self.adapters, ctx) if self.adapted else None
         squares = self._squares(x, view)
-        x, mixer_cache, attention = self._mix(x, view, ctx, cache, at, tapped, squares[:1])
+        x, mixer_cache, attention, _ = self._mix(x, view, ctx, cache, at, tapped, squares[:1])
         x, u = self._before(self.ffn_norm, x, squares[1:])
         with jax.named_scope("ffn"):
             routed, aux, router_cache, carry = self._route(u, ctx, cache, attention, tapped)

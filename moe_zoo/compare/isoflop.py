@@ -139,7 +139,7 @@ def run_one(plan: Plan, corpus, workdir: Path, *, rows: int) -> Run | None:
         batch_size=data.eval_batch_size, max_rows=rows, sharding=done["trainer"].batch_sharding,
     )["bits_per_byte"]["overall"]  # fmt: skip
     results = {"test_bits_per_byte": score(model)}
-    if model.selects:
+    if model.competes:
         results["as_trained"] = score(model.as_trained())
     return {
         "key": plan.key(corpus.fingerprint), "entry": plan.entry.name, "width": plan.width, "seed": plan.seed,

@@ -28,6 +28,7 @@ LABELLED = Registry(
     {
         "cluttered_digits": "moe_zoo.data.images:ClutteredDigits",
         "digits": "moe_zoo.data.images:Digits",
+        "pointers": "moe_zoo.data.chase:Pointers",
     },
 )
 

@@ -155,7 +155,7 @@ RotaryKey = tuple[int, float, RopeScaling]
 @dataclasses.dataclass(frozen=True)
 class View:
     """Who may see whom: positions for rotary angles and order, segments that do not see each other, validity. `layer`:
-    the number of the one that looks.
+    the number of the one that looks. `train`: whether it is trained, for mixers that differ then.
 
     `rotary`: angles by (rotated size, theta, scaling), made before the layers are scanned.
     """
@@ -165,6 +165,7 @@ class View:
     valid: Bool[Array, "B S"] | None = None
     rotary: dict["RotaryKey", Angles] = dataclasses.field(default_factory=dict)
     layer: Int[Array, ""] | None = None
+    train: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def with_rotary(self, keys: Iterable["RotaryKey | None"], dtype) -> "View":
         """With the angles of all `keys`; None is a mixer without."""

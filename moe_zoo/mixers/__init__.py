@@ -12,6 +12,7 @@ MIXERS = Registry(
         "lightning": "moe_zoo.mixers.lightning:Lightning",
         "short_conv": "moe_zoo.mixers.short_conv:ShortConv",
         "kimi_delta": "moe_zoo.mixers.kimi_delta:KimiDelta",
+        "routed_attention": "moe_zoo.mixers.routed_attention:RoutedAttention",
         "gated_delta_net": "moe_zoo.mixers.gated_delta_net:GatedDeltaNet",
     },
     base="moe_zoo.mixers.mixer:Mixer",

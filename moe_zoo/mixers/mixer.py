@@ -11,9 +11,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from moe_zoo.core.aux import Stat
 from moe_zoo.layers.attention import Attention, AttentionConfig, View
 from moe_zoo.layers.head_experts import HeadExperts
 from moe_zoo.layers.latent_attention import LatentAttention
+from moe_zoo.layers.rope import Angles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +27,7 @@ class NoSettings:
 @dataclasses.dataclass(frozen=True)
 class Span:
     """S tokens in order, those of padding behind all others. `count`: how many are no padding, None for all. `layer`:
-    the number of the layer that they are mixed in.
+    the number of the layer that they are mixed in. `angles`: of their positions, for a mixer with a `rotary_key`.
 
     `documents` number the packed documents in order, from 0; None: one. The state before the first token is that of
     document 0.
@@ -35,6 +37,9 @@ class Span:
     count: Int[Array, "B"] | None = None
     documents: Int[Array, "B S"] | None = None
     layer: Int[Array, ""] | None = None
+    positions: Int[Array, "B S"] | None = None
+    angles: Angles | None = None
+    train: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 class Mixer(nnx.Module):
@@ -71,20 +76,43 @@ class Mixer(nnx.Module):
         raise NotImplementedError
 
     def __call__(self, x_BSD: Float[Array, "B S D"], view: View, cache: dict | None = None, at=None):
-        """Returns (output, cache): with a cache, the tokens continue what it has seen. Padding changes no state."""
+        """Returns (output, cache), and what `mix` returns besides: with a cache, the tokens continue what it has seen.
+        Padding changes no state.
+        """
         state = cache if cache is not None else self.init_cache(x_BSD.shape[0], 0, x_BSD.dtype)
+        angles = None if self.rotary_key is None else view.rotary[self.rotary_key]
+        fixed = dict(layer=view.layer, train=view.train)
         if view.valid is None:
-            span = Span(documents=documents(view.segment_ids), layer=view.layer)
-            y_BSD, new = self.mix(x_BSD, span, state)
+            order = dict(documents=documents(view.segment_ids), positions=view.positions, angles=angles)
+            y_BSD, new, *aux = self.mix(x_BSD, Span(**order, **fixed), state)
         else:
             order_BS = jnp.argsort(~view.valid, axis=1, stable=True)
             at_front = lambda x: None if x is None else jnp.take_along_axis(x, order_BS, axis=1)
-            span = Span(at_front(view.valid), view.valid.sum(1), documents(at_front(view.segment_ids)), view.layer)
-            y_BSD, new = self.mix(take(x_BSD, order_BS), span, state)
+            turned = lambda x: jnp.take_along_axis(x, order_BS[:, None, :, None], axis=2)
+            order = dict(
+                valid=at_front(view.valid), count=view.valid.sum(1), documents=documents(at_front(view.segment_ids)),
+                positions=at_front(view.positions), angles=jax.tree.map(turned, angles),
+            )  # fmt: skip
+            y_BSD, new, *aux = self.mix(take(x_BSD, order_BS), Span(**order, **fixed), state)
             y_BSD = take(y_BSD, jnp.argsort(order_BS, axis=1))
         if cache is None:
-            return y_BSD, None
-        return y_BSD, jax.tree.map(lambda new, old: new.astype(old.dtype), new, cache)
+            return y_BSD, None, *aux
+        return y_BSD, jax.tree.map(lambda new, old: new.astype(old.dtype), new, cache), *aux
+
+
+class LearningMixer(Mixer):
+    """A mixer with losses, statistics, and buffers that follow from these: `mix` returns (output, state, Aux).
+
+    `as_trained`: tokens that compete in training do so outside of it, too, which looks at later ones.
+    """
+
+    #: whether in training tokens compete in a way that looks at later ones
+    competes: bool = False
+    as_trained: bool = False
+
+    def after_step(self, stats: dict[str, Stat]) -> dict[str, Array]:
+        """New values of buffers, by name, from a step's statistics, summed over micro-batches and devices."""
+        return {}
 
 
 class SoftmaxAttention(Mixer):

@@ -38,6 +38,7 @@ MODELS = Registry(
     "model",
     {
         "biformer": "moe_zoo.models.biformer:BiFormer",
+        "ponder": "moe_zoo.models.ponder:Ponder",
         "dyn_token_routing_vit": "moe_zoo.models.dyn_token_routing:DynTokenRoutingViT",
     },
     base="moe_zoo.models.classifier:Classifier",

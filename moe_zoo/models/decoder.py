@@ -30,6 +30,7 @@ from moe_zoo.layers.embedding import Embedding, Head
 from moe_zoo.layers.mlp import MLP
 from moe_zoo.layers.ngram import NgramEmbedding
 from moe_zoo.layers.norm import make_norm
+from moe_zoo.mixers.mixer import LearningMixer
 from moe_zoo.models.config import ModelConfig, is_routed
 from moe_zoo.routing.router import Shared
 
@@ -144,7 +145,7 @@ class Decoder(nnx.Module):
         shared, inputs = self._with_adapters(shared, inputs or {}, instructions)
         ctx = ctx.replace(shared=shared)
         dtype = jnp.dtype(self.config.dtype)
-        view = View(positions, segment_ids, valid).with_rotary(self._rotary_keys(), dtype)
+        view = View(positions, segment_ids, valid, train=train).with_rotary(self._rotary_keys(), dtype)
         x, ngram_cache = self._embed(tokens, positions, cache, dtype)
         first_cache = None
         if self.two_passes:
@@ -250,12 +251,19 @@ class Decoder(nnx.Module):
         """Whether there are blocks that only some tokens go through."""
         return any(block.selects for _, block, _ in self.blocks())
 
+    @property
+    def competes(self) -> bool:
+        """Whether in training tokens compete, for blocks or within them, in a way that looks at later ones."""
+        return self.selects or any(block.mixer_competes for _, block, _ in self.blocks())
+
     def as_trained(self) -> "Decoder":
-        """The model with the same arrays, its tokens competing for such blocks as in training: not causal."""
+        """The model with the same arrays, its tokens competing as in training: not causal."""
         other = nnx.merge(*nnx.split(self))
         for _, block, _ in other.blocks():
             if block.selects:
                 block.as_trained = True
+            if block.mixer_competes:
+                block.mixer.as_trained = True
         return other
 
     def from_corpus(self, counts_V: Int[np.ndarray, "V"], domains: Sequence[str]) -> dict[str, np.ndarray]:
@@ -393,6 +401,8 @@ def make_block(config: ModelConfig, kind: str, whole: ModelConfig) -> Block:
     )
     selector = {} if config.depth.name == "none" else {"selector": make_selector(config, kind, ffn)}
     if kind.partition(":")[0] == "shortcut":
+        if issubclass(config.mixer.cls, LearningMixer):
+            raise ConfigError(f"model.mixer: {config.mixer.name!r} learns, and {kind!r} has two; choose dense or moe")
         made = SelectiveShortcut if selector else Shortcut
         return made(dense=dense(), second=Block(**parts(dense())), **parts(ffn), **selector)
     return (SelectiveBlock if selector else Block)(**parts(ffn), **selector)

@@ -70,13 +70,13 @@ class Language(Task):
         )
 
     def final(self, run):
-        """Of a model with blocks that some tokens go through, "as_trained" is the score with tokens that compete, and
-        "token_depth" says what became of each token at the beginning of the test data.
+        """Of a model whose tokens compete in training, "as_trained" is the score with tokens that compete. Of one with
+        blocks that some tokens go through, "token_depth" says what became of each token where the test data begins.
         """
         trainer = run["trainer"]
         model = trainer.model(run["state"])
         result = self.score(model, "test", trainer.batch_sharding)
-        if model.selects:
+        if model.competes:
             as_trained = self.score(model.as_trained(), "test", trainer.batch_sharding)
             result["as_trained"] = {name: as_trained[name] for name in ("bits_per_byte", "loss")}
         if model.selects and model.causal:

@@ -17,6 +17,7 @@ OBJECTIVES = Registry(
         "answer_ratio": "moe_zoo.train.answer_ratio:AnswerRatio",
         "classification": "moe_zoo.train.classification:Classification",
         "next_token": "moe_zoo.train.objective:NextToken",
+        "ponder": "moe_zoo.train.ponder:PonderLoss",
         "scheduled_loss": "moe_zoo.train.scheduled_loss:ScheduledLoss",
         "thor": "moe_zoo.train.thor:Thor",
         "token_budget": "moe_zoo.train.token_budget:TokenBudget",
