@@ -68,6 +68,11 @@ class Block(nnx.Module):
         return hasattr(self, "selector")
 
     @property
+    def competes(self) -> bool:
+        """Whether its tokens compete for it in training, which looks at later ones."""
+        return False
+
+    @property
     def causal(self) -> bool:
         """Whether at inference no token depends on later ones."""
         return not self.routed or self.ffn.router.causal

@@ -11,6 +11,9 @@ ones; how many are is data:
     with a cache       of S new tokens min(S, places) are computed, those that are chosen first; the cache has places
                        for the chosen only. One step in which no sequence's token is chosen skips the block.
 
+A selector of whole sequences (`Selector.whole`) has them skip the block, go through it, or go through it again, with
+another cache for that. All are computed and those that go kept; with a cache nothing is if no sequence of the batch goes.
+
 B batch, S sequence, C tokens that are computed, L places of the cache, D model.
 """
 
@@ -29,7 +32,7 @@ from moe_zoo.layers.attention import View
 from moe_zoo.routing.router import at_least_f32
 
 #: fields of the context with an entry per token
-_BY_TOKEN = ("positions", "segment_ids", "token_ids", "domain", "language", "modality")
+_BY_TOKEN = ("positions", "segment_ids", "token_ids", "domain", "language", "modality", "prompt")
 #: inputs from outside with an entry per token
 _GIVEN = ("given", "target_scores")
 
@@ -47,22 +50,37 @@ class SelectiveBlock(Block):
 
     @property
     def causal(self) -> bool:
-        return super().causal and not self.as_trained
+        return super().causal and not (self.as_trained and self.competes)
+
+    @property
+    def competes(self) -> bool:
+        return self.selector.competes
 
     def computed(self, seq_len: int) -> int:
         return self.selector.size(seq_len)
 
     def init_cache(self, batch: int, max_seq: int, dtype) -> dict:
         L = self.selector.places(max_seq)
-        return {"block": super().init_cache(batch, L, dtype), "taken": jnp.zeros((batch, L), bool)}
+        cache = {name: super(SelectiveBlock, self).init_cache(batch, L, dtype) for name in self._passes}
+        if not self.selector.whole:
+            cache["taken"] = jnp.zeros((batch, L), bool)
+        return cache | {"selector": self.selector.init_cache(batch)}
+
+    @property
+    def _passes(self) -> tuple[str, ...]:
+        """Names of the caches: of the block, and of its repetition if there may be one."""
+        return ("block", "again") if self.selector.repeats else ("block",)
 
     def __call__(self, x, view: View, ctx: RoutingContext, cache: dict | None = None, at=None):
         """Returns (x, Aux, cache, carry of the router)."""
-        if found := [name for name in _GIVEN if name in ctx.inputs]:
+        found = [name for name in _GIVEN if name in ctx.inputs]
+        if found and not self.selector.whole:
             raise ValueError(f"{', '.join(found)}: of all tokens, and only some go through this block")
         with jax.named_scope("selector"):
-            selection = self.selector(x, ctx)
+            selection = self.selector(x, ctx.replace(cache=None if cache is None else cache["selector"]))
         valid_BS = jnp.ones(x.shape[:2], bool) if ctx.valid is None else ctx.valid.reshape(x.shape[:2])
+        if self.selector.whole:
+            return self._whole(selection, x, view, ctx, cache, at, valid_BS)
         if cache is not None:
             return self._continued(selection, x, view, ctx, cache, valid_BS)
         go_BS = wanted_BS = selection.chosen & valid_BS
@@ -74,20 +92,32 @@ class SelectiveBlock(Block):
             go_BS, live_BC = wanted_BS, None if ctx.valid is None else take(valid_BS, at_BC)
             x, aux, _, carry = self._some(selection, x, view, ctx, at_BC, live_BC)
         else:
-            x, aux, carry = self._chosen(selection, x, view, ctx, go_BS)
-        return x, aux | learned | _share(go_BS, valid_BS), None, carry
+            x, aux, _, carry = self._chosen(selection.weights, x, view, ctx, go_BS)
+        return x, aux | selection.aux | learned | _told(go_BS, valid_BS, ctx), None, carry
 
     def _through(self, x, view: View, ctx: RoutingContext, cache=None, at=None):
         """Through the block as it is without a selector."""
         return super().__call__(x, view, ctx, cache, at)
 
-    def _chosen(self, selection: Selection, x, view: View, ctx: RoutingContext, go_BS):
+    def _whole(self, selection: Selection, x, view: View, ctx: RoutingContext, cache, at, valid_BS):
+        """Once, and those that go again once more: with all of a sequence's tokens or none."""
+        aux, carry, new, count = selection.aux, ctx.carry, {"selector": selection.cache}, 0
+        for name, chosen_BS in zip(self._passes, (selection.chosen, selection.again)):
+            go_BS = chosen_BS & valid_BS
+            weights = selection.weights if name == "block" else jnp.ones_like(selection.weights)
+            old, now = None if cache is None else cache[name], ctx.replace(carry=carry)
+            run = lambda x=x, now=now, go=go_BS, w=weights, old=old: self._chosen(w, x, view, now, go, old, at)
+            x, more, new[name], carry = run() if cache is None else _unless_nobody(go_BS, run, (x, old, carry))
+            aux, count = _both(aux, more), count + go_BS
+        return x, aux | _told(count, valid_BS, ctx), None if cache is None else new, carry
+
+    def _chosen(self, weights_BS, x, view: View, ctx: RoutingContext, go_BS, cache=None, at=None):
         """All tokens computed, those that go through seen and changed."""
         seen = dataclasses.replace(view, valid=go_BS)
-        y, aux, _, carry = self._through(x, seen, ctx.replace(valid=go_BS.reshape(-1)))
+        y, aux, cache, carry = self._through(x, seen, ctx.replace(valid=go_BS.reshape(-1)), cache, at)
         keep = lambda new, old: jnp.where(_like(go_BS.reshape(-1), new), new, old)
-        x = jnp.where(go_BS[..., None], blend(x, y, selection.weights), x)
-        return x, aux, jax.tree.map(keep, carry, ctx.carry)
+        x = jnp.where(go_BS[..., None], blend(x, y, weights_BS), x)
+        return x, aux, cache, jax.tree.map(keep, carry, ctx.carry)
 
     def _some(self, selection: Selection, x, view: View, ctx: RoutingContext, at_BC, live_BC, cache=None, at=None):
         """The tokens `at_BC` through the block, those that are `live_BC` (None: all) seen and changed."""
@@ -108,20 +138,18 @@ class SelectiveBlock(Block):
         go_BS &= used_B[:, None] + jnp.cumsum(go_BS, axis=1) <= L
         at_BC = jnp.argsort(~go_BS, axis=1, stable=True)[:, : min(S, L)]
         run = lambda: self._some(selection, x, view, ctx, at_BC, take(go_BS, at_BC), cache["block"], used_B)
-        if S == 1:
-            _, aux, _, _ = jax.eval_shape(run)
-            nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), aux)
-            run = lambda run=run: jax.lax.cond(go_BS.any(), run, lambda: (x, nothing, cache["block"], ctx.carry))
-        x, aux, block, carry = run()
+        x, aux, block, carry = run() if S > 1 else _unless_nobody(go_BS, run, (x, cache["block"], ctx.carry))
         taken = jnp.arange(L) < (used_B + go_BS.sum(1, dtype=jnp.int32))[:, None]
-        return x, aux | _share(go_BS, valid_BS), {"block": block, "taken": taken}, carry
+        new = {"block": block, "taken": taken, "selector": selection.cache}
+        return x, aux | _told(go_BS, valid_BS, ctx), new, carry
 
     def after_step(self, stats: dict[str, Stat]) -> dict[str, Array]:
-        return super().after_step(stats) if self.routed else {}
+        moves = self.adapted or (self.routed and not self.selector.retrofits)
+        return super().after_step(stats) if moves else {}
 
     @property
     def share(self) -> float:
-        return self.selector.config.capacity
+        return self.selector.share
 
     def flops_per_token(self, context: float, rows_per_token: float | None = None) -> float:
         """Of a token on average: `capacity` of them go through, and see `capacity` of the keys. `rows_per_token` are
@@ -152,6 +180,20 @@ def take(x_BS: Array, at_BC: Int[Array, "B C"]) -> Array:
     return jnp.asarray(x_BS)[_rows(at_BC), at_BC]
 
 
+def _unless_nobody(go_BS, run, idle):
+    """`run()`, or if nobody goes (x, no losses, cache, carry) as they were, and nothing is computed."""
+    x, cache, carry = idle
+    _, aux, _, _ = jax.eval_shape(run)
+    nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), aux)
+    return jax.lax.cond(go_BS.any(), run, lambda: (x, nothing, cache, carry))
+
+
+def _both(aux: Aux, more: Aux) -> Aux:
+    """What was said so far and by another pass: losses add up, statistics merge; terms are of the first one."""
+    merged = {name: s.merge(aux.stats[name]) if name in aux.stats else s for name, s in more.stats.items()}
+    return Aux((aux | Aux(more.losses)).losses, {**more.terms, **aux.terms}, {**aux.stats, **merged})
+
+
 def _rows(at_BC):
     return jnp.arange(at_BC.shape[0])[:, None]
 
@@ -160,9 +202,11 @@ def _like(mask_T, x_T):
     return mask_T.reshape(-1, *[1] * (x_T.ndim - 1))
 
 
-def _share(go_BS, valid_BS) -> Aux:
+def _told(times_BS, valid_BS, ctx: RoutingContext) -> Aux:
+    """Of how often each token goes through."""
     count = lambda hit: hit.sum().astype(jnp.float32)
-    return Aux(stats={"depth_share": Stat.mean(count(go_BS), count(valid_BS))})
+    terms = {"depth_times": jnp.asarray(times_BS, jnp.int32)} if ctx.record else {}
+    return Aux(stats={"depth_share": Stat.mean(count(times_BS), count(valid_BS))}, terms=terms)
 
 
 def _of_some(view: View, ctx: RoutingContext, at_BC, live_BC) -> tuple[View, RoutingContext]:

@@ -5,7 +5,7 @@ B batch, S sequence, D model, C tokens that go through.
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 from flax import nnx
@@ -20,14 +20,19 @@ from moe_zoo.core.schema import join, positive
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """`scores`: by what tokens of a sequence compete in training. `chosen`: who goes through at inference, each token
-    by itself. `weights` w: of x + w (block(x) - x), for who goes through. `logits`: behind `chosen`, if it is learned.
+    """`scores`: by what tokens of a sequence compete in training, if they do. `chosen`: who goes through at inference,
+    each token by itself. `weights` w: of x + w (block(x) - x), for who goes through. `logits`: behind `chosen`, if it is
+    learned. `again`: of those, who goes through twice. `cache`: what the selector keeps while decoding. `aux`: what it
+    has to say already, whoever goes through.
     """
 
-    scores: Float[Array, "B S"]
+    scores: Float[Array, "B S"] | None
     chosen: Bool[Array, "B S"]
     weights: Float[Array, "B S"]
     logits: Float[Array, "B S"] | None = None
+    again: Bool[Array, "B S"] | None = None
+    cache: Any = None
+    aux: Aux = dataclasses.field(default_factory=Aux)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +55,19 @@ class Selector(nnx.Module):
     """Says which tokens go through one block. A subclass declares `Config`, builds its parameters from (config,
     hidden_size) and implements `__call__`. Its mathematics is float32 or wider.
 
-    What it chooses at inference depends on no later token, and not on how many tokens it is shown at once. A selector
-    of whole sequences says the same of all their tokens.
+    What it chooses at inference depends on no later token, and not on how many tokens it is shown at once. One that
+    decides for whole sequences (`sequence.py`) says the same of all their tokens.
     """
 
     Config: ClassVar[type] = SelectorConfig
     #: in training the C best of a sequence go through; otherwise, as at inference, who is chosen
     competes: ClassVar[bool] = True
+    #: whole sequences go through or not, so that a cache has places for all of their tokens
+    whole: ClassVar[bool] = False
+    #: some go through twice
+    repeats: ClassVar[bool] = False
+    #: it is trained on a finished model, all of which is frozen
+    retrofits: ClassVar[bool] = False
 
     def __init__(self, config: SelectorConfig, hidden_size: int):
         self.config, self.hidden_size = config, hidden_size
@@ -77,6 +88,15 @@ class Selector(nnx.Module):
         """Of a cache for a text of that length."""
         factor = self.config.cache_factor
         return max_seq if factor is None else _part(factor * self.config.capacity, max_seq)
+
+    @property
+    def share(self) -> float:
+        """The part of the tokens that go through, as far as it is known beforehand."""
+        return self.config.capacity
+
+    def init_cache(self, batch: int) -> Any:
+        """What it keeps while decoding; it finds that as `ctx.cache`."""
+        return None
 
     def flops_per_token(self) -> float:
         """Forward FLOPs of what it says of one token; multiply-adds count two."""

@@ -97,6 +97,11 @@ class Decoder(nnx.Module):
             together = add_adapters(config.adapters, blocks, num_layers=config.num_layers, hidden_size=D)
             if together is not None:
                 self.adapters = together
+        elif config.retrofit:
+            freeze(self)
+            for block in (block for blocks, _ in segments for block in blocks):
+                spared = block.selects and block.selector.retrofits
+                freeze(block, but=block.selector if spared else None)
         self.segments = nnx.List(
             SegmentBlocks([stack(block, layers) for block, layers in zip(blocks, ids)], ids) for blocks, ids in segments
         )
@@ -110,6 +115,7 @@ class Decoder(nnx.Module):
         valid: Bool[Array, "B S"] | None = None,
         domain: Int[Array, "B S"] | None = None,
         num_domains: int = 0,
+        prompt: Bool[Array, "B S"] | None = None,
         instructions: Float[Array, "B M"] | None = None,
         cache: dict | None = None,
         inputs: dict[str, Any] | None = None,
@@ -123,7 +129,8 @@ class Decoder(nnx.Module):
 
         `segment_ids` separate packed documents; `valid` False marks padding, which changes nothing elsewhere. With a
         `cache` (`init_cache`) the S tokens continue the cached ones. `inputs` holds arrays with a leading axis of all L
-        layers, for routers (`router_bias`, `given`). `instructions`: an embedding of what each sequence asks for, for
+        layers, for routers (`router_bias`, `given`) and selectors (`depth`, the path of each sequence). `prompt`: the
+        tokens by which selectors of whole sequences decide; None: all, with a cache of its first call. `instructions`: an embedding of what each sequence asks for, for
         adapters that look at it (Glider); the same in every call that continues a cache. `record` puts every token's
         routing into the Aux' terms. `last`: only the logits of the last token, [B, 1, V].
         """
@@ -138,7 +145,7 @@ class Decoder(nnx.Module):
         ctx = RoutingContext(
             batch=B, seq=S, train=train, num_domains=num_domains, mesh=self.mesh, step=step, key=key, record=record,
             valid=flat(valid), positions=flat(positions), segment_ids=flat(segment_ids),
-            token_ids=flat(tokens), domain=flat(domain), at=at, carry=self._init_carry(B * S),
+            token_ids=flat(tokens), domain=flat(domain), prompt=flat(prompt), at=at, carry=self._init_carry(B * S),
         )  # fmt: skip
         shared, shared_cache = self._before_layers(ctx, cache)
         shared, inputs = self._with_adapters(shared, inputs or {}, instructions)
@@ -249,6 +256,16 @@ class Decoder(nnx.Module):
     def selects(self) -> bool:
         """Whether there are blocks that only some tokens go through."""
         return any(block.selects for _, block, _ in self.blocks())
+
+    @property
+    def competes(self) -> bool:
+        """Whether there are blocks whose tokens compete in training."""
+        return any(block.competes for _, block, _ in self.blocks())
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether there are blocks that decide for whole sequences, by their prompts."""
+        return any(block.selects and block.selector.whole for _, block, _ in self.blocks())
 
     def as_trained(self) -> "Decoder":
         """The model with the same arrays, its tokens competing for such blocks as in training: not causal."""
