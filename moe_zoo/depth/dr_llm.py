@@ -74,7 +74,7 @@ class DrLlm(SequenceSelector):
         self.classes_out = param((hidden, C), (None, None), xavier(hidden, C))
         self.classes_bias = param((C,), (None,), Constant(0.0))
 
-    def decide(self, x_BSD: Float[Array, "B S D"], documents: Documents) -> Int[Array, "B S"]:
+    def decide(self, x_BSD: Float[Array, "B S D"], documents: Documents, ctx) -> Int[Array, "B S"]:
         windows_BWD, live_BW = windows(at_least_f32(x_BSD), documents, self.config.windows)
         logits_BWC = jnp.where(live_BW[..., None], self.logits(windows_BWD), 0)
         count_BS = documents.sums(live_BW.astype(logits_BWC.dtype))
@@ -95,10 +95,16 @@ class DrLlm(SequenceSelector):
         logits_BC = (self.logits(windows_BWD) * live_BW1).sum(1) / jnp.maximum(live_BW1.sum(1), 1)
         return focal(logits_BC, labels_B, class_weights(self.config), self.config.gamma), logits_BC
 
-    def learning(self, x_BSD, given_B, ctx: RoutingContext) -> Selection | None:
-        """Along the path that is given, which is what its loss wants it to say. `ctx.record`: the windows, as terms."""
+    def learning(self, x_BSD, given_B, ctx: RoutingContext) -> Selection:
+        """Along the path that is given, which is what its loss wants it to say. `ctx.record`: the windows, as terms.
+
+        Raises ValueError without one: there is nothing else that it could learn from.
+        """
         if given_B is None:
-            return None
+            raise ValueError(
+                "selector 'dr_llm' learns from paths that answer right, inputs['depth']; got none: transform.label_paths "
+                "finds them, transform.teach_paths trains"
+            )
         x_BSD = at_least_f32(jax.lax.stop_gradient(x_BSD))
         windows_BWD, live_BW = windows(x_BSD, Documents.of(ctx), self.config.windows)
         loss, logits_BC = self.loss(windows_BWD, live_BW, given_B)

@@ -59,7 +59,7 @@ class First(SequenceSelector):
             logits_BS = logits_BS + at_least_f32(self.bias[...])
         return jax.nn.sigmoid(logits_BS)
 
-    def decide(self, x_BSD: Float[Array, "B S D"], documents: Documents) -> Int[Array, "B S"]:
+    def decide(self, x_BSD: Float[Array, "B S D"], documents: Documents, ctx) -> Int[Array, "B S"]:
         said_BS = self.gates(x_BSD)
         if self.config.vote == "majority":
             said_BS = (said_BS >= 0.5).astype(said_BS.dtype)

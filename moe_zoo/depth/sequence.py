@@ -83,7 +83,7 @@ class SequenceSelector(Selector):
             times_BS = jnp.broadcast_to(given_B[:, None], shape)
             memory = None if memory is None else {"times": given_B.astype(jnp.int32), "decided": given_B >= 0}
         elif memory is None:
-            times_BS = self.decide(x_BSD, Documents.of(ctx))
+            times_BS = self.decide(x_BSD, Documents.of(ctx), ctx)
         else:
             memory = self._remembered(x_BSD, memory, ctx)
             times_BS = jnp.broadcast_to(memory["times"][:, None], shape)
@@ -94,7 +94,9 @@ class SequenceSelector(Selector):
         again = {"again": times_BS > 1} if self.repeats else {}
         return Selection(None, times_BS > 0, jnp.ones(times_BS.shape, jnp.float32), **again, **more)
 
-    def decide(self, x_BSD: Float[Array, "B S D"], documents: Documents) -> Int[Array, "B S"]:
+    def decide(
+        self, x_BSD: Float[Array, "B S D"], documents: Documents, ctx: RoutingContext
+    ) -> Int[Array, "B S"]:
         """How often each token's document goes through, by the tokens of its prompt."""
         raise NotImplementedError(f"selector {type(self).__name__} does not define decide")
 
@@ -112,7 +114,7 @@ class SequenceSelector(Selector):
 
         def fresh():
             documents = Documents.of(ctx)
-            times_B = self.decide(x_BSD, documents)[:, 0]
+            times_B = self.decide(x_BSD, documents, ctx)[:, 0]
             return {
                 "times": jnp.where(memory["decided"], memory["times"], times_B),
                 "decided": memory["decided"] | documents.prompt.any(1),

@@ -87,21 +87,21 @@ class Questions:
 
 def answered(
     loaded: Loaded, questions: Questions, paths_NL: Int[np.ndarray, "N L"] | None = None, *, batch_size: int = 256
-) -> tuple[Bool[np.ndarray, "N"], np.ndarray]:
-    """Which questions the model answers exactly, writing the likeliest token each time, and how many layers each one's
-    tokens went through. `paths_NL`: how often each layer is executed; None: as the selectors decide by the prompt.
+) -> tuple[Bool[np.ndarray, "N"], Int[np.ndarray, "N L"]]:
+    """Which questions the model answers exactly, writing the likeliest token each time, and how often each layer was
+    executed for it. `paths_NL`: how often each is to be; None: as the selectors decide by the prompt.
 
     Nothing is written: greedy decoding gives the answer exactly if, with the answer before it, each of its tokens and
     the end is the likeliest.
     """
     graphdef, state = nnx.split(loaded.model)
-    right, layers = np.zeros(len(questions), bool), np.zeros(len(questions))
+    right, times = np.zeros(len(questions), bool), np.zeros((len(questions), loaded.config.num_layers), np.int8)
     for begin in range(0, len(questions), batch_size):
         which = np.arange(begin, begin + batch_size) % len(questions)  # the last batch is filled up
         paths = {} if paths_NL is None else {"depth": np.asarray(paths_NL)[which].T.astype(np.int32)}
-        hit_B, times_B = jax.device_get(_answered(graphdef, state, vars(questions.take(which)), paths))
-        right[which], layers[which] = hit_B, times_B
-    return right, layers
+        hit_B, times_LB = jax.device_get(_answered(graphdef, state, vars(questions.take(which)), paths))
+        right[which], times[which] = hit_B, times_LB.T
+    return right, times
 
 
 def label_paths(
@@ -195,8 +195,11 @@ def _answered(graphdef, state, asked, inputs):
     model = nnx.merge(graphdef, state)
     logits, aux, _ = model(asked["tokens"], valid=asked["valid"], prompt=asked["prompt"], inputs=inputs, record=True)
     hit_BS = (logits.argmax(-1) == asked["targets"]) | ~asked["asked"]
-    times = [aux.terms["depth_times"].max(-1).sum(0) for _, aux in aux.layers.values() if "depth_times" in aux.terms]
-    return hit_BS.all(1), sum(times, jnp.zeros(len(hit_BS)))
+    times_LB = jnp.ones((model.config.num_layers, len(hit_BS)), jnp.int32)
+    for ids, told in aux.layers.values():
+        if "depth_times" in told.terms:
+            times_LB = times_LB.at[ids].set(told.terms["depth_times"].max(-1))
+    return hit_BS.all(1), times_LB
 
 
 @functools.partial(jax.jit, static_argnums=0)
