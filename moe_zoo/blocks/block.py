@@ -129,10 +129,15 @@ class Block(nnx.Module):
                 x = self._add(x, y) if self.outer_residual else y
         if tapped is not None:
             aux = aux | tapped.aux(self._prefix)
+        carry = self._noted(attention, ctx, carry)
         if cache is None:
             return x, aux, None, carry
         new = {"mixer": mixer_cache, "router": router_cache} if self.routed else {"mixer": mixer_cache}
         return x, aux, new, carry
+
+    def _noted(self, attention, ctx: RoutingContext, carry):
+        """The carry, with what the next block wants to know of the attention in this one."""
+        return carry
 
     @property
     def _prefix(self) -> str:

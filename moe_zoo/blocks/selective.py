@@ -27,6 +27,7 @@ from moe_zoo.blocks.block import Block
 from moe_zoo.blocks.shortcut import Shortcut
 from moe_zoo.core.aux import Aux, Stat
 from moe_zoo.core.context import RoutingContext
+from moe_zoo.depth.attention import DEPTH, received
 from moe_zoo.depth.selector import Selection, Selector
 from moe_zoo.layers.attention import View
 from moe_zoo.routing.router import at_least_f32
@@ -62,9 +63,9 @@ class SelectiveBlock(Block):
     def init_cache(self, batch: int, max_seq: int, dtype) -> dict:
         L = self.selector.places(max_seq)
         cache = {name: super(SelectiveBlock, self).init_cache(batch, L, dtype) for name in self._passes}
-        if not self.selector.whole:
+        if not (self.selector.whole or self.selector.leaves_keys):
             cache["taken"] = jnp.zeros((batch, L), bool)
-        return cache | {"selector": self.selector.init_cache(batch)}
+        return cache | {"selector": self.selector.init_cache(batch, max_seq)}
 
     @property
     def _passes(self) -> tuple[str, ...]:
@@ -81,6 +82,8 @@ class SelectiveBlock(Block):
         valid_BS = jnp.ones(x.shape[:2], bool) if ctx.valid is None else ctx.valid.reshape(x.shape[:2])
         if self.selector.whole:
             return self._whole(selection, x, view, ctx, cache, at, valid_BS)
+        if cache is not None and self.selector.leaves_keys:
+            return self._asking(selection, x, view, ctx, cache, at, valid_BS)
         if cache is not None:
             return self._continued(selection, x, view, ctx, cache, valid_BS)
         go_BS = wanted_BS = selection.chosen & valid_BS
@@ -92,7 +95,10 @@ class SelectiveBlock(Block):
             go_BS, live_BC = wanted_BS, None if ctx.valid is None else take(valid_BS, at_BC)
             x, aux, _, carry = self._some(selection, x, view, ctx, at_BC, live_BC)
         else:
-            x, aux, _, carry = self._chosen(selection.weights, x, view, ctx, go_BS)
+            seen_BS, weights_BS = None, selection.weights
+            if selection.seen is not None:
+                seen_BS, weights_BS = selection.seen & valid_BS, jnp.where(valid_BS, weights_BS, 0)
+            x, aux, _, carry = self._chosen(weights_BS, x, view, ctx, go_BS, seen_BS=seen_BS)
         return x, aux | selection.aux | learned | _told(go_BS, valid_BS, ctx), None, carry
 
     def _through(self, x, view: View, ctx: RoutingContext, cache=None, at=None):
@@ -107,17 +113,47 @@ class SelectiveBlock(Block):
             weights = selection.weights if name == "block" else jnp.ones_like(selection.weights)
             old, now = None if cache is None else cache[name], ctx.replace(carry=carry)
             run = lambda x=x, now=now, go=go_BS, w=weights, old=old: self._chosen(w, x, view, now, go, old, at)
-            x, more, new[name], carry = run() if cache is None else _unless_nobody(go_BS, run, (x, old, carry))
+            x, more, new[name], carry = run() if cache is None else _unless_nobody(go_BS, run, lambda x=x, old=old, c=carry: (x, old, c))
             aux, count = _both(aux, more), count + go_BS
         return x, aux | _told(count, valid_BS, ctx), None if cache is None else new, carry
 
-    def _chosen(self, weights_BS, x, view: View, ctx: RoutingContext, go_BS, cache=None, at=None):
-        """All tokens computed, those that go through seen and changed."""
-        seen = dataclasses.replace(view, valid=go_BS)
+    def _chosen(self, weights_BS, x, view: View, ctx: RoutingContext, go_BS, cache=None, at=None, seen_BS=None):
+        """All tokens computed, those that go through seen and changed. `seen_BS`: these are seen instead, and all change
+        by their weights.
+        """
+        seen = dataclasses.replace(view, valid=go_BS if seen_BS is None else seen_BS)
         y, aux, cache, carry = self._through(x, seen, ctx.replace(valid=go_BS.reshape(-1)), cache, at)
         keep = lambda new, old: jnp.where(_like(go_BS.reshape(-1), new), new, old)
-        x = jnp.where(go_BS[..., None], blend(x, y, weights_BS), x)
-        return x, aux, cache, jax.tree.map(keep, carry, ctx.carry)
+        kept = jax.tree.map(keep, carry, ctx.carry)
+        if seen_BS is not None and DEPTH in carry:  # of all tokens whose keys are seen
+            kept |= {DEPTH: carry[DEPTH]}
+        y = blend(x, y, weights_BS)
+        return jnp.where(go_BS[..., None], y, x) if seen_BS is None else y, aux, cache, kept
+
+    def _asking(self, selection: Selection, x, view: View, ctx: RoutingContext, cache, at, valid_BS):
+        """All tokens leave keys and values, and those that go through do the rest."""
+        go_BS, weights_BS = selection.chosen & valid_BS, jnp.where(valid_BS, selection.weights, 0)
+        run = lambda: self._chosen(weights_BS, x, view, ctx, go_BS, cache["block"], at, valid_BS)
+        idle = lambda: (x, self._remembered(x, view, cache["block"], at, valid_BS), ctx.carry)
+        x, aux, block, carry = run() if x.shape[1] > 1 else _unless_nobody(go_BS, run, idle)
+        return x, aux | _told(go_BS, valid_BS, ctx), {"block": block, "selector": selection.cache}, carry
+
+    def _remembered(self, x, view: View, cache: dict, at, valid_BS) -> dict:
+        """The block's cache with the keys and values of tokens that do not ask."""
+        _, seen = self._before(self.mixer_norm, x)
+        view = dataclasses.replace(view, valid=valid_BS)
+        return cache | {"mixer": self.mixer.remember(seen, view, cache["mixer"], at)}
+
+    @property
+    def shows_attention(self) -> bool:
+        return super().shows_attention or self.selector.reads_attention
+
+    def _noted(self, attention, ctx: RoutingContext, carry):
+        if not self.selector.reads_attention:
+            return carry
+        shaped = lambda a: None if a is None else a.reshape(ctx.batch, ctx.seq)
+        got_BS = received(attention, shaped(ctx.valid), shaped(ctx.prompt), shaped(carry[DEPTH]))
+        return carry | {DEPTH: got_BS.reshape(-1)}
 
     def _some(self, selection: Selection, x, view: View, ctx: RoutingContext, at_BC, live_BC, cache=None, at=None):
         """The tokens `at_BC` through the block, those that are `live_BC` (None: all) seen and changed."""
@@ -138,7 +174,9 @@ class SelectiveBlock(Block):
         go_BS &= used_B[:, None] + jnp.cumsum(go_BS, axis=1) <= L
         at_BC = jnp.argsort(~go_BS, axis=1, stable=True)[:, : min(S, L)]
         run = lambda: self._some(selection, x, view, ctx, at_BC, take(go_BS, at_BC), cache["block"], used_B)
-        x, aux, block, carry = run() if S > 1 else _unless_nobody(go_BS, run, (x, cache["block"], ctx.carry))
+        x, aux, block, carry = run() if S > 1 else _unless_nobody(
+            go_BS, run, lambda: (x, cache["block"], ctx.carry)
+        )
         taken = jnp.arange(L) < (used_B + go_BS.sum(1, dtype=jnp.int32))[:, None]
         new = {"block": block, "taken": taken, "selector": selection.cache}
         return x, aux | _told(go_BS, valid_BS, ctx), new, carry
@@ -181,11 +219,14 @@ def take(x_BS: Array, at_BC: Int[Array, "B C"]) -> Array:
 
 
 def _unless_nobody(go_BS, run, idle):
-    """`run()`, or if nobody goes (x, no losses, cache, carry) as they were, and nothing is computed."""
-    x, cache, carry = idle
+    """`run()`, or if nobody goes what `idle` makes (x, cache, carry), without losses."""
     _, aux, _, _ = jax.eval_shape(run)
-    nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), aux)
-    return jax.lax.cond(go_BS.any(), run, lambda: (x, nothing, cache, carry))
+
+    def otherwise():
+        x, cache, carry = idle()
+        return x, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), aux), cache, carry
+
+    return jax.lax.cond(go_BS.any(), run, otherwise)
 
 
 def _both(aux: Aux, more: Aux) -> Aux:

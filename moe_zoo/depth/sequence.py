@@ -21,7 +21,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_zoo.core.context import RoutingContext
-from moe_zoo.core.param import Frozen
 from moe_zoo.depth.selector import Selection, Selector
 
 
@@ -104,11 +103,6 @@ class SequenceSelector(Selector):
         """What it says in training instead, if that differs: a Selection, with its losses."""
         return None
 
-    @property
-    def trains(self) -> bool:
-        """Whether it is still learning: once it is frozen (beside adapters) it decides in training as it does later."""
-        return not any(isinstance(var, Frozen) for var in vars(self).values())
-
     def _remembered(self, x_BSD, memory, ctx: RoutingContext):
         """Those that have not decided yet decide by this call's tokens; if all have, nothing is computed."""
 
@@ -122,7 +116,7 @@ class SequenceSelector(Selector):
 
         return jax.lax.cond(memory["decided"].all(), lambda: memory, fresh)
 
-    def init_cache(self, batch: int):
+    def init_cache(self, batch: int, max_seq: int):
         """How often each row goes through, once that is decided."""
         return {"times": jnp.zeros(batch, jnp.int32), "decided": jnp.zeros(batch, bool)}
 

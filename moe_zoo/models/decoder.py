@@ -24,6 +24,7 @@ from moe_zoo.core.aux import Aux, Stat, is_stat
 from moe_zoo.core.context import PROVIDABLE, RoutingContext
 from moe_zoo.core.param import arrays, flat, freeze, replace, stack
 from moe_zoo.core.registry import ConfigError
+from moe_zoo.depth.attention import DEPTH
 from moe_zoo.depth.selector import Selector
 from moe_zoo.layers.attention import RotaryKey, View
 from moe_zoo.layers.embedding import Embedding, Head
@@ -141,6 +142,8 @@ class Decoder(nnx.Module):
         if positions is None:
             fresh = cache is None  # what continues a cache is counted from `at`, padding included
             positions = count_positions(tokens.shape, segment_ids, valid if fresh else None) + (0 if fresh else at)
+        if prompt is None and cache is not None and self.reads_prompts:
+            prompt = jnp.broadcast_to(at == 0, (B, S))
         flat = lambda x: None if x is None else x.reshape(B * S)
         ctx = RoutingContext(
             batch=B, seq=S, train=train, num_domains=num_domains, mesh=self.mesh, step=step, key=key, record=record,
@@ -264,8 +267,8 @@ class Decoder(nnx.Module):
 
     @property
     def reads_prompts(self) -> bool:
-        """Whether there are blocks that decide for whole sequences, by their prompts."""
-        return any(block.selects and block.selector.whole for _, block, _ in self.blocks())
+        """Whether there are blocks that decide by what a prompt is."""
+        return any(block.selects and block.selector.retrofits for _, block, _ in self.blocks())
 
     def as_trained(self) -> "Decoder":
         """The model with the same arrays, its tokens competing for such blocks as in training: not causal."""
@@ -336,6 +339,8 @@ class Decoder(nnx.Module):
     def _init_carry(self, num_tokens: int) -> dict[str, Any]:
         """The depth carry of each kind of router in the model; layers of another kind leave it alone."""
         carries = {block.ffn.router_name: block.ffn.router.init_carry(num_tokens) for _, block, _ in self.routed()}
+        if any(block.selects and block.selector.reads_attention for _, block, _ in self.blocks()):
+            carries[DEPTH] = jnp.zeros(num_tokens, jnp.float32)
         return {name: carry for name, carry in carries.items() if carry is not None}
 
     def flops_per_token(self, context: float, rows_per_token: dict[str, float] | None = None) -> float:
@@ -425,6 +430,15 @@ def make_selector(config: ModelConfig, kind: str, ffn) -> Selector:
                 f"model.depth: {config.depth.name!r} shows block {kind!r} some of the tokens, and router "
                 f"{config.router.name!r} looks at all of them; choose another router"
             )
+    attention = config.attention
+    if config.depth.cls.reads_attention and (
+        config.mixer.name != "attention" or attention.latent.kv_lora_rank or attention.experts.num_experts
+        or attention.sinks
+    ):  # fmt: skip
+        raise ConfigError(
+            f"model.depth: {config.depth.name!r} looks at plain attention, in {kind!r} it is not: {config.mixer.name!r}, "
+            "with latents, experts or sinks"
+        )
     return config.depth.make(config.hidden_size)
 
 

@@ -15,6 +15,7 @@ OBJECTIVES = Registry(
     {
         "adaptive_sparsity": "moe_zoo.train.adaptive_sparsity:AdaptiveSparsity",
         "answer_ratio": "moe_zoo.train.answer_ratio:AnswerRatio",
+        "distill": "moe_zoo.train.distill:Distill",
         "next_token": "moe_zoo.train.objective:NextToken",
         "scheduled_loss": "moe_zoo.train.scheduled_loss:ScheduledLoss",
         "thor": "moe_zoo.train.thor:Thor",
