@@ -42,9 +42,10 @@ def decoder(name: str, **settings):
 @functools.cache
 def read(name: str):
     """Logits and how often each token went through each layer [L, B, S]."""
+    made = decoder(name)
 
     def run(ids, prompt, inputs):
-        logits, aux, _ = decoder(name)(ids, prompt=prompt, inputs=inputs, record=True)
+        logits, aux, _ = made(ids, prompt=prompt, inputs=inputs, record=True)
         return logits, next(iter(aux.layers.values()))[1].terms["depth_times"]
 
     return jax.jit(run)
