@@ -68,7 +68,7 @@ def train_flops_per_token(
     """Active FLOPs to train on one token of rows of `seq_len`: forward and twice that for the backward pass; beside
     adapters, whose base has no gradient of its own, once that, and once more the adapters.
 
-    A token sees (seq_len + 1) / 2 keys on average; recomputation (remat) and the optimizer are not counted.
+    The same of a base that is frozen below selectors. A token sees (seq_len + 1) / 2 keys on average; recomputation (remat) and the optimizer are not counted.
     `rows_per_token`: as measured, by the path of the stacked block; for other blocks what their routers say.
     `passes`: how often the objective runs the model on each token (`Objective.passes`).
     """
@@ -76,7 +76,7 @@ def train_flops_per_token(
     rows |= rows_per_token or {}
     forward = model.flops_per_token((seq_len + 1) / 2, rows)
     if not model.config.adapted:
-        return passes * 3 * forward
+        return passes * (2 if model.config.retrofit else 3) * forward
     adapters = sum(len(layers) * block.adapters.flops_per_token() for _, block, layers in model.blocks())
     for path, block, layers in model.routed():
         beside = [a for a in block.each_adapter().values() if isinstance(a, ExpertLora)]

@@ -24,6 +24,7 @@ from moe_zoo.core.aux import Aux, Stat, is_stat
 from moe_zoo.core.context import PROVIDABLE, RoutingContext
 from moe_zoo.core.param import arrays, flat, freeze, replace, stack
 from moe_zoo.core.registry import ConfigError
+from moe_zoo.depth.attention import DEPTH
 from moe_zoo.depth.selector import Selector
 from moe_zoo.layers.attention import RotaryKey, View
 from moe_zoo.layers.embedding import Embedding, Head
@@ -98,6 +99,11 @@ class Decoder(nnx.Module):
             together = add_adapters(config.adapters, blocks, num_layers=config.num_layers, hidden_size=D)
             if together is not None:
                 self.adapters = together
+        elif config.retrofit:
+            freeze(self)
+            for block in (block for blocks, _ in segments for block in blocks):
+                spared = block.selects and block.selector.retrofits
+                freeze(block, but=block.selector if spared else None)
         self.segments = nnx.List(
             SegmentBlocks([stack(block, layers) for block, layers in zip(blocks, ids)], ids) for blocks, ids in segments
         )
@@ -111,6 +117,7 @@ class Decoder(nnx.Module):
         valid: Bool[Array, "B S"] | None = None,
         domain: Int[Array, "B S"] | None = None,
         num_domains: int = 0,
+        prompt: Bool[Array, "B S"] | None = None,
         instructions: Float[Array, "B M"] | None = None,
         cache: dict | None = None,
         inputs: dict[str, Any] | None = None,
@@ -124,7 +131,8 @@ class Decoder(nnx.Module):
 
         `segment_ids` separate packed documents; `valid` False marks padding, which changes nothing elsewhere. With a
         `cache` (`init_cache`) the S tokens continue the cached ones. `inputs` holds arrays with a leading axis of all L
-        layers, for routers (`router_bias`, `given`). `instructions`: an embedding of what each sequence asks for, for
+        layers, for routers (`router_bias`, `given`) and selectors (`depth`, the path of each sequence). `prompt`: the
+        tokens by which selectors of whole sequences decide; None: all, with a cache of its first call. `instructions`: an embedding of what each sequence asks for, for
         adapters that look at it (Glider); the same in every call that continues a cache. `record` puts every token's
         routing into the Aux' terms. `last`: only the logits of the last token, [B, 1, V].
         """
@@ -135,11 +143,13 @@ class Decoder(nnx.Module):
         if positions is None:
             fresh = cache is None  # what continues a cache is counted from `at`, padding included
             positions = count_positions(tokens.shape, segment_ids, valid if fresh else None) + (0 if fresh else at)
+        if prompt is None and cache is not None and self.reads_prompts:
+            prompt = jnp.broadcast_to(at == 0, (B, S))
         flat = lambda x: None if x is None else x.reshape(B * S)
         ctx = RoutingContext(
             batch=B, seq=S, train=train, num_domains=num_domains, mesh=self.mesh, step=step, key=key, record=record,
             valid=flat(valid), positions=flat(positions), segment_ids=flat(segment_ids),
-            token_ids=flat(tokens), domain=flat(domain), at=at, carry=self._init_carry(B * S),
+            token_ids=flat(tokens), domain=flat(domain), prompt=flat(prompt), at=at, carry=self._init_carry(B * S),
         )  # fmt: skip
         shared, shared_cache = self._before_layers(ctx, cache)
         shared, inputs = self._with_adapters(shared, inputs or {}, instructions)
@@ -254,7 +264,12 @@ class Decoder(nnx.Module):
     @property
     def competes(self) -> bool:
         """Whether in training tokens compete, for blocks or within them, in a way that looks at later ones."""
-        return self.selects or any(block.mixer_competes for _, block, _ in self.blocks())
+        return any(block.competes or block.mixer_competes for _, block, _ in self.blocks())
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether there are blocks that decide by what a prompt is."""
+        return any(block.selects and block.selector.retrofits for _, block, _ in self.blocks())
 
     def as_trained(self) -> "Decoder":
         """The model with the same arrays, its tokens competing as in training: not causal."""
@@ -327,6 +342,8 @@ class Decoder(nnx.Module):
     def _init_carry(self, num_tokens: int) -> dict[str, Any]:
         """The depth carry of each kind of router in the model; layers of another kind leave it alone."""
         carries = {block.ffn.router_name: block.ffn.router.init_carry(num_tokens) for _, block, _ in self.routed()}
+        if any(block.selects and block.selector.reads_attention for _, block, _ in self.blocks()):
+            carries[DEPTH] = jnp.zeros(num_tokens, jnp.float32)
         return {name: carry for name, carry in carries.items() if carry is not None}
 
     def flops_per_token(self, context: float, rows_per_token: dict[str, float] | None = None) -> float:
@@ -418,6 +435,15 @@ def make_selector(config: ModelConfig, kind: str, ffn) -> Selector:
                 f"model.depth: {config.depth.name!r} shows block {kind!r} some of the tokens, and router "
                 f"{config.router.name!r} looks at all of them; choose another router"
             )
+    attention = config.attention
+    if config.depth.cls.reads_attention and (
+        config.mixer.name != "attention" or attention.latent.kv_lora_rank or attention.experts.num_experts
+        or attention.sinks
+    ):  # fmt: skip
+        raise ConfigError(
+            f"model.depth: {config.depth.name!r} looks at plain attention, in {kind!r} it is not: {config.mixer.name!r}, "
+            "with latents, experts or sinks"
+        )
     return config.depth.make(config.hidden_size)
 
 

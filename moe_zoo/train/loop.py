@@ -75,11 +75,15 @@ def train(
             step = latest
             _go_on(data, watch, meta, checkpoints.path / str(latest) / "meta")
         else:
-            if config.model.adapted and begin_from is None:
-                raise ConfigError(
-                    f"model.adapters: {config.model.adapters.name!r} acts beside a trained model, and there is none to "
-                    "begin from: --init-from=PATH, of a run or a published directory"
-                )
+            for part, name in (
+                ("adapters", config.model.adapters.name if config.model.adapted else None),
+                ("depth", config.model.retrofit),
+            ):
+                if name and begin_from is None:
+                    raise ConfigError(
+                        f"model.{part}: {name!r} acts beside a trained model, and there is none to begin from: "
+                        "--init-from=PATH, of a run or a published directory"
+                    )
             state = trainer.init_state(given=begin_from, **task.initial())
         distributed.main_only(lambda: write_settings(workdir, config, task.fingerprint))
         writers = distributed.main_only(lambda: all_writers(workdir, config, step, writers)) or []
