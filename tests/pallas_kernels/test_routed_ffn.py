@@ -106,6 +106,17 @@ def test_tpu_kernels_equal_reference(gate_on, gated, dtype, tolerance):
         assert_close(got, compiled("reference", gate_on=gate_on)(*with_floats, p), tolerance)
 
 
+def test_gpu_kernels_equal_reference():
+    """Also where tokens and gates of dropped choices hold NaN."""
+    dout, x, *weights, gates = operands(gated=False, dtype=jnp.bfloat16)
+    wide = lambda *arrays: [None if a is None else a.astype(jnp.float32) for a in arrays]
+    for p in PLANS[1::2]:
+        dropped = p[2] == len(p[1])
+        dirty = jnp.where(dropped.all(1)[:, None], jnp.nan, x), *weights, jnp.where(dropped, jnp.nan, gates)
+        expected = compiled("reference")(*wide(dout, x, *weights, gates), p)
+        assert_close(compiled("pallas_gpu")(dout, *dirty, p), expected, 1e-2)
+
+
 def test_equals_its_parts():
     dout, x, w_gate, w_up, w_down, gates = operands()
     sizes, choice, slot = PLANS[1]
