@@ -29,8 +29,9 @@ class ClassifierConfig:
 
     #: what it learns from
     batches: ClassVar[str] = "labelled"
-    #: adapters beside its layers: none
+    #: adapters beside its layers, selectors put on a finished model: none
     adapted: ClassVar[bool] = False
+    retrofit: ClassVar[None] = None
 
     num_classes: int = 10
     norm_eps: float = 1e-6

@@ -30,10 +30,8 @@ from moe_zoo.models.decoder import (
     Run,
     SegmentBlocks,
     count_positions,
-    last_norm,
-    make_block,
-    shared_modules,
 )
+from moe_zoo.models.making import last_norm, make_block, shared_modules
 
 #: what attention can be set to here; all else stays at its default
 _ATTENTION = (
