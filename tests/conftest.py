@@ -6,11 +6,13 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of the suite's time is compilation. Without LLVM's optimizations, and with XLA's older emitters (jax 0.10 has
-# them; newer versions ignore the option), it takes less than half.
+# them; newer versions ignore the option), it takes less than half. A program in one piece instead of 32 that are
+# compiled side by side is another tenth less: the processors are busy with other workers anyway.
 _FLAGS = {
     "--xla_force_host_platform_device_count": 8,
     "--xla_backend_optimization_level": 0,
     "--xla_backend_extra_options": "xla_cpu_disable_new_fusion_emitters=true",
+    "--xla_cpu_parallel_codegen_split_count": 1,
 }
 for _flag, _value in _FLAGS.items():
     if _flag not in os.environ.get("XLA_FLAGS", ""):

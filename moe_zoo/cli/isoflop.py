@@ -3,8 +3,6 @@
 isoflop.py --entries=dense,mod --widths=64,96,128 --list      what each run would be, and the command for it alone
 isoflop.py --entries=dense,mod --widths=64,96,128 --seeds=3   trains what is missing, then writes table and picture
 isoflop.py --entries=random_depth --widths=96                 one more entry; --page alone writes from the store
-
-The first entry of --page is what the others are compared with.
 """
 
 import functools

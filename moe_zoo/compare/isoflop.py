@@ -6,8 +6,8 @@ depths, arXiv 2404.02258, figure 3).
 
     steps = round(budget / (FLOPs to train on a token * tokens of a batch));   the schedule ends with the steps
 
-The budget is what the dense decoder costs as its config says. Heads keep their size, feed-forward layers and experts
-grow with the width; the learning rate stays.
+The budget is what the dense decoder costs as its config says. Heads keep their size as far as the width allows,
+feed-forward layers and experts grow with it; the learning rate stays.
 """
 
 import dataclasses
@@ -104,14 +104,19 @@ def plan(name: str, width: int, seed: int, *, scale: str = "cpu", budget: float 
 
 
 def widened(config: Config, width: int) -> dict[str, Any]:
-    """The settings with a hidden size of `width`: heads as large as they were, feed-forward layers in proportion."""
+    """The settings with a hidden size of `width`: as many heads as keep their size best, feed-forward layers in
+    proportion.
+    """
     tree, model = config.to_dict(), config.model
-    head, heads = model.hidden_size // model.attention.num_attention_heads, tree["model"]["attention"]
-    if width < head or width % head:
-        raise ConfigError(f"--widths: {width} is no multiple of {head}, what a head of the config has")
+    size, attention = model.hidden_size // model.attention.num_attention_heads, tree["model"]["attention"]
+    heads = max(1, round(width / size))
+    if width < 2 or width % (2 * heads):
+        raise ConfigError(
+            f"--widths: {width} cannot be cut into {heads} heads of an even size; the config's heads have {size}"
+        )
     own = {name: round(getattr(model, name) * width / model.hidden_size)
            for name in ("intermediate_size", "moe_intermediate_size")}  # fmt: skip
-    tree["model"] |= own | {"hidden_size": width, "attention": heads | {"num_attention_heads": width // head}}
+    tree["model"] |= own | {"hidden_size": width, "attention": attention | {"num_attention_heads": heads}}
     return tree
 
 
@@ -192,7 +197,7 @@ def difference(curve: Curve, baseline: Curve) -> Interval | None:
 
 
 def table(found: Sequence[Curve]) -> str:
-    """Markdown: a line per entry and width, and what the best widths differ by from the first entry's."""
+    """Markdown: a line per entry and width, and what entries differ by at their best widths."""
     lines = [
         "| | width | parameters | MFLOP a token | steps | test bits per byte | by what competes | seeds |",
         "|---|---|---|---|---|---|---|---|",
@@ -209,16 +214,19 @@ def table(found: Sequence[Curve]) -> str:
                 f"| {curve.entry} | {width} | {run['parameters'] / 1e6:.2f} M | {run['flops_per_token'] / 1e6:.2f} "
                 f"| {run['steps']} | {star}{mean(runs):.4f}{star} (spread {spread:.4f}) | {seen} | {seeds} |"
             )
-    first, *others = found
-    for curve in others:
-        if (d := difference(curve, first)) is not None:
-            sure = f", 95% interval {d.low:+.4f} to {d.high:+.4f}" if d.n > 1 else ", one seed"
-            lines += ["", f"{curve.entry} at {curve.best} - {first.entry} at {first.best}: {d.mean:+.4f}{sure}."]
+    for place, baseline in enumerate(found):
+        for curve in found[place + 1 :]:
+            if (d := difference(curve, baseline)) is not None:
+                sure = f", 95% interval {d.low:+.4f} to {d.high:+.4f}" if d.n > 1 else ", one seed"
+                which = f"{curve.entry} at {curve.best} - {baseline.entry} at {baseline.best}"
+                lines += ["", f"{which}: {d.mean:+.4f}{sure}."]
     return "\n".join(lines)
 
 
 def draw(found: Sequence[Curve], path: Path) -> Path:
     """Loss over parameters and over FLOPs of a token: dots are seeds, lines means."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
     from moe_zoo.compare.style import colours, figure, name_curves, save_png
 
     shades = colours([curve.entry for curve in found])
@@ -235,6 +243,9 @@ def draw(found: Sequence[Curve], path: Path) -> Path:
             for x, runs in zip(at, curve.runs.values()):
                 axes.scatter([x] * len(runs), [r["results"]["test_bits_per_byte"] for r in runs], s=12, color=colour)
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1e6:g} M"))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel(f"{label}, all at {found[0].runs[found[0].best][0]['budget']:.2g} FLOPs of training")
         axes.grid(alpha=0.25)
     panels[0].set_ylabel("test bits per byte, token by token")

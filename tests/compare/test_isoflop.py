@@ -11,7 +11,7 @@ from moe_zoo.core.registry import ConfigError
 from moe_zoo.train.config import load_config
 
 
-@pytest.mark.parametrize("name, width", [("dense", 64), ("mod", 96), ("random_depth", 128), ("top_k", 128)])
+@pytest.mark.parametrize("name, width", [("dense", 48), ("mod", 96), ("random_depth", 128), ("top_k", 128)])
 def test_every_run_spends_the_budget_and_its_command_is_its_settings(name, width):
     made, dense = plan(name, width, 1, budget=2.0), plan("dense", 128, 0, budget=2.0)
     spent = made.match.steps * made.match.flops_per_token * 16 * 128
@@ -56,7 +56,7 @@ def test_the_page_is_made_of_the_store(tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, says", [
     ("--entries=modd --widths=64", "unknown 'modd' .did you mean 'mod'"),
-    ("--entries=mod --widths=65", "65 is no multiple of 32"),
+    ("--entries=mod --widths=65", "65 cannot be cut into 2 heads"),
     ("--entries=mod --widths=sixty", "expected numbers"),
     ("--entries=mod --widths=64 --scale=gpuu", "did you mean 'gpu'"),
     ("--entries=mod --widths=64 --budget=0.01", "fewer than twice"),
