@@ -24,7 +24,6 @@ _HOME = {
     "plot_token_depth": "depth_over_text",
     "plot_token_routing": "routing_plots",
     "reuse": "sparsity",
-    "token_depth": "depth_over_text",
     "write_token_depth": "depth_over_text",
 }
 

@@ -23,7 +23,7 @@ _COLUMNS, _LINES = 88, 24  # of the PNG
 
 @dataclasses.dataclass(frozen=True)
 class TokenDepth:
-    """`texts`: of each token; empty where a character is not complete yet. `through_LS`: how often each went through
+    """What a model did with a text (`moe_zoo.inference.token_depth`). `texts`: of each token; empty where a character is not complete yet. `through_LS`: how often each went through
     each of the `layers`, which have these ids.
     """
 
@@ -44,34 +44,6 @@ class TokenDepth:
     def from_dict(cls, values: Mapping[str, Any]) -> TokenDepth:
         """What `to_dict` made."""
         return cls(values["texts"], np.asarray(values["through"]), values["layers"])
-
-
-def token_depth(loaded: Any, text: str, length: int | None = None) -> TokenDepth:
-    """What a loaded model (`moe_zoo.load`) does with a text, each token decided as in generation.
-
-    `length`: in pieces of so many tokens, each read from its beginning; None: as one. Raises ValueError for a model all
-    of whose layers take all tokens, and for an empty text.
-    """
-    layers = sorted(i for _, block, ids in loaded.model.blocks() if block.selects for i in ids)
-    if not layers:
-        raise ValueError("every layer of this model takes every token: there is no depth to draw")
-    ids = np.asarray(loaded.tokenizer.encode(text), np.int32)
-    if not len(ids):
-        raise ValueError("no text: there is nothing to draw")
-    length = min(length or len(ids), len(ids))
-    rows = np.resize(ids, (-(-len(ids) // length), length))  # the last row is filled up with what is not looked at
-    stats = loaded(rows, return_routing=True).aux.stats
-    through_LS = np.stack([np.asarray(through_BS).reshape(-1)[: len(ids)] for through_BS in stats["depth_through"]])
-    return TokenDepth(_texts(loaded.tokenizer, ids), through_LS, layers)
-
-
-def _texts(tokenizer: Any, ids: np.ndarray) -> list[str]:
-    from moe_zoo.inference.text import Pieces
-
-    pieces = Pieces(tokenizer)
-    texts = [pieces.feed([i]) for i in ids]
-    texts[-1] += pieces.finish()
-    return texts
 
 
 def plot_token_depth(found: TokenDepth, path: str | os.PathLike[str]) -> pathlib.Path:

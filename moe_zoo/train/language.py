@@ -80,7 +80,7 @@ class Language(Task):
             as_trained = self.score(model.as_trained(), "test", trainer.batch_sharding)
             result["as_trained"] = {name: as_trained[name] for name in ("bits_per_byte", "loss")}
         if model.selects and model.causal:
-            from moe_zoo.analysis.depth_over_text import token_depth  # matplotlib: at the end
+            from moe_zoo.inference.depth import token_depth  # it imports matplotlib: at the end
 
             text = self.tokenizer.decode(self.parts["test"].tokens[:_SHOWN])
             result["token_depth"] = token_depth(self._loaded(model), text, self.config.data.seq_len).to_dict()

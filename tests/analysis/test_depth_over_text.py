@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from naive import normal, tiny_model
 
-from moe_zoo.analysis import TokenDepth, plot_token_depth, token_depth, write_token_depth
+from moe_zoo.analysis import TokenDepth, plot_token_depth, write_token_depth
 from moe_zoo.core import param as P
 from moe_zoo.data import load_tokenizer
 from moe_zoo.inference import Loaded
+from moe_zoo.inference.depth import token_depth
 
 TEXT = 'a < b & "é"\nsecond line, 好'
 
