@@ -23,8 +23,8 @@ _COLUMNS, _LINES = 88, 24  # of the PNG
 
 @dataclasses.dataclass(frozen=True)
 class TokenDepth:
-    """What a model did with a text (`moe_zoo.inference.token_depth`). `texts`: of each token; empty where a character is not complete yet. `through_LS`: how often each went through
-    each of the `layers`, which have these ids.
+    """What a model did with a text (`moe_zoo.inference.depth`). `texts`: of each token; empty where a character is not
+    complete yet. `through_LS`: how often each went through each of the `layers`, which have these ids.
     """
 
     texts: Sequence[str]
