@@ -20,6 +20,7 @@ _HOME = {
     "plot_expert_load": "plots",
     "plot_layer_load": "routing_plots",
     "plot_loss": "plots",
+    "plot_token_depth": "class_plots",
     "plot_token_routing": "routing_plots",
     "reuse": "sparsity",
 }
