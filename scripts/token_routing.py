@@ -1,8 +1,8 @@
 """Image models whose attention or tokens are routed, beside controls: trains all arms, says what the cards say.
 
-    python scripts/token_routing.py tokens --workdir=DIR [--seeds=3]     DynTokenRoutingViT (docs/zoo/dit_token_routing.md)
-    python scripts/token_routing.py regions --workdir=DIR [--seeds=3]    BiFormer (docs/zoo/biformer.md)
-    python scripts/token_routing.py picture --workdir=DIR --picture=FILE which tokens take which depth, over the image
+    python scripts/token_routing.py tokens --workdir=DIR [--seeds=3]       docs/zoo/dit_token_routing.md
+    python scripts/token_routing.py regions --workdir=DIR [--seeds=3]      docs/zoo/biformer.md
+    python scripts/token_routing.py picture --workdir=DIR --picture=FILE   which tokens take which depth, over the image
 
 Every run is one of `scripts/train.py` with the settings that are printed; what DIR holds already is not run again.
 Random gates let through what the learned ones of the same budget and seed let through, measured.
@@ -32,7 +32,6 @@ TOKENS: dict[str, dict[str, str] | str] = {
     "random as mu 0.25": "learned, mu 0.25",
     "static, 2 of 4 stages": {GATES + "kind": "static", GATES + "static_stages": "2"},
     "static, 1 of 4 stages": {GATES + "kind": "static", GATES + "static_stages": "1"},
-    "tanh, mu 0.5": {"train.objective.share": "0.5", GATES + "kind": "tanh"},
 }
 REGIONS: dict[str, dict[str, str]] = {
     "routed": {},
