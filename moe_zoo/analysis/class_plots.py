@@ -30,6 +30,8 @@ def plot_accuracy(history: Sequence[Mapping[str, Any]], path: str | os.PathLike[
     for kind in ("train", "validation"):
         lines = [line for line in history if line.get("kind") == kind and "accuracy" in line and "step" in line]
         found[kind] = np.array([[line["step"], line["accuracy"]] for line in lines], np.float64).reshape(-1, 2).T
+    if not any(curve.size for curve in found.values()):
+        return plots._save_note(path, "No accuracy was recorded")
     figure, (axes,) = plots._figure(8.0, 4.6)
     (steps, accuracy), (valid_steps, valid) = found["train"], found["validation"]
     if len(steps):

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from moe_zoo.cli.evaluate import evaluate
 from moe_zoo.core.registry import ConfigError
@@ -15,6 +16,7 @@ from moe_zoo.data.errors import DataError
 from moe_zoo.data.images import ClutteredConfig, ClutteredDigits, Digits, DigitsConfig, resized
 from moe_zoo.data.labelled import Labelled, labelled_batches, labelled_iterator, split_labelled
 from moe_zoo.inference import load, load_classifier
+from moe_zoo.models import make_model
 from moe_zoo.sharding import MeshConfig, make_mesh
 from moe_zoo.train.classification import Classification, ClassificationConfig
 from moe_zoo.train.config import load_config
@@ -119,6 +121,17 @@ def test_learns_and_a_sharded_step_equals_one_device(path):
         step, other = value - begin["trainable"][name], sharded["trainable"][name] - begin["trainable"][name]
         np.testing.assert_allclose(other, step, atol=1e-4 * max(np.abs(step).max(), 1e-4), err_msg=name)
     assert losses[-1] < losses[0] - 0.3, losses
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_computes_in_bfloat16_and_answers_in_float32(path):
+    config = load_config(f"{path}:tiny", [("model.dtype", "bfloat16")])
+    graphdef, state = nnx.split(make_model(config.model))
+    images = jax.ShapeDtypeStruct((4, 8, 8, 1), np.uint8)
+    traced = jax.make_jaxpr(lambda state, images: nnx.merge(graphdef, state)({"images": images})[0])(state, images)
+    assert traced.out_avals[0].dtype == np.float32 and traced.out_avals[0].shape == (4, 10)
+    products = [str(e) for e in traced.eqns if e.primitive.name == "conv_general_dilated"]
+    assert len(products) >= 2 and all("bf16" in product for product in products)
 
 
 def test_objective_is_the_cross_entropy_of_labels_whatever_the_model_sees():
