@@ -5,7 +5,7 @@
     python scripts/token_routing.py picture --workdir=DIR --picture=FILE   which tokens take which depth, over the image
 
 Every run is one of `scripts/train.py` with the settings that are printed; what DIR holds already is not run again.
-Random gates let through what the learned ones of the same budget and seed let through, measured.
+Random gates let as many tokens through as the learned ones of the same budget and seed do.
 """
 
 import argparse
@@ -58,13 +58,21 @@ def outcome(config: str, folder: pathlib.Path, settings: dict[str, str], seed: i
     if told["layers"]:
         told["most_flops"] = told["flops"]
         told["flops"] = model.fixed_flops() + sum(row["flops"] for row in told["layers"])
-        told["shares"] = {
-            name: float(np.mean([row[name] for row in told["layers"] if name in row]))
-            for name in ("depth_share", "scale_share")
-        }
         told["depth"] = depths(load_classifier(folder), test)
     done.write_text(json.dumps(told, indent=2))
     return told
+
+
+def shares(layers: list[dict[str, float]]) -> dict[str, float]:
+    """Of all tokens of all nodes, how many gates of each kind are open. A row has a quarter of the tokens of the one
+    before it.
+    """
+    stages = sum("scale_share" not in row for row in layers)  # the last row's nodes
+    found = {}
+    for name in ("depth_share", "scale_share"):
+        rows = [(row[name], 0.25 ** (row["layer"] // stages)) for row in layers if name in row]
+        found[name] = sum(share * weight for share, weight in rows) / sum(weight for _, weight in rows)
+    return found
 
 
 def depths(loaded, data, batch: int = 256) -> dict[str, Any]:
@@ -93,8 +101,8 @@ def run_all(which: str, workdir: pathlib.Path, seeds: int) -> None:
     for seed in range(seeds):
         for arm, settings in arms.items():
             if isinstance(settings, str):
-                shares = found[settings][seed]["shares"]
-                settings = {GATES + "kind": "random"} | {GATES + n: f"{share:.4f}" for n, share in shares.items()}
+                same = shares(found[settings][seed]["layers"])
+                settings = {GATES + "kind": "random"} | {GATES + n: f"{share:.4f}" for n, share in same.items()}
             name = arm.replace(" ", "_").replace(",", "")
             found[arm].append(outcome(config, workdir / f"{which}_{name}_{seed}", settings, seed))
         say(found)
@@ -109,8 +117,8 @@ def say(found: dict[str, list[dict[str, Any]]]) -> None:
         line += f"MFLOPs {np.mean([run['flops'] for run in runs]) / 1e6:.2f}"
         if runs[0].get("depth"):
             front, back = (np.mean([run["depth"][kind] for run in runs]) for kind in ("foreground", "background"))
-            shares = [np.mean([run["shares"][name] for run in runs]) for name in ("depth_share", "scale_share")]
-            line += f", open {shares[0]:.2f} {shares[1]:.2f}, depth of ink {front:.2f}, of clutter {back:.2f}"
+            depth, scale = np.mean([list(shares(run["layers"]).values()) for run in runs], axis=0)
+            line += f", open {depth:.2f} {scale:.2f}, depth of ink {front:.2f}, of clutter {back:.2f}"
         print(f"{line}, {len(runs)} seeds", flush=True)
 
 

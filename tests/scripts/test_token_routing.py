@@ -22,9 +22,11 @@ def test_random_gates_get_the_shares_of_the_learned_ones_of_their_seed(script, m
 
     def outcome(config, folder, settings, seed):
         asked.append((folder.name, settings))
-        shares = {"depth_share": 0.3 + seed / 10, "scale_share": 0.5}
+        # two rows of two stages: the second has a quarter of the tokens
+        layers = [{"layer": i, "depth_share": d + seed / 10} for i, d in enumerate((0.4, 0.2, 0.0, 0.6))]
+        layers[0]["scale_share"], layers[1]["scale_share"] = 0.4, 0.6
         depth = {"foreground": 2.0 + seed, "background": 1.0}
-        return {"accuracy": 0.5 + seed / 10, "bits": 1.0, "flops": 2e6, "shares": shares, "depth": depth}
+        return {"accuracy": 0.5 + seed / 10, "bits": 1.0, "flops": 2e6, "layers": layers, "depth": depth}
 
     monkeypatch.setattr(script, "outcome", outcome)
     script.run_all("tokens", tmp_path, 2)
