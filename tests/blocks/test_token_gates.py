@@ -100,7 +100,7 @@ def test_gradients_reach_gates_by_their_form(kind):
     """Straight through, also those of closed tokens move the gate; tanh has none there. Nothing is NaN."""
     one, x = node(kind=kind, bias=-3.0), np.asarray(normal(1, B, S, D))  # all closed
     loss = lambda one: jnp.sin(one.through(x, one.depth(x, 0, None))).sum()
-    values = P.arrays(jax.grad(loss)(one))
+    values = P.arrays(jax.jit(jax.grad(loss))(one))
     assert all(bool(jnp.isfinite(value).all()) for value in values.values())
     assert not np.asarray(values["mixer.w_q"]).any()
     assert bool(np.asarray(values["depth.w_in"]).any()) == (kind == "straight_through")
@@ -113,14 +113,18 @@ def test_all_open_is_every_block_on_every_token():
     assert float(sum(t["cost"].sum() for t in aux.terms().values())) == pytest.approx(
         float(sum(t["full"].sum() for t in aux.terms().values()))
     )
-    at = lambda row, j: jax.tree.map(lambda a: a[j], every.rows[row])
-    x = every.stem(batch["images"].astype(np.float32) / 127.5 - 1).reshape(4, 16, 8) + every.position[...]
-    a, b = x, 0.0
-    for j in range(2):
-        fine, coarse = at(0, j), at(1, j)
-        b = b + fine.down_norm(fours(a, GridView(4, 4))) @ fine.w_down[...]
-        a, b = (n._block(f, f, jnp.ones(f.shape[:2], bool)) for n, f in ((fine, a), (coarse, b)))
-    np.testing.assert_allclose(logits, every.head(b), atol=2e-5)
+
+    @jax.jit
+    def plain(every, images):
+        at = lambda row, j: jax.tree.map(lambda a: a[j], every.rows[row])
+        a, b = every.stem(images / 127.5 - 1).reshape(4, 16, 8) + every.position[...], 0.0
+        for j in range(2):
+            fine, coarse = at(0, j), at(1, j)
+            b = b + fine.down_norm(fours(a, GridView(4, 4))) @ fine.w_down[...]
+            a, b = (n._block(f, f, jnp.ones(f.shape[:2], bool)) for n, f in ((fine, a), (coarse, b)))
+        return every.head(b)
+
+    np.testing.assert_allclose(logits, plain(every, batch["images"].astype(np.float32)), atol=2e-5)
     flops = sum(row["flops"].value().sum() for row in aux.stats.values())
     assert float(flops) + every.fixed_flops() == pytest.approx(every.flops_per_example())
 
