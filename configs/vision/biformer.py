@@ -20,24 +20,24 @@ def get_config(arg: str = "") -> ConfigDict:
 FULL = {
     "model": {
         "name": "biformer",
-        "image_size": 64,
+        "image_size": 32,
         "channels": 1,
-        "depths": [1, 2, 1],
-        "hidden_sizes": [32, 64, 128],
-        "num_heads": [1, 2, 4],
-        "topk": [1, 4, -2],
+        "depths": [2, 2, 1],
+        "hidden_sizes": [32, 48, 64],
+        "num_heads": [2, 3, 4],
+        "topk": [2, 4, -2],
         "windows": 4,
     },
     "data": {
         "name": "labelled",
-        "source": {"name": "cluttered_digits", "canvas": 64, "smallest": 16, "largest": 40, "copies": 2},
+        "source": {"name": "cluttered_digits", "canvas": 32, "smallest": 12, "largest": 24, "clutter": 0.4},
         "batch_size": 32,
-        "eval_batch_size": 128,
+        "eval_batch_size": 256,
     },
-    "optim": {"learning_rate": 1e-3, "warmup_steps": 20, "weight_decay": 0.05},
-    "train": {"objective": {"name": "classification", "label_smoothing": 0.1}, "steps": 400},
-    "checkpoint": {"every": 200},
-    "log": {"every": 10, "eval_every": 100, "eval_rows": 256},
+    "optim": {"name": "muon", "learning_rate": 8e-3, "warmup_steps": 50},
+    "train": {"objective": {"name": "classification"}, "steps": 300},
+    "checkpoint": {"every": 300},
+    "log": {"every": 20, "eval_every": 150, "eval_rows": 512},
 }
 
 TINY = overlay(

@@ -30,17 +30,17 @@ FULL = {
     },
     "data": {
         "name": "labelled",
-        "source": {"name": "cluttered_digits", "canvas": 32, "smallest": 10, "largest": 20, "copies": 4},
-        "batch_size": 64,
+        "source": {"name": "cluttered_digits", "canvas": 32, "smallest": 12, "largest": 24, "clutter": 0.4},
+        "batch_size": 32,
         "eval_batch_size": 256,
     },
-    "optim": {"learning_rate": 3e-3, "warmup_steps": 50, "weight_decay": 0.05},
+    "optim": {"name": "muon", "learning_rate": 8e-3, "warmup_steps": 50},
     "train": {
-        "objective": {"name": "token_budget", "share": 0.5, "delay_steps": 400, "warmup_steps": 200},
-        "steps": 1000,
+        "objective": {"name": "token_budget", "share": 0.5, "delay_steps": 120, "warmup_steps": 60},
+        "steps": 300,
     },
-    "checkpoint": {"every": 500},
-    "log": {"every": 20, "eval_every": 250, "eval_rows": 512},
+    "checkpoint": {"every": 300},
+    "log": {"every": 20, "eval_every": 150, "eval_rows": 512},
 }
 
 TINY = overlay(

@@ -22,6 +22,7 @@ _HOME = {
     "plot_layer_load": "routing_plots",
     "plot_loss": "plots",
     "plot_token_depth": "depth_over_text",
+    "plot_token_depth": "class_plots",
     "plot_token_routing": "routing_plots",
     "reuse": "sparsity",
     "write_token_depth": "depth_over_text",

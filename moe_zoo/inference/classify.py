@@ -44,4 +44,5 @@ def load_classifier(workdir: str | Path, *, mesh=None, step: int | None = None) 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _forward(graphdef, record, state, fields):
-    return nnx.merge(graphdef, state)(fields, record=record)
+    # for models that draw at inference too: the same draws in every call
+    return nnx.merge(graphdef, state)(fields, record=record, key=jax.random.key(0))

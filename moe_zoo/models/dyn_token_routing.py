@@ -195,8 +195,8 @@ class DynTokenRoutingViT(Classifier):
 
     def calibrated(self, batches: Iterable[dict[str, Array]], kappa: float = 1.25) -> "DynTokenRoutingViT":
         """With the capacities ceil(kappa * mean of open tokens) of each node on these batches of fields."""
-        shares, count = None, 0
-        run = jax.jit(lambda model, batch: [aux.stats for _, aux in model(batch)[1].layers.values()])
+        shares, count, key = None, 0, jax.random.key(0)
+        run = jax.jit(lambda model, batch: [aux.stats for _, aux in model(batch, key=key)[1].layers.values()])
         for batch in batches:
             told = [{name: np.asarray(s.value()) for name, s in stats.items()} for stats in run(self, batch)]
             shares = told if shares is None else [{n: a[n] + b[n] for n in a} for a, b in zip(shares, told)]

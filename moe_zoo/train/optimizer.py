@@ -117,7 +117,8 @@ def _muon(config: OptimConfig, axes, decay):
     dims = {}
     for name, names in axes.items():
         own = _own_axes(names)
-        inside = name.startswith("segments.") and len(own) >= 2 and "expert_logits" not in names
+        # of a stack of layers; (layers, size, size, channels) is a convolution
+        inside = "layers" in names and len(own) >= 2 and "expert_logits" not in names and names[1:3] != (None, None)
         if not inside:
             dims[name] = None
             continue

