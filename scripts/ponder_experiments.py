@@ -14,12 +14,12 @@ if __name__ == "__main__":
     allocator.use()
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from moe_zoo.compare.runner import circumstances
@@ -54,34 +54,72 @@ def trained(name: str, seed: int) -> tuple[Ponder, Any]:
     return trainer.model(state), data.select(np.arange(len(data) - TESTS, len(data)))
 
 
-@jax.jit
-def _answers(model: Ponder, tokens, key):
-    logits, depth, _ = model.answer(tokens, jnp.ones(len(tokens), bool), key)
-    return logits.argmax(-1), depth
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What a model says of test examples behind every layer: lambda and guesses [L, B], probabilities [L, B, C]."""
 
+    halt: np.ndarray
+    guess: np.ndarray
+    probs: np.ndarray
+    labels: np.ndarray
+    steps: np.ndarray
 
-def asked(model: Ponder, test, seed: int = 0, **rule: Any) -> dict[str, float]:
-    """{"accuracy", "layers" on average, "correlation" of layers with steps}, of one rule of leaving."""
-    tokens = test.fields["tokens"]
-    guess, depth = jax.device_get(_answers(model.leaving_by(**rule), tokens, jax.random.key(seed)))
-    steps = PointersConfig().steps(tokens)
-    together = float(np.corrcoef(depth, steps)[0, 1]) if depth.std() else 0.0
-    return {"accuracy": float((guess == test.labels).mean()), "layers": float(depth.mean()), "correlation": together}
+    @classmethod
+    def of(cls, model: Ponder, test) -> "Seen":
+        tokens = test.fields["tokens"]
+        halt, logits = jax.device_get(jax.jit(lambda model: model.all_layers(tokens))(model))
+        probs = np.exp(logits - logits.max(-1, keepdims=True))
+        probs /= probs.sum(-1, keepdims=True)
+        return cls(halt, logits.argmax(-1), probs, test.labels, PointersConfig().steps(tokens))
+
+    def left(self, leaves: np.ndarray) -> dict[str, float]:
+        """{"accuracy", "layers" on average, "correlation" of layers with steps}; `leaves` [L, B]: where one would."""
+        at = np.where(leaves.any(0), leaves.argmax(0), len(leaves) - 1)
+        together = float(np.corrcoef(at, self.steps)[0, 1]) if at.std() else 0.0
+        return {"layers": float(at.mean() + 1), "correlation": together} | self._right(
+            self.guess[at, np.arange(len(at))]
+        )
+
+    def quantile(self, q: float) -> dict[str, float]:
+        return self.left(1 - np.cumprod(1 - self.halt, 0) > q)
+
+    def drawn(self, seed: int) -> dict[str, float]:
+        return self.left(np.random.default_rng(seed).random(self.halt.shape) < self.halt)
+
+    def fixed(self, depth: int) -> dict[str, float]:
+        return self.left(np.broadcast_to(np.arange(1, len(self.halt) + 1)[:, None] == depth, self.halt.shape))
+
+    def patience(self, patience: int) -> dict[str, float]:
+        agreed = np.zeros(self.halt.shape, int)
+        for layer in range(1, len(agreed)):
+            agreed[layer] = np.where(self.guess[layer] == self.guess[layer - 1], agreed[layer - 1] + 1, 0)
+        return self.left(agreed >= patience)
+
+    def mixed(self) -> dict[str, float]:
+        alive = np.cumprod(np.concatenate([np.ones_like(self.halt[:1]), 1 - self.halt[:-1]]), 0)
+        p = np.concatenate([(self.halt * alive)[:-1], alive[-1:]])
+        guess = np.einsum("lb,lbc->bc", p, self.probs).argmax(-1)
+        return {"layers": float(len(p)), "correlation": 0.0} | self._right(guess)
+
+    def _right(self, guess) -> dict[str, float]:
+        right = guess == self.labels
+        by_steps = {f"accuracy_{k}": float(right[self.steps == k].mean()) for k in np.unique(self.steps)}
+        return {"accuracy": float(right.mean())} | by_steps
 
 
 def run(seed: int) -> dict[str, list[dict[str, float]]]:
     """What every rule makes of the models of a seed."""
-    model, test = trained("palbert", seed)
-    L = model.config.num_hidden_layers
+    seen = Seen.of(*trained("palbert", seed))
+    depths = range(1, len(seen.halt) + 1)
     found = {
-        "quantile": [asked(model, test, quantile=q) for q in QUANTILES],
-        "sample": [asked(model, test, draw, exit="sample") for draw in range(DRAWS)],
-        "expectation": [asked(model, test, exit="expectation")],
-        "its own layers": [asked(model, test, exit="fixed", depth=depth) for depth in range(1, L + 1)],
+        "quantile": [seen.quantile(q) for q in QUANTILES],
+        "sample": [seen.drawn(draw) for draw in range(DRAWS)],
+        "expectation": [seen.mixed()],
+        "its own layers": [seen.fixed(depth) for depth in depths],
     }
-    model, test = trained("pabee", seed)
-    found["patience"] = [asked(model, test, exit="patience", patience=patience) for patience in range(1, L)]
-    found["fixed"] = [asked(model, test, exit="fixed", depth=depth) for depth in range(1, L + 1)]
+    seen = Seen.of(*trained("pabee", seed))
+    found["patience"] = [seen.patience(patience) for patience in depths[:-1]]
+    found["fixed"] = [seen.fixed(depth) for depth in depths]
     return found
 
 

@@ -1,8 +1,8 @@
 """Pointers to follow: a table of N places, each naming a next one, and where K steps from a first one lead.
 
 An example has one token that asks, which names K and the first place, and N that state, each of which names a place
-and the next one; its class is where K steps lead. K is drawn from 1 to the most, and the next place from all others, so that
-no way back is a shortcut. Ids begin with 1, 0 being padding: questions first, by K and then place.
+and the next one; its class is where K steps lead. K is drawn from 1 to the most, and the next place from all others, so
+that no way back is a shortcut. Ids begin with 1, 0 being padding: questions first, by K and then place.
 """
 
 import dataclasses
