@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
 import argparse
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import jax
 import numpy as np
 
 from moe_zoo.compare.runner import circumstances
+from moe_zoo.core import param as P
 from moe_zoo.core.schema import overlay
 from moe_zoo.data.chase import PointersConfig
 from moe_zoo.models.ponder import Ponder
@@ -36,22 +38,29 @@ QUANTILES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 DRAWS, TESTS = 5, 4096
 
 
-def trained(name: str, seed: int) -> tuple[Ponder, Any]:
-    """(model, examples that it has not seen)."""
-    tree = overlay(load_config("configs/encoder/palbert.py").to_dict(), MODELS[name])
-    config = config_from_dict(overlay(tree, {"train": {"seed": seed}}))
+@functools.cache
+def prepared(name: str):
+    """(program that trains, examples to train with, others)."""
+    config = config_from_dict(overlay(load_config("configs/encoder/palbert.py").to_dict(), MODELS[name]))
     data = config.data.source.make().load()
     config.model.check_examples(data)
-    seen, steps = data.select(np.arange(len(data) - TESTS)), config.train.steps
     trainer = Trainer(config, make_mesh(devices=jax.devices()[:1]), config.train.objective.make())
-    state, random = trainer.init_state(), np.random.default_rng(seed)
-    for step in range(steps):
+    first = len(data) - TESTS
+    return trainer, data.select(np.arange(first)), data.select(np.arange(first, len(data)))
+
+
+def trained(name: str, seed: int) -> tuple[Ponder, Any]:
+    """(model, examples that it has not seen)."""
+    trainer, seen, test = prepared(name)
+    config, random = trainer.config, np.random.default_rng(seed)
+    state = trainer.init_state(given=P.arrays(P.materialize(trainer.abstract, seed)))
+    for step in range(config.train.steps):
         rows = random.integers(0, len(seen), config.data.batch_size)
-        state, stats = trainer.train_step(state, seen.rows(rows), np.float32(step / steps))
+        state, stats = trainer.train_step(state, seen.rows(rows), np.float32(step / config.train.steps))
         if step % 100 == 99:
             told = {k: round(float(stats["scalars"][k]), 3) for k in ("loss", "accuracy", "depth")}
             print(f"  {name}, seed {seed}, step {step + 1}: {told}", flush=True)
-    return trainer.model(state), data.select(np.arange(len(data) - TESTS, len(data)))
+    return trainer.model(state), test
 
 
 @dataclasses.dataclass(frozen=True)
