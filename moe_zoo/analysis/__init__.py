@@ -11,6 +11,7 @@ from typing import Any
 
 _HOME = {
     "Specialization": "specialization",
+    "TokenDepth": "depth_over_text",
     "chunk_sparsity": "sparsity",
     "load_entropy": "specialization",
     "load_max_over_mean": "specialization",
@@ -20,8 +21,11 @@ _HOME = {
     "plot_expert_load": "plots",
     "plot_layer_load": "routing_plots",
     "plot_loss": "plots",
+    "plot_token_depth": "depth_over_text",
     "plot_token_routing": "routing_plots",
     "reuse": "sparsity",
+    "token_depth": "depth_over_text",
+    "write_token_depth": "depth_over_text",
 }
 
 __all__ = sorted(_HOME)

@@ -75,7 +75,7 @@ class SelectiveBlock(Block):
             x, aux, _, carry = self._some(selection, x, view, ctx, at_BC, live_BC)
         else:
             x, aux, carry = self._chosen(selection, x, view, ctx, go_BS)
-        return x, aux | learned | _share(go_BS, valid_BS), None, carry
+        return x, aux | learned | _counted(go_BS, valid_BS, ctx.record), None, carry
 
     def _through(self, x, view: View, ctx: RoutingContext, cache=None, at=None):
         """Through the block as it is without a selector."""
@@ -114,7 +114,7 @@ class SelectiveBlock(Block):
             run = lambda run=run: jax.lax.cond(go_BS.any(), run, lambda: (x, nothing, cache["block"], ctx.carry))
         x, aux, block, carry = run()
         taken = jnp.arange(L) < (used_B + go_BS.sum(1, dtype=jnp.int32))[:, None]
-        return x, aux | _share(go_BS, valid_BS), {"block": block, "taken": taken}, carry
+        return x, aux | _counted(go_BS, valid_BS, ctx.record), {"block": block, "taken": taken}, carry
 
     @property
     def share(self) -> float:
@@ -157,9 +157,11 @@ def _like(mask_T, x_T):
     return mask_T.reshape(-1, *[1] * (x_T.ndim - 1))
 
 
-def _share(go_BS, valid_BS) -> Aux:
+def _counted(go_BS, valid_BS, record: bool) -> Aux:
+    """The share of tokens that went through; to be recorded, how often each did."""
     count = lambda hit: hit.sum().astype(jnp.float32)
-    return Aux(stats={"depth_share": Stat.mean(count(go_BS), count(valid_BS))})
+    terms = {"depth_through": go_BS.astype(jnp.int32)} if record else {}
+    return Aux(terms=terms, stats={"depth_share": Stat.mean(count(go_BS), count(valid_BS))})
 
 
 def _of_some(view: View, ctx: RoutingContext, at_BC, live_BC) -> tuple[View, RoutingContext]:

@@ -55,6 +55,13 @@ def run(main: Callable[[Sequence[str]], dict[str, Any] | None], argv: Sequence[s
         return 2
 
 
+def say_as_trained(report: dict[str, Any]) -> None:
+    """The score of tokens that compete for blocks as in training, if the report has one."""
+    if "as_trained" in report:
+        seen = report["as_trained"]["bits_per_byte"]["overall"]
+        print(f"tokens that compete as in training, which sees the future: {seen:.3f} bits per byte")
+
+
 def print_json(result: dict[str, Any]) -> None:
     """One line, the last that a command prints."""
     print(json.dumps(result), flush=True)

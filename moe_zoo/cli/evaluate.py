@@ -36,15 +36,20 @@ def evaluate(argv: Sequence[str]) -> None:
     stride = arguments.stride or settings["eval_stride"]
     if stride is not None and not 1 <= stride <= settings["seq_len"]:
         raise common.ConfigError(f"--stride: expected 1 to {settings['seq_len']} (the run's seq_len), got {stride}")
-    result = score(
-        loaded.model, corpus, loaded.tokenizer, seq_len=settings["seq_len"], stride=stride,
+    of = lambda model: score(
+        model, corpus, loaded.tokenizer, seq_len=settings["seq_len"], stride=stride,
         batch_size=settings["eval_batch_size"],
     )  # fmt: skip
+    result = of(loaded.model)
+    if loaded.model.competes:
+        as_trained = of(loaded.model.as_trained())
+        result["as_trained"] = {name: as_trained[name] for name in ("bits_per_byte", "loss")}
     compressed = compressed_bits_per_byte(corpus, loaded.tokenizer)
     for kind in ("gzip", "xz"):
         result[kind] = {name: values[kind] for name, values in compressed.items()}
     result["split"] = arguments.source or arguments.split
     final_table(result)
+    common.say_as_trained(result)
     if arguments.json:
         common.print_json(result)
 

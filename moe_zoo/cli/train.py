@@ -84,9 +84,7 @@ def train_and_report(arguments: argparse.Namespace, overrides: Sequence[tuple[st
     final_table(report)
     if not report.get("causal", True):
         print(f"router {config.model.router.name!r} is not causal: these bits per byte can see the future")
-    if "as_trained" in report:
-        seen = report["as_trained"]["bits_per_byte"]["overall"]
-        print(f"tokens that compete as in training, which sees the future: {seen:.3f} bits per byte")
+    common.say_as_trained(report)
     sample = f"sample.py --workdir={arguments.workdir} --prompt='...'   " if run["tokenizer"] else ""
     print(f"go on: {sample}evaluate.py --workdir={arguments.workdir}")
     if arguments.json:

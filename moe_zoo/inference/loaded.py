@@ -38,7 +38,8 @@ _STREAM = 4  # tokens between two calls of `on_text`
 class RoutedAux(ModelAux):
     """With `return_routing`: `stats` also holds, one entry per routed layer, "router_decision" (the `Decision` of
     the router's type), "router_logits" [T, E], and where tokens choose "router_experts" and "router_gates" [T, K].
-    T = B * S, padding included.
+    T = B * S, padding included. Of each layer that only some tokens go through, "depth_through" i32[B, S], how often
+    each token did.
     """
 
     @property

@@ -11,7 +11,8 @@ from execute import execute  # noqa: E402
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 # What is shown is of more steps of training than the tests have time for.
-PARAMETERS = dict.fromkeys(("routers_side_by_side", "write_your_own_router", "mixture_of_lora"), {"STEPS": 4})
+TRAINING = ("routers_side_by_side", "write_your_own_router", "mixture_of_lora", "mixture_of_depths")
+PARAMETERS = dict.fromkeys(TRAINING, {"STEPS": 4})
 
 
 # slow: those that train compile a step, an evaluation and some forward passes each
@@ -39,6 +40,7 @@ def code_of(name: str) -> str:
     "inspect_released_checkpoint": ("moe_zoo.load(", "replace_router(", "save_hf(", "return_routing=True"),
     "routers_side_by_side": ("moe_zoo.routers()", "router_decision", "train_flops_per_token", "scripts/compare.py"),
     "mixture_of_lora": ("add_adapters(", '"arrow"', '"mole"', "save_adapter(", "plot_domain_experts", "peft.PeftModel"),
+    "mixture_of_depths": ("token_depth(", "as_trained()", "flops_per_token(", "scripts/isoflop.py"),
     "write_your_own_router": ("%%writefile my_router.py", "value_and_grad", "make_mesh", "CLAIM"),
 }.items())  # fmt: skip
 def test_it_is_there_and_shows_what_it_promises(name, words):
