@@ -148,7 +148,8 @@ def table(runs: dict[str, dict[str, list[dict[str, float]]]]) -> str:
             cells = []
             for what in ("layers", "accuracy", "correlation"):
                 values = mean(rule, i, what)
-                cells.append(f"{np.mean(values):.3f} +- {np.std(values, ddof=1):.3f}")
+                spread = f" +- {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+                cells.append(f"{np.mean(values):.3f}{spread}")
             lines.append(f"| {name} | {' | '.join(cells)} |")
     for what in ("accuracy", "layers"):
         draws = [np.std([draw[what] for draw in run["sample"]], ddof=1) for run in runs.values()]
