@@ -1,6 +1,6 @@
 """Which attention finds what it has seen long ago: the Routing Transformer beside local, random and full attention.
 
-    python scripts/attention_experiments.py [--seeds=3]
+    python scripts/attention_experiments.py [--seeds=3] [--only="full;local"]
 
 Associative recall: 32 statements, each a token that names a key and one of 8 values, 192 tokens of filler, then the
 keys in another order, each to be answered with its value. Windows are of 32 tokens, so that two layers of them reach 62
@@ -144,10 +144,11 @@ def main() -> None:
     """Makes the runs that are missing, then prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", default=";".join(ARMS), help="some of %(default)r")
     arguments = parser.parse_args()
     allocator.give_back()
     stored = json.loads(RESULTS.read_text()) if RESULTS.is_file() else circumstances() | {"steps": STEPS, "runs": {}}
-    arms = {name: functools.cache(functools.partial(Arm, name)) for name in ARMS}
+    arms = {name: functools.cache(functools.partial(Arm, name)) for name in arguments.only.split(";")}
     for seed in range(arguments.seeds):
         for name, arm in arms.items():
             if str(seed) in stored["runs"].setdefault(name, {}):

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_zoo.analysis.class_plots import plot_token_depth
+from moe_zoo.analysis.class_plots import plot_patch_depth
 from moe_zoo.inference import load_classifier
 from moe_zoo.train.config import load_config
 from moe_zoo.train.loop import train
@@ -131,7 +131,7 @@ def picture(workdir: pathlib.Path, path: pathlib.Path, arm: str, count: int = 6)
     test = make_task(load_config("vision/dyn_token_routing", overrides)).parts["test"]
     fields = {name: array[:: len(test) // count][:count] for name, array in test.fields.items()}
     deep, _ = token_depth(loaded, fields)
-    plot_token_depth(fields["images"][..., 0], deep, settings["model"]["stages"], path)
+    plot_patch_depth(fields["images"][..., 0], deep, settings["model"]["stages"], path)
 
 
 def main() -> None:

@@ -47,7 +47,7 @@ def plot_accuracy(history: Sequence[Mapping[str, Any]], path: str | os.PathLike[
     return plots._save(figure, path)
 
 
-def plot_token_depth(
+def plot_patch_depth(
     images_NYX: ArrayLike, depth_NSS: ArrayLike, most: int, path: str | os.PathLike[str]
 ) -> pathlib.Path:
     """Images, and below each how many blocks its tokens go through, drawn over it: pale for none, dark for `most`.

@@ -1,12 +1,14 @@
 """Pointers to follow: a table of N places, each naming a next one, and where K steps from a first one lead.
 
-An example is [read here, K, first place, table[0], ..., table[N - 1]] as ids from 1 on, 0 being padding; its class is
-the place. K is drawn from 1 to the most, and each entry of the table from all other places: no way back is a shortcut.
+An example has one token that asks, which names K and the first place, and N that state, each of which names a place
+and the next one; its class is where K steps lead. K is drawn from 1 to the most, and the next place from all others, so
+that no way back is a shortcut. Ids begin with 1, 0 being padding: questions first, by K and then place.
 """
 
 import dataclasses
 
 import numpy as np
+from jaxtyping import Int
 
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import join, positive
@@ -17,8 +19,8 @@ from moe_zoo.data.labelled import Labelled
 class PointersConfig:
     """`places` N, `most` steps, `examples`, drawn by `seed`."""
 
-    places: int = 10
-    most: int = 8
+    places: int = 6
+    most: int = 4
     examples: int = 65_536
     seed: int = 0
 
@@ -30,13 +32,17 @@ class PointersConfig:
 
     @property
     def vocab_size(self) -> int:
-        """Ids: padding, read here, steps, places."""
-        return 2 + self.most + self.places
+        """Ids: padding, questions, statements."""
+        return 1 + self.most * self.places + self.places**2
 
     @property
     def length(self) -> int:
         """Tokens of an example."""
-        return 3 + self.places
+        return 1 + self.places
+
+    def steps(self, tokens: Int[np.ndarray, "B S"]) -> Int[np.ndarray, "B"]:
+        """K of these examples."""
+        return 1 + (tokens[:, 0] - 1) // self.places
 
 
 class Pointers:
@@ -54,9 +60,9 @@ class Pointers:
         random, rows = np.random.RandomState(c.seed), np.arange(c.examples)
         table = (np.arange(c.places) + random.randint(1, c.places, (c.examples, c.places))) % c.places
         steps, at = random.randint(1, c.most + 1, c.examples), random.randint(0, c.places, c.examples)
-        place = 2 + c.most
-        tokens = np.concatenate([np.stack([np.ones_like(at), 1 + steps, place + at], 1), place + table], axis=1)
-        end = at
+        ask = 1 + (steps - 1) * c.places + at
+        state = 1 + c.most * c.places + np.arange(c.places) * c.places + table
+        tokens, end = np.concatenate([ask[:, None], state], axis=1), at
         for step in range(c.most):
             end = np.where(step < steps, table[rows, end], end)
         names = tuple(str(name) for name in range(c.places))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from moe_zoo.analysis import plot_accuracy, plot_token_depth
+from moe_zoo.analysis import plot_accuracy, plot_patch_depth
 
 
 def test_accuracy_is_drawn_from_lines_that_have_one(tmp_path):
@@ -16,9 +16,9 @@ def test_accuracy_is_drawn_from_lines_that_have_one(tmp_path):
 
 def test_deeper_tokens_are_darker(tmp_path):
     images, depth = np.full((2, 8, 8), 200, np.uint8), np.zeros((2, 2, 2), int)
-    pale = imread(plot_token_depth(images, depth, 4, tmp_path / "pale.png")).astype(float)
-    dark = imread(plot_token_depth(images, depth + 4, 4, tmp_path / "dark.png")).astype(float)
+    pale = imread(plot_patch_depth(images, depth, 4, tmp_path / "pale.png")).astype(float)
+    dark = imread(plot_patch_depth(images, depth + 4, 4, tmp_path / "dark.png")).astype(float)
     changed = (pale != dark).any(-1)
     assert changed.mean() > 0.05 and dark[changed].mean() < pale[changed].mean()
     with pytest.raises(ValueError, match="expected two arrays|expected .images"):
-        plot_token_depth(images[0], depth, 4, tmp_path / "c.png")
+        plot_patch_depth(images[0], depth, 4, tmp_path / "c.png")

@@ -223,13 +223,18 @@ def test_on_a_mesh_loss_gradients_and_answers_are_those_of_one_device():
 
 
 def test_pointers_lead_where_they_lead():
-    data = Pointers(PointersConfig(places=6, most=4, examples=500)).load()
+    config = PointersConfig(places=6, most=4, examples=500)
+    data = Pointers(config).load()
     for tokens, label in zip(data.fields["tokens"], data.labels, strict=True):
-        steps, at, table = tokens[1] - 1, tokens[2] - 6, tokens[3:] - 6
-        for _ in range(steps):
+        steps, at = np.divmod(tokens[0] - 1, 6)
+        table = dict(np.divmod(token - 25, 6) for token in tokens[1:])
+        assert list(table) == list(range(6)) and all(place != following for place, following in table.items())
+        for _ in range(steps + 1):
             at = table[at]
-        assert at == label and tokens[0] == 1 and (table != np.arange(6)).all()
-    assert set(data.fields["tokens"][:, 1] - 1) == {1, 2, 3, 4} and tokens.max() < PointersConfig(6, 4).vocab_size
+        assert at == label
+    tokens = data.fields["tokens"]
+    assert set(config.steps(tokens)) == {1, 2, 3, 4} and tokens.max() == 59 == config.vocab_size - 2
+    assert tokens.shape == (500, config.length)
 
 
 def test_the_tiny_config_trains_in_one_compilation():
