@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from pallas_kernels import _tpu_target
+from pallas_kernels import _gpu_target, _tpu_target
 
 logger = logging.getLogger("pallas_kernels")
 
@@ -22,6 +22,8 @@ logger = logging.getLogger("pallas_kernels")
 AVAILABLE = ("reference", "xla", "xla_tiles")
 #: Kernels for one kind of device. Not every op has every one.
 KERNELS = ("pallas_tpu", "pallas_gpu")
+#: What each is lowered for.
+_PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "cuda"}
 
 
 def check_implementation(
@@ -63,10 +65,16 @@ def check_implementation(
 def _log_choice_once(op: str, available: tuple[str, ...], *kernels: tuple[str, str | None]) -> None:
     """Says what None will run; once per op and reason."""
     cpu = "xla_tiles" if "xla_tiles" in available else "xla"
-    why_not = dict(kernels).get("pallas_tpu", "")
-    tpu = "'pallas_tpu' for tpu, " if why_not is None else f"'xla' for tpu ({why_not}), " if why_not else ""
-    other = "any other platform" if why_not == "" else "others"
-    logger.info("%s: implementation=None: %r when lowered for cpu, %s'xla' for %s", op, cpu, tpu, other)
+    given = dict(kernels)
+    if _gpu_target.current() is None:
+        given.pop("pallas_gpu", None)  # whoever has no GPU need not read of it
+    chosen = ""
+    for name, platform in _PLATFORMS.items():
+        if name in given:
+            why_not = given[name]
+            chosen += f"{name!r} for {platform}, " if why_not is None else f"'xla' for {platform} ({why_not}), "
+    other = "others" if chosen else "any other platform"
+    logger.info("%s: implementation=None: %r when lowered for cpu, %s'xla' for %s", op, cpu, chosen, other)
 
 
 def run(
@@ -74,8 +82,8 @@ def run(
 ) -> Any:
     """Calls the named entry of `table`, or, for None, the one for the platform this is being lowered for.
 
-    A Pallas kernel is called with interpret=True where this is lowered for a CPU. None takes "pallas_tpu" on a TPU if
-    the table has it.
+    A Pallas kernel is called with interpret=True where this is lowered for a CPU. None takes "pallas_tpu" on a TPU and
+    "pallas_gpu" on an NVIDIA GPU if the table has it.
     Under vmap the batch runs one by one, unless all entries take batches: most kernels and `ragged_dot` don't.
     All entries must return the same shapes and dtypes. Differentiation has to happen outside (a custom_vjp around
     this call): the derivative of a platform switch would carry the residuals of every branch.
@@ -92,7 +100,10 @@ def _run(implementation: str | None, table: Mapping[str, Callable[..., Any]], *a
             # as an interpreted kernel's callbacks are
             return kernel(*args)
         return jax.lax.platform_dependent(*args, tpu=kernel, cpu=functools.partial(kernel, interpret=True))
+    if implementation == "pallas_gpu":
+        kernel = table[implementation]
+        return jax.lax.platform_dependent(*args, cuda=kernel, cpu=functools.partial(kernel, interpret=True))
     if implementation is not None:
         return table[implementation](*args)
-    tpu = {"tpu": table["pallas_tpu"]} if "pallas_tpu" in table else {}
-    return jax.lax.platform_dependent(*args, cpu=table.get("xla_tiles", table["xla"]), default=table["xla"], **tpu)
+    kernels = {platform: table[name] for name, platform in _PLATFORMS.items() if name in table}
+    return jax.lax.platform_dependent(*args, cpu=table.get("xla_tiles", table["xla"]), default=table["xla"], **kernels)

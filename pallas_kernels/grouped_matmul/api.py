@@ -4,6 +4,7 @@ Dims: M rows, K inner, N out, G groups of the weights, L groups in the sizes (L 
 """
 
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,15 +12,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _checks, _choose, _varying, quantized
-from pallas_kernels.grouped_matmul import pallas_tpu, reference, xla, xla_tiles
+from pallas_kernels.grouped_matmul import pallas_gpu, pallas_tpu, reference, xla, xla_tiles
 from pallas_kernels.quantized import Quantized, Weights
 
 _OP = "grouped_matmul"
-_FORWARD = {"xla": xla.matmul, "xla_tiles": xla_tiles.matmul, "pallas_tpu": pallas_tpu.matmul}
+_FORWARD = {
+    "xla": xla.matmul,
+    "xla_tiles": xla_tiles.matmul,
+    "pallas_tpu": pallas_tpu.matmul,
+    "pallas_gpu": pallas_gpu.matmul,
+}
 _WEIGHT_GRADIENT = {
     "xla": xla.weight_gradient,
     "xla_tiles": xla_tiles.weight_gradient,
     "pallas_tpu": pallas_tpu.weight_gradient,
+    "pallas_gpu": pallas_gpu.weight_gradient,
 }
 
 
@@ -48,8 +55,9 @@ def grouped_matmul(
         groups in group_sizes; rows of other groups give 0. Must lie in [0, L - G].
       preferred_element_type: dtype of the result; lhs's by default.
       implementation: "reference", "xla" (`jax.lax.ragged_dot`), "xla_tiles" (loops over row tiles, for CPUs),
-        "pallas_tpu" (bfloat16 and float32; interpreted when lowered for a CPU), or None to choose by platform:
-        "pallas_tpu" on TPU if it takes the operands and K and N are multiples of 128, "xla_tiles" on CPU, else "xla".
+        "pallas_tpu" and "pallas_gpu" (bfloat16 and float32; interpreted when lowered for a CPU), or None to choose by
+        platform: "pallas_tpu" on TPU if it takes the operands and K and N are multiples of 128, "pallas_gpu" where
+        this is traced for an NVIDIA GPU, "xla_tiles" on CPU, else "xla".
 
     Raises:
       ValueError, TypeError: shapes or dtypes that don't fit, an unknown implementation, or the gradient of a quantized
@@ -63,10 +71,8 @@ def grouped_matmul(
     shapes = _checks.describe(lhs=lhs_MK, rhs=rhs_GKN, group_sizes=group_sizes_L, group_offset=offset)
     _check(lhs_MK, rhs_GKN, group_sizes_L, offset, transpose_rhs, shapes)
     out_dtype = jnp.dtype(lhs_MK.dtype if preferred_element_type is None else preferred_element_type)
-    why_not = pallas_tpu.why_not(
-        lhs_MK, rhs_GKN, transpose_rhs=transpose_rhs, out_dtype=out_dtype, asked=implementation
-    )
-    implementation = _choose.check_implementation(_OP, implementation, shapes, {"pallas_tpu": why_not})
+    why_not = _why_not(transpose_rhs, out_dtype, implementation, lhs_MK, rhs_GKN, group_sizes_L)
+    implementation = _choose.check_implementation(_OP, implementation, shapes, why_not)
     offset = None if offset is None else offset.astype(jnp.int32)
     operands = _varying.same_varying(lhs_MK, quantized.frozen(_OP, rhs_GKN), group_sizes_L, offset)
     if implementation == "reference":
@@ -83,11 +89,24 @@ def _check(lhs_MK: Array, rhs: Weights, sizes_L: Array, offset: Array | None, tr
     _checks.check_groups(_OP, sizes_L, rhs.shape[0], offset, shapes)
 
 
+def _why_not(transpose_rhs, out_dtype, implementation, lhs_MK, rhs, sizes_L) -> dict[str, str | None]:
+    """Why each kernel can't take these operands; None if it can."""
+    how = dict(out_dtype=out_dtype, asked=implementation)
+    return {
+        "pallas_tpu": pallas_tpu.why_not(lhs_MK, rhs, transpose_rhs=transpose_rhs, **how),
+        "pallas_gpu": pallas_gpu.why_not(lhs_MK, rhs, num_groups=sizes_L.shape[0], **how),
+    }
+
+
+def _table(entries: Mapping[str, Callable[..., Any]], why_not: Mapping[str, str | None], **how: Any):
+    """The implementations that take these operands, with their keyword arguments."""
+    return {name: functools.partial(f, **how) for name, f in entries.items() if why_not.get(name) is None}
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _grouped_matmul(transpose_rhs, out_dtype, implementation, lhs_MK, rhs, sizes_L, offset):
-    table = {k: functools.partial(f, transpose_rhs=transpose_rhs, out_dtype=out_dtype) for k, f in _FORWARD.items()}
-    if pallas_tpu.why_not(lhs_MK, rhs, transpose_rhs=transpose_rhs, out_dtype=out_dtype, asked=implementation):
-        del table["pallas_tpu"]
+    why_not = _why_not(transpose_rhs, out_dtype, implementation, lhs_MK, rhs, sizes_L)
+    table = _table(_FORWARD, why_not, transpose_rhs=transpose_rhs, out_dtype=out_dtype)
     return _choose.run(implementation, table, lhs_MK, rhs, sizes_L, offset)
 
 
@@ -104,9 +123,8 @@ def _backward(transpose_rhs, out_dtype, implementation, saved, dout_MN):
         return dlhs_MK, None, None, None
     # The gradient of a (G, N, K) matrix is the same contraction with its sides exchanged.
     left, right = (dout_MN, lhs_MK) if transpose_rhs else (lhs_MK, dout_MN)
-    table = {k: functools.partial(f, num_groups=rhs.shape[0]) for k, f in _WEIGHT_GRADIENT.items()}
-    if pallas_tpu.why_not(lhs_MK, rhs, transpose_rhs=transpose_rhs, out_dtype=out_dtype, asked=implementation):
-        del table["pallas_tpu"]
+    why_not = _why_not(transpose_rhs, out_dtype, implementation, lhs_MK, rhs, sizes_L)
+    table = _table(_WEIGHT_GRADIENT, why_not, num_groups=rhs.shape[0])
     drhs = _choose.run(implementation, table, left, right, sizes_L, offset)
     return dlhs_MK, drhs, None, None
 

@@ -1,0 +1,210 @@
+"""GPU kernel (Pallas, Triton) of rows times their group's matrices: one launch, no XLA op around it.
+
+A program owns one tile of rows, all of one group, and one of columns. It finds both in the group sizes
+(_gpu_schedule.py), walks over the summed dim with tiles kept in registers, and stores the rows that are its group's:
+nothing is computed twice, and no other group's work depends on it. Rows without a matrix get zero.
+
+What is shared by the ops: several products may be summed or kept side by side, rows may be gathered on the way in, and
+an epilogue turns the sums into what is stored. Dims: R rows of a tile, C columns, K summed, M rows, N columns.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array
+
+from pallas_kernels import _gpu_schedule as schedule
+from pallas_kernels import quantized
+from pallas_kernels._gpu_tiles import Tiles
+from pallas_kernels.quantized import Weights
+
+Ref = Any
+#: (sums (R, C), row inputs (R, C), scale of the rows (R, 1) or None) -> tiles to store (R, C), then sums of rows (R,).
+Epilogue = Callable[[list[Array], list[Array], Array | None], list[Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """sums[to] += lhs[left] @ rhs[right] of the row's group, or its transpose."""
+
+    left: int
+    right: int
+    to: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What the kernel knows while it is compiled.
+
+    row_sums: further results: one float32 number per row and column tile.
+    """
+
+    M: int
+    K: int
+    N: int
+    G: int
+    L: int
+    products: tuple[Product, ...]
+    transpose_rhs: bool
+    tiles: Tiles
+    out_dtypes: tuple[Any, ...]
+    epilogue: Epilogue
+    row_sums: int = 0
+
+    @property
+    def num_cols(self) -> int:
+        return -(-self.N // self.tiles.cols)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Refs:
+    sizes: Ref
+    offset: Ref
+    index: Ref | None
+    lhs: list[Ref]
+    rhs: list[Ref]
+    inner: list[Ref]
+    outer: list[Ref]
+    rows: list[Ref]
+    scale: Ref | None
+    out: list[Ref]
+    sums: list[Ref]
+
+
+def matmul_rows(
+    call: Call,
+    lhs: Sequence[Array],
+    rhs: Sequence[Weights],
+    sizes_L: Array,
+    offset: Array | None,
+    *,
+    index_M: Array | None = None,
+    row_inputs: Sequence[Array] = (),
+    scale_M: Array | None = None,
+    interpret: bool = False,
+) -> list[Array]:
+    """(M, N) arrays, as many as call.out_dtypes, then (column tiles, M) of the row sums.
+
+    lhs: (M, K) each; or (X, K), gathered by `index_M`, where X and above mean a row of zeros. rhs: (G, K, N) each, or
+    (G, N, K). row_inputs: (M, N) each. Quantized matrices must be scaled alike.
+    """
+    scales = [quantized.scales(w, 2 if call.transpose_rhs else 1) for w in rhs]
+    given = {
+        "sizes": sizes_L.astype(jnp.int32),
+        "offset": None if offset is None else offset.reshape(1),
+        "index": index_M,
+        "lhs": list(lhs),
+        "rhs": [quantized.values(w) for w in rhs],
+        "inner": [inner for inner, _ in scales if inner is not None],
+        "outer": [outer for _, outer in scales if outer is not None],
+        "rows": list(row_inputs),
+        "scale": scale_M,
+    }
+    operands, tree = jax.tree.flatten(given)
+    t, like = call.tiles, functools.partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(lhs[0]).manual_axis_type)
+    out_shape = [like((call.M, call.N), dtype) for dtype in call.out_dtypes]
+    out_shape += [like((call.num_cols, call.M), jnp.float32)] * call.row_sums
+    num_tiles = schedule.num_row_tiles(call.M, call.L, t.rows)
+    return pl.pallas_call(
+        functools.partial(_kernel, call, num_tiles, tree),
+        out_shape=out_shape,
+        grid=(num_tiles * call.num_cols,),
+        compiler_params=plgpu.CompilerParams(num_warps=t.warps, num_stages=t.stages),
+        interpret=interpret,
+        name="matmul_rows",
+    )(*operands)
+
+
+def _kernel(call: Call, num_tiles: int, tree: Any, *refs: Ref) -> None:
+    given, out = jax.tree.unflatten(tree, refs[: tree.num_leaves]), refs[tree.num_leaves :]
+    count = len(call.out_dtypes)
+    r = _Refs(**given, out=list(out[:count]), sums=list(out[count:]))
+    t = call.tiles
+    tile, column = schedule.swizzled(pl.program_id(0), num_tiles, call.num_cols, t.width)
+    offset = jnp.int32(0) if r.offset is None else r.offset[0]
+    how = dict(num_rows=call.M, num_groups=call.L, held_groups=call.G, rows=t.rows)
+    at = schedule.row_tile(r.sizes, offset, tile, **how)
+    row_R = at.row + jax.lax.broadcasted_iota(jnp.int32, (t.rows,), 0)
+    col_C = column * t.cols + jax.lax.broadcasted_iota(jnp.int32, (t.cols,), 0)
+    rows, live_R = pl.ds(at.row, t.rows), row_R < at.end
+    mask_RC = _mask(call, live_R, col_C)
+    sums = _sums(call, r, at, jnp.minimum(row_R, call.M - 1), col_C)
+    # what rows without a matrix hold must not reach the epilogue
+    inputs = [
+        plgpu.load(ref.at[rows, pl.ds(column * t.cols, t.cols)], mask=mask_RC & at.held, other=0) for ref in r.rows
+    ]
+    scale_R1 = None
+    if r.scale is not None:
+        scale_R1 = plgpu.load(r.scale.at[rows], mask=live_R & at.held, other=0)[:, None]
+    results = call.epilogue(sums, inputs, scale_R1)
+    for ref, tile_RC in zip(r.out, results[: len(r.out)], strict=True):
+        plgpu.store(ref.at[rows, pl.ds(column * t.cols, t.cols)], tile_RC.astype(ref.dtype), mask=mask_RC)
+    for ref, sum_R in zip(r.sums, results[len(r.out) :], strict=True):
+        plgpu.store(ref.at[column, rows], sum_R, mask=live_R)
+
+
+def _mask(call: Call, live_R: Array, col_C: Array) -> Array:
+    mask_RC = jnp.broadcast_to(live_R[:, None], (call.tiles.rows, call.tiles.cols))
+    return mask_RC & (col_C < call.N)[None, :] if call.N % call.tiles.cols else mask_RC
+
+
+def _sums(call: Call, r: _Refs, at: schedule.RowTile, row_R: Array, col_C: Array) -> list[Array]:
+    """The sums of the products, zero where there is no matrix."""
+    t = call.tiles
+    held_R1 = None
+    if r.index is not None:
+        row_R = plgpu.load(r.index.at[row_R])
+        held_R1, row_R = (row_R < r.lhs[0].shape[0])[:, None], jnp.minimum(row_R, r.lhs[0].shape[0] - 1)
+    # beyond the last column: any column, whose result is not stored
+    col_C = jnp.minimum(col_C, call.N - 1) if call.N % t.cols else col_C
+
+    def step(i: Array, sums: list[Array]) -> list[Array]:
+        k_K = i * t.inner + jax.lax.broadcasted_iota(jnp.int32, (t.inner,), 0)
+        live_K = k_K < call.K if call.K % t.inner else None
+        lhs = [_load(ref, (), row_R, k_K, held_R1, None if live_K is None else live_K[None, :]) for ref in r.lhs]
+        rhs = [_load_matrix(call, ref, at.group, k_K, col_C, live_K) for ref in r.rhs]
+        if live_K is not None:
+            k_K = jnp.minimum(k_K, call.K - 1)
+        for p in call.products:
+            left = lhs[p.left]
+            if r.inner:
+                left = (left * plgpu.load(r.inner[p.right].at[at.group, k_K])[None, :]).astype(left.dtype)
+            sums[p.to] = sums[p.to] + dot(left, rhs[p.right].astype(left.dtype), (1, 1 if call.transpose_rhs else 0))
+        return sums
+
+    count = 1 + max(p.to for p in call.products)
+    sums = [jnp.zeros((t.rows, t.cols), jnp.float32) for _ in range(count)]
+    steps = jnp.where(at.held & (at.row < at.end), -(-call.K // t.inner), 0)
+    sums = jax.lax.fori_loop(0, steps, step, sums)
+    if r.outer:
+        for p in call.products:  # each has a sum of its own
+            sums[p.to] = sums[p.to] * plgpu.load(r.outer[p.right].at[at.group, col_C])[None, :]
+    return sums
+
+
+def _load_matrix(call: Call, ref: Ref, group: Array, k_K: Array, col_C: Array, live_K: Array | None) -> Array:
+    if call.transpose_rhs:
+        return _load(ref, (group,), col_C, k_K, None if live_K is None else live_K[None, :])
+    return _load(ref, (group,), k_K, col_C, None if live_K is None else live_K[:, None])
+
+
+def _load(ref: Ref, first: tuple[Array, ...], a_A: Array, b_B: Array, *masks: Array | None) -> Array:
+    """ref[*first, a, b] of all pairs, (A, B); zero where a mask says no. The indices are clamped if there is one."""
+    at = ref.at[(*first, a_A[:, None], b_B[None, :])]
+    masks = [jnp.broadcast_to(m, (a_A.shape[0], b_B.shape[0])) for m in masks if m is not None]
+    if not masks:
+        return plgpu.load(at)
+    return plgpu.load(at, mask=functools.reduce(jnp.logical_and, masks), other=0)
+
+
+def dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
+    """Sums over a dim of a and one of b, in float32: exactly, too, if that is what they are."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32, precision=precision)
