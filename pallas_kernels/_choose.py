@@ -102,6 +102,8 @@ def _run(implementation: str | None, table: Mapping[str, Callable[..., Any]], *a
         return jax.lax.platform_dependent(*args, tpu=kernel, cpu=functools.partial(kernel, interpret=True))
     if implementation == "pallas_gpu":
         kernel = table[implementation]
+        if _gpu_target.current() is not None:
+            return kernel(*args)
         return jax.lax.platform_dependent(*args, cuda=kernel, cpu=functools.partial(kernel, interpret=True))
     if implementation is not None:
         return table[implementation](*args)

@@ -132,21 +132,19 @@ def _kernel(call: Call, num_tiles: int, tree: Any, *refs: Ref) -> None:
     at = schedule.row_tile(r.sizes, offset, tile, **how)
     row_R = at.row + jax.lax.broadcasted_iota(jnp.int32, (t.rows,), 0)
     col_C = column * t.cols + jax.lax.broadcasted_iota(jnp.int32, (t.cols,), 0)
-    rows, live_R = pl.ds(at.row, t.rows), row_R < at.end
-    mask_RC = _mask(call, live_R, col_C)
+    live_R = row_R < at.end
+    mask_RC, tile_at = _mask(call, live_R, col_C), (row_R[:, None], col_C[None, :])
     sums = _sums(call, r, at, jnp.minimum(row_R, call.M - 1), col_C)
     # what rows without a matrix hold must not reach the epilogue
-    inputs = [
-        plgpu.load(ref.at[rows, pl.ds(column * t.cols, t.cols)], mask=mask_RC & at.held, other=0) for ref in r.rows
-    ]
+    inputs = [plgpu.load(ref.at[tile_at], mask=mask_RC & at.held, other=0) for ref in r.rows]
     scale_R1 = None
     if r.scale is not None:
-        scale_R1 = plgpu.load(r.scale.at[rows], mask=live_R & at.held, other=0)[:, None]
+        scale_R1 = plgpu.load(r.scale.at[row_R], mask=live_R & at.held, other=0)[:, None]
     results = call.epilogue(sums, inputs, scale_R1)
     for ref, tile_RC in zip(r.out, results[: len(r.out)], strict=True):
-        plgpu.store(ref.at[rows, pl.ds(column * t.cols, t.cols)], tile_RC.astype(ref.dtype), mask=mask_RC)
+        plgpu.store(ref.at[tile_at], tile_RC.astype(ref.dtype), mask=mask_RC)
     for ref, sum_R in zip(r.sums, results[len(r.out) :], strict=True):
-        plgpu.store(ref.at[column, rows], sum_R, mask=live_R)
+        plgpu.store(ref.at[jnp.broadcast_to(column, row_R.shape), row_R], sum_R, mask=live_R)
 
 
 def _mask(call: Call, live_R: Array, col_C: Array) -> Array:
@@ -180,7 +178,7 @@ def _sums(call: Call, r: _Refs, at: schedule.RowTile, row_R: Array, col_C: Array
 
     count = 1 + max(p.to for p in call.products)
     sums = [jnp.zeros((t.rows, t.cols), jnp.float32) for _ in range(count)]
-    steps = jnp.where(at.held & (at.row < at.end), -(-call.K // t.inner), 0)
+    steps = at.held.astype(jnp.int32) * -(-call.K // t.inner)
     sums = jax.lax.fori_loop(0, steps, step, sums)
     if r.outer:
         for p in call.products:  # each has a sum of its own

@@ -89,7 +89,7 @@ def _kernel(call: _Call, tree: Any, *refs: Ref) -> None:
     sum_AB = jax.lax.fori_loop(0, steps, step, jnp.zeros((t.rows, t.cols), jnp.float32))
     mask_AB = jnp.broadcast_to((a_A < call.A)[:, None], sum_AB.shape) & (b_B < call.B)[None, :]
     whole = call.A % t.rows == 0 and call.B % t.cols == 0
-    at = out.at[group, pl.ds(a * t.rows, t.rows), pl.ds(b * t.cols, t.cols)]
+    at = out.at[group, a_A[:, None], b_B[None, :]]
     plgpu.store(at, sum_AB.astype(out.dtype), mask=None if whole else mask_AB)
 
 

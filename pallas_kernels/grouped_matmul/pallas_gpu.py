@@ -53,7 +53,9 @@ def matmul(
     """out (M, N): each row times its group's matrix."""
     (M, K), G = lhs_MK.shape, rhs.shape[0]
     N = rhs.shape[1 if transpose_rhs else 2]
-    tiles = tiles or _gpu_tiles.row_tiles(M, K, N, G, lhs_MK.dtype.itemsize, _gpu_target.current() or _gpu_target.SMALLEST)
+    tiles = tiles or _gpu_tiles.row_tiles(
+        M, K, N, G, lhs_MK.dtype.itemsize, _gpu_target.current() or _gpu_target.SMALLEST
+    )
     call = _gpu_rows.Call(
         M, K, N, G, sizes_L.shape[0], _PRODUCTS, transpose_rhs, tiles, (jnp.dtype(out_dtype),), _store
     )

@@ -113,7 +113,9 @@ def test_matmul(implementation):
         check_matmul(implementation, sizes, weights("int8", False), "float32")
 
 
-@pytest.mark.parametrize(("implementation", "narrow"), [("xla", "int8"), ("xla_tiles", "float8_e5m2")])
+@pytest.mark.parametrize(
+    ("implementation", "narrow"), [("xla", "int8"), ("xla_tiles", "float8_e5m2"), ("pallas_gpu", "float8_e4m3fn")]
+)
 def test_matmul_transposed(implementation, narrow):
     check_matmul(implementation, RAGGED[0], weights(narrow, True), "bfloat16", True)
 
