@@ -3,7 +3,11 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: quickstart test meshes torture kernels lint clean
+# the CUDA compilers of jax need Python 3.12
+PYTHON_GPU ?= python3.12
+VENV_GPU   ?= .venv-gpu
+
+.PHONY: quickstart test meshes torture kernels kernels-gpu lint clean
 
 quickstart: $(VENV)/.installed
 	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart --overwrite
@@ -25,6 +29,10 @@ torture: $(VENV)/.installed-test
 kernels: $(VENV)/.installed-test
 	JAX_PLATFORMS=cpu $(BIN)/python scripts/bench.py kernels --tpu-static
 
+# the GPU kernels for an H100 at every shape, compiled without a GPU, against their bars: minutes
+kernels-gpu: $(VENV_GPU)/.installed
+	JAX_PLATFORMS=cpu $(VENV_GPU)/bin/python scripts/bench.py kernels --gpu-static
+
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
@@ -39,5 +47,13 @@ $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	touch $(VENV)/.installed $@
 
+# only the compilers: none of the libraries that a program at work needs
+$(VENV_GPU)/.installed: pyproject.toml
+	$(PYTHON_GPU) -m venv $(VENV_GPU)
+	$(VENV_GPU)/bin/python -m pip install --quiet --disable-pip-version-check -e . nvidia-cuda-nvcc
+	version=$$($(VENV_GPU)/bin/python -c 'import jax; print(jax.__version__)'); $(VENV_GPU)/bin/python -m pip install \
+		--quiet --disable-pip-version-check jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs .jax_cache
+	rm -rf $(VENV) $(VENV_GPU) runs .jax_cache

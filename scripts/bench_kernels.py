@@ -2,9 +2,12 @@
 
     python scripts/bench.py kernels --tpu-static --generations v5e,v6e --shapes olmoe,decode
 
-Every case is compiled ahead of time by libtpu in a process of its own and its kernels' scalar programs are executed on
-concrete routings (scripts/tpu_sim). Finished cases are kept in .jax_cache/tpu_sim, by the versions and sources they
-depend on, so an interrupted run goes on where it stopped. Exit code 1 if a bar of kernel_bars.py fails.
+--gpu-static compiles the GPU kernels for an H100 (gpu_static.py), --gpu times them on one (gpu_device.py).
+
+With --tpu-static every case is compiled ahead of time by libtpu in a process of its own and its kernels' scalar
+programs are executed on concrete routings (scripts/tpu_sim). Finished cases are kept in .jax_cache/tpu_sim, by the
+versions and sources they depend on, so an interrupted run goes on where it stopped. Exit code 1 if a bar of
+kernel_bars.py fails.
 
 Columns: sim ms; sim over the roofline; speed-up over the peer; MXU flops issued over useful; HBM bytes over the least
 possible; kernels that XLA runs beside ours; VMEM; VLIW bundles; seconds to compile. A "?" marks a simulation that met
@@ -21,6 +24,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gpu_cases
+import gpu_device
+import gpu_static
 import kernel_bars
 import kernel_cases
 import tpu_sim
@@ -182,9 +188,25 @@ def _some_of(known: Any):
     return parse
 
 
+#: What each mode knows of ops and passes, and what it runs.
+_MODES = {
+    "--tpu-static": (kernel_cases.BUILDERS, kernel_cases.PASSES, lambda args: _tpu_static(args)),
+    "--gpu-static": (gpu_cases.OPS, gpu_cases.PASSES, lambda args: gpu_static.run(args, _render)),
+    "--gpu": (gpu_cases.OPS, gpu_cases.PASSES, lambda args: gpu_device.run(args, _render)),
+}
+
+
 def _run(args: argparse.Namespace) -> None:
-    if not args.tpu_static:
-        raise SystemExit("bench.py kernels: give --tpu-static; timing on a device is not written yet")
+    ops, passes, run = _MODES[args.mode]
+    for name, known in (("ops", ops), ("passes", passes)):
+        given = getattr(args, name) or list(known)
+        if unknown := [n for n in given if n not in known]:
+            raise SystemExit(f"bench.py kernels {args.mode}: no {', '.join(unknown)} here; known: {', '.join(known)}")
+        setattr(args, name, given)
+    run(args)
+
+
+def _tpu_static(args: argparse.Namespace) -> None:
     rows: list[dict] = []
     todo = [(c, g) for c in kernel_cases.cases(args.ops, args.shapes, args.passes) for g in args.generations]
     for i, (case, generation) in enumerate(todo):
@@ -209,22 +231,33 @@ def _write(path: str, rows: list[dict], verdicts: list[dict] | None = None) -> N
 
 
 def add_kernels(subparsers: Any) -> None:
-    """Compiled TPU kernels, simulated."""
+    """Compiled kernels: the TPU's simulated, the GPU's looked at or timed."""
     parser = subparsers.add_parser(
         "kernels",
-        help="our TPU kernels beside a public one, from their compiled programs",
+        help="our kernels: compiled and simulated (TPU), compiled (GPU), or timed (GPU)",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     names = lambda flag, known, default: parser.add_argument(
-        flag, type=_some_of(known), default=default, metavar="A,B", help=f"of {', '.join(known)} (default: all)"
+        flag,
+        type=_some_of(known),
+        default=default,
+        metavar="A,B",
+        help=f"of {', '.join(known)} (default: {','.join(default or ['all'])})",
     )
-    parser.add_argument("--tpu-static", action="store_true", help="compile ahead of time and simulate; needs libtpu")
-    names("--ops", kernel_cases.BUILDERS, list(kernel_cases.BUILDERS))
+    modes = parser.add_mutually_exclusive_group(required=True)
+    for mode, text in (
+        ("--tpu-static", "compile ahead of time for TPUs and simulate; needs libtpu"),
+        ("--gpu-static", "compile ahead of time for an H100; needs the CUDA plugin, no GPU"),
+        ("--gpu", "check and time on the GPU at hand"),
+    ):
+        modes.add_argument(mode, dest="mode", action="store_const", const=mode, help=text)
+    names("--ops", list(dict.fromkeys([*kernel_cases.BUILDERS, *gpu_cases.OPS])), None)
     names("--generations", tpu_sim.GENERATIONS, list(tpu_sim.GENERATIONS))
     names("--shapes", kernel_cases.SHAPES, list(kernel_cases.SHAPES))
-    names("--passes", kernel_cases.PASSES, list(kernel_cases.PASSES))
+    names("--passes", list(dict.fromkeys([*kernel_cases.PASSES, *gpu_cases.PASSES])), None)
     names("--routing", kernel_cases.ROUTINGS, list(kernel_cases.ROUTINGS))
+    names("--implementations", gpu_cases.IMPLEMENTATIONS, ["pallas_gpu"])
     parser.add_argument("--timeout", type=float, default=900, help="seconds for one case")
     parser.add_argument("--json", metavar="OUT", help="write rows and verdicts there, after every case")
     parser.add_argument("--markdown", action="store_true")
