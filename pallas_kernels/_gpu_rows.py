@@ -42,6 +42,7 @@ class Product:
 class Call:
     """What the kernel knows while it is compiled.
 
+    phases: products whose operands are loaded together, one walk over K each.
     row_sums: further results: one float32 number per row and column tile.
     """
 
@@ -50,7 +51,7 @@ class Call:
     N: int
     G: int
     L: int
-    products: tuple[Product, ...]
+    phases: tuple[tuple[Product, ...], ...]
     transpose_rhs: bool
     tiles: Tiles
     out_dtypes: tuple[Any, ...]
@@ -162,34 +163,39 @@ def _sums(call: Call, r: _Refs, at: schedule.RowTile, row_R: Array, col_C: Array
     # beyond the last column: any column, whose result is not stored
     col_C = jnp.minimum(col_C, call.N - 1) if call.N % t.cols else col_C
 
-    def step(i: Array, sums: list[Array]) -> list[Array]:
+    def step(phase: tuple[Product, ...], i: Array, sums: list[Array]) -> list[Array]:
         k_K = i * t.inner + jax.lax.broadcasted_iota(jnp.int32, (t.inner,), 0)
         live_K = k_K < call.K if call.K % t.inner else None
-        lhs = [_load(ref, (), row_R, k_K, held_R1, None if live_K is None else live_K[None, :]) for ref in r.lhs]
-        rhs = [_load_matrix(call, ref, at.group, k_K, col_C, live_K) for ref in r.rhs]
-        if live_K is not None:
-            k_K = jnp.minimum(k_K, call.K - 1)
-        for p in call.products:
-            left = lhs[p.left]
+        live_1K, live_K1 = (None, None) if live_K is None else (live_K[None, :], live_K[:, None])
+        k_K = k_K if live_K is None else jnp.minimum(k_K, call.K - 1)
+        lhs = {n: _load(r.lhs[n], (), row_R, k_K, held_R1, live_1K) for n in {p.left for p in phase}}
+        for p in phase:
+            left, where = lhs[p.left], (k_K, col_C, live_K1)
+            if call.transpose_rhs:
+                where = (col_C, k_K, live_1K)
+            right = _load(r.rhs[p.right], (at.group,), *where).astype(left.dtype)
             if r.inner:
                 left = (left * plgpu.load(r.inner[p.right].at[at.group, k_K])[None, :]).astype(left.dtype)
-            sums[p.to] = sums[p.to] + dot(left, rhs[p.right].astype(left.dtype), (1, 1 if call.transpose_rhs else 0))
+            sums[p.to] = sums[p.to] + dot(left, right, (1, 1 if call.transpose_rhs else 0))
         return sums
 
-    count = 1 + max(p.to for p in call.products)
-    sums = [jnp.zeros((t.rows, t.cols), jnp.float32) for _ in range(count)]
+    count = 1 + max(p.to for phase in call.phases for p in phase)
+    totals = [jnp.zeros((t.rows, t.cols), jnp.float32) for _ in range(count)]
     steps = at.held.astype(jnp.int32) * -(-call.K // t.inner)
-    sums = jax.lax.fori_loop(0, steps, step, sums)
-    if r.outer:
-        for p in call.products:  # each has a sum of its own
-            sums[p.to] = sums[p.to] * plgpu.load(r.outer[p.right].at[at.group, col_C])[None, :]
+    for phase in call.phases:
+        begin = [jnp.zeros_like(total) for total in totals] if r.outer else totals
+        sums = jax.lax.fori_loop(0, steps, functools.partial(step, phase), begin)
+        if r.outer:
+            # a scale of the columns meets the sum
+            for p in phase:
+                sums[p.to] = totals[p.to] + sums[p.to] * plgpu.load(r.outer[p.right].at[at.group, col_C])[None, :]
+        totals = sums
+    return totals
+
+
+def store(sums: list[Array], rows: list[Array], scale: Array | None) -> list[Array]:
+    """The epilogue that does nothing."""
     return sums
-
-
-def _load_matrix(call: Call, ref: Ref, group: Array, k_K: Array, col_C: Array, live_K: Array | None) -> Array:
-    if call.transpose_rhs:
-        return _load(ref, (group,), col_C, k_K, None if live_K is None else live_K[None, :])
-    return _load(ref, (group,), k_K, col_C, None if live_K is None else live_K[:, None])
 
 
 def _load(ref: Ref, first: tuple[Array, ...], a_A: Array, b_B: Array, *masks: Array | None) -> Array:

@@ -27,20 +27,18 @@ class Tiles:
     width: int = 8
 
 
-def row_tiles(
-    M: int, K: int, N: int, G: int, itemsize: int, target: Target, *, lhs: int = 1, rhs: int = 1, accs: int = 1
-) -> Tiles:
+def row_tiles(M: int, K: int, N: int, G: int, itemsize: int, target: Target, *, rhs: int = 1, sums: int = 1) -> Tiles:
     """Tiles of a matmul of rows by their group's matrices.
 
     Rows: half a mean group, so that what its last tile wastes stays small; columns: what registers hold, 128 numbers of
-    all `accs` sums per thread. `lhs` and `rhs` count the operands that are loaded per step.
+    all `sums` per thread. `rhs` matrices are loaded per step.
     """
     rows = min(max(_power_below(M // (2 * G)), LEAST), 128 if itemsize == 2 else 64)
     wide = itemsize == 2 and target.capability >= 90 and rows == 128
-    cols = min((256 if wide else 128 if itemsize == 2 else 64) // accs, max(_power_above(N), LEAST))
+    cols = min((256 if wide else 128 if itemsize == 2 else 64) // sums, max(_power_above(N), LEAST))
     inner = min(64 if itemsize == 2 and target.shared_bytes >= 128 * 1024 else 32, max(_power_above(K), LEAST))
-    warps = 8 if rows * cols * accs >= 128 * 256 else 4
-    return Tiles(rows, cols, inner, warps, _stages(itemsize * inner * (lhs * rows + rhs * cols), target))
+    warps = 8 if rows * cols * sums >= 128 * 256 else 4
+    return Tiles(rows, cols, inner, warps, _stages(itemsize * inner * (rows + rhs * cols), target))
 
 
 def weight_tiles(M: int, A: int, B: int, G: int, itemsize: int, target: Target) -> Tiles:

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _checks, _choose, _varying, quantized
-from pallas_kernels.expert_ffn import pallas_tpu, reference, xla, xla_tiles
+from pallas_kernels.expert_ffn import pallas_gpu, pallas_tpu, reference, xla, xla_tiles
 from pallas_kernels.expert_ffn.activations import ACTIVATIONS
 from pallas_kernels.quantized import Quantized
 
 _OP = "expert_ffn"
-_FORWARD = {"xla": xla.forward, "xla_tiles": xla_tiles.forward, "pallas_tpu": pallas_tpu.forward}
-_BACKWARD = {"xla": xla.backward, "xla_tiles": xla_tiles.backward, "pallas_tpu": pallas_tpu.backward}
+_IMPLEMENTATIONS = {"xla": xla, "xla_tiles": xla_tiles, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
+_FORWARD = {name: module.forward for name, module in _IMPLEMENTATIONS.items()}
+_BACKWARD = {name: module.backward for name, module in _IMPLEMENTATIONS.items()}
 
 
 def expert_ffn(
@@ -47,8 +48,9 @@ def expert_ffn(
       group_offset: int scalar, may be traced. The weights then hold only experts [group_offset, group_offset + E) of
         the L experts in group_sizes; rows of other experts give 0. Must lie in [0, L - E].
       implementation: "reference", "xla" (`jax.lax.ragged_dot`), "xla_tiles" (one fused loop over row tiles, for CPUs),
-        "pallas_tpu" (float32 and bfloat16; on CPU interpreted, for tests), or None to choose by platform: "xla_tiles"
-        on CPU, "pallas_tpu" on TPU if it takes the dtype, "xla" elsewhere.
+        "pallas_tpu" and "pallas_gpu" (float32 and bfloat16; on CPU interpreted, for tests), or None to choose by
+        platform: "xla_tiles" on CPU, "pallas_tpu" on TPU if it takes the dtype, "pallas_gpu" where this is traced for
+        an NVIDIA GPU, "xla" elsewhere.
 
     Raises:
       ValueError, TypeError: shapes or dtypes that don't fit, an unknown activation or implementation, or the
@@ -65,9 +67,8 @@ def expert_ffn(
     )
     check(_OP, x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_L, offset, shapes)
     check_activation(_OP, activation)
-    implementation = _choose.check_implementation(
-        _OP, implementation, shapes, {"pallas_tpu": pallas_tpu.why_not(x_RD, w_up_EDF, implementation)}
-    )
+    refused = why_not(x_RD, (w_gate_EDF, w_up_EDF, w_down_EFD), group_sizes_L, implementation)
+    implementation = _choose.check_implementation(_OP, implementation, shapes, refused)
     offset = None if offset is None else offset.astype(jnp.int32)
     weights = quantized.frozen(_OP, (w_gate_EDF, w_up_EDF, w_down_EFD))
     operands = _varying.same_varying(x_RD, *weights, group_sizes_L, offset)
@@ -100,30 +101,41 @@ def check_activation(op: str, activation: str) -> None:
         )
 
 
+def why_not(x: Any, weights: tuple[Any, ...], sizes_L: Array, asked: str | None) -> dict[str, str | None]:
+    """Why each kernel can't take these rows or tokens and weights (gate or None, up, down); None if it can."""
+    given = [w for w in weights if w is not None]
+    return {
+        "pallas_tpu": pallas_tpu.why_not(x, weights[1], asked),
+        "pallas_gpu": pallas_gpu.why_not(x, *given, num_groups=sizes_L.shape[0], asked=asked),
+    }
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _expert_ffn(activation, implementation, x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset):
-    table = _table(_FORWARD, implementation, x_RD, w_up_EDF, activation=activation, save=False)
-    return _choose.run(implementation, table, x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset)[0]
+    operands = (x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset)
+    table = _table(_FORWARD, implementation, operands, activation=activation, save=False)
+    return _choose.run(implementation, table, *operands)[0]
 
 
 def _table(
-    entries: Mapping[str, Callable[..., Any]], implementation: str | None, x: Array, w_up: Array, **how: Any
+    entries: Mapping[str, Callable[..., Any]], implementation: str | None, operands: tuple[Any, ...], **how: Any
 ) -> dict[str, Callable[..., Any]]:
     """The implementations that take these operands, with their keyword arguments."""
-    skip = {"pallas_tpu"} if pallas_tpu.why_not(x, w_up, implementation) else set()
-    return {name: functools.partial(f, **how) for name, f in entries.items() if name not in skip}
+    x_RD, *weights, sizes_L, _ = operands
+    refused = why_not(x_RD, tuple(weights), sizes_L, implementation)
+    return {name: functools.partial(f, **how) for name, f in entries.items() if refused.get(name) is None}
 
 
 def _forward(activation, implementation, x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset):
-    table = _table(_FORWARD, implementation, x_RD, w_up_EDF, activation=activation, save=True)
     operands = (x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset)
+    table = _table(_FORWARD, implementation, operands, activation=activation, save=True)
     y_RD, gate_RF, up_RF = _choose.run(implementation, table, *operands)
     return y_RD, (operands, gate_RF, up_RF)
 
 
 def _backward(activation, implementation, saved, dy_RD):
     operands, gate_RF, up_RF = saved
-    table = _table(_BACKWARD, implementation, operands[0], operands[2], activation=activation)
+    table = _table(_BACKWARD, implementation, operands, activation=activation)
     gradients = _choose.run(implementation, table, *operands, gate_RF, up_RF, dy_RD)
     return (*gradients[:4], None, None)
 

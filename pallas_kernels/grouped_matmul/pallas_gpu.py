@@ -15,7 +15,7 @@ from pallas_kernels.quantized import Quantized, Weights
 
 #: Sizes are held in registers by every program.
 MAX_GROUPS = 2047
-_PRODUCTS = (_gpu_rows.Product(0, 0, 0),)
+_PHASES = ((_gpu_rows.Product(0, 0, 0),),)
 
 
 def why_not(*operands: Array | Weights, num_groups: int, asked: str | None, out_dtype: Any = None) -> str | None:
@@ -57,7 +57,7 @@ def matmul(
         M, K, N, G, lhs_MK.dtype.itemsize, _gpu_target.current() or _gpu_target.SMALLEST
     )
     call = _gpu_rows.Call(
-        M, K, N, G, sizes_L.shape[0], _PRODUCTS, transpose_rhs, tiles, (jnp.dtype(out_dtype),), _store
+        M, K, N, G, sizes_L.shape[0], _PHASES, transpose_rhs, tiles, (jnp.dtype(out_dtype),), _gpu_rows.store
     )
     return _matmul(lhs_MK, rhs, sizes_L, offset, call=call, interpret=interpret)
 
@@ -78,10 +78,6 @@ def weight_gradient(
     tiles = tiles or _gpu_tiles.weight_tiles(M, A, B, num_groups, left_MA.dtype.itemsize, target)
     how = dict(num_groups=num_groups, tiles=tiles, interpret=interpret)
     return _weight_gradient(left_MA, right_MB, sizes_L, offset, **how)
-
-
-def _store(sums: list[Array], rows: list[Array], scale: Array | None) -> list[Array]:
-    return sums
 
 
 # Compiled functions only so that calls of the same shapes are traced once.

@@ -13,10 +13,9 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _checks, _choose, _varying, quantized
 from pallas_kernels.expert_ffn import api as rows
-from pallas_kernels.expert_ffn import pallas_tpu as rows_tpu
 from pallas_kernels.expert_ffn import xla, xla_few, xla_tiles
 from pallas_kernels.quantized import Quantized
-from pallas_kernels.routed_ffn import composed, pallas_tpu, reference
+from pallas_kernels.routed_ffn import composed, pallas_gpu, pallas_tpu, reference
 
 _OP = "routed_ffn"
 _GATE_ON = ("output", "input")
@@ -24,11 +23,13 @@ _FORWARD = {
     "xla": functools.partial(composed.forward, xla.forward),
     "xla_tiles": functools.partial(composed.forward, xla_tiles.forward),
     "pallas_tpu": pallas_tpu.forward,
+    "pallas_gpu": pallas_gpu.forward,
 }
 _BACKWARD = {
     "xla": functools.partial(composed.backward, xla.backward),
     "xla_tiles": functools.partial(composed.backward, xla_tiles.backward),
     "pallas_tpu": pallas_tpu.backward,
+    "pallas_gpu": pallas_gpu.backward,
 }
 
 
@@ -87,8 +88,8 @@ def routed_ffn(
     rows.check(_OP, x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_L, offset, shapes)
     rows.check_activation(_OP, activation)
     _check_plan(x_TD, choice_R, slot_TK, gates_TK, gate_on, shapes)
-    why_not = _why_not(x_TD, w_up_EDF, choice_R, implementation)
-    implementation = _choose.check_implementation(_OP, implementation, shapes, {"pallas_tpu": why_not})
+    refused = _why_not(implementation, x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_L, choice_R)
+    implementation = _choose.check_implementation(_OP, implementation, shapes, refused)
     offset = None if offset is None else offset.astype(jnp.int32)
     weights = quantized.frozen(_OP, (w_gate_EDF, w_up_EDF, w_down_EFD))
     operands = _varying.same_varying(x_TD, *weights, group_sizes_L, offset, choice_R, slot_TK, gates_TK)
@@ -108,41 +109,44 @@ def _check_plan(x_TD, choice_R, slot_TK, gates_TK, gate_on: str, shapes: str) ->
         raise ValueError(f"{_OP}: unknown gate_on {gate_on!r}: known: {', '.join(_GATE_ON)}.")
 
 
-def _why_not(x_TD: Array, w_up_EDF: Array, choice_R: Array, asked: str | None) -> str | None:
+def _why_not(asked: str | None, x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, choice_R) -> dict[str, str | None]:
     rows_like = jax.ShapeDtypeStruct((choice_R.shape[0], x_TD.shape[1]), x_TD.dtype)
-    return rows_tpu.why_not(rows_like, w_up_EDF, asked)
+    refused = rows.why_not(rows_like, (w_gate_EDF, w_up_EDF, w_down_EFD), sizes_L, asked)
+    if not x_TD.shape[0]:
+        refused["pallas_gpu"] = "there is nothing to compute"
+    return refused
 
 
-def _table(entries: Any, static: _Static, x_TD: Array, w_up_EDF: Array, choice_R: Array, **how: Any) -> dict[str, Any]:
+def _table(entries: Any, static: _Static, operands: tuple[Any, ...], **how: Any) -> dict[str, Any]:
     """The implementations that take these operands, with their keyword arguments."""
-    skip = {"pallas_tpu"} if _why_not(x_TD, w_up_EDF, choice_R, static.implementation) else set()
+    x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, _, choice_R, *_ = operands
+    refused = _why_not(static.implementation, x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, choice_R)
     how |= dict(activation=static.activation, gate_on=static.gate_on)
-    return {name: functools.partial(f, **how) for name, f in entries.items() if name not in skip}
+    return {name: functools.partial(f, **how) for name, f in entries.items() if refused.get(name) is None}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _routed_ffn(static, x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset, choice_R, slot_TK, gates_TK):
-    table = _table(_FORWARD, static, x_TD, w_up_EDF, choice_R, save=False)
+    operands = (x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset, choice_R, slot_TK, gates_TK)
+    table = _table(_FORWARD, static, operands, save=False)
     if static.implementation is None and xla_few.suits(choice_R.shape[0], w_up_EDF.shape[0]):
         few = functools.partial(composed.forward, xla_few.forward)
         table["xla_tiles"] = functools.partial(few, activation=static.activation, gate_on=static.gate_on)
-    operands = (x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset, choice_R, slot_TK, gates_TK)
     return _choose.run(static.implementation, table, *operands)[0]
 
 
 def _forward(static, x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset, choice_R, slot_TK, gates_TK):
-    table = _table(_FORWARD, static, x_TD, w_up_EDF, choice_R, save=True)
     operands = (x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset, choice_R, slot_TK, gates_TK)
+    table = _table(_FORWARD, static, operands, save=True)
     out_TD, gate_RF, up_RF = _choose.run(static.implementation, table, *operands)
     return out_TD, (operands, gate_RF, up_RF)
 
 
 def _backward(static, saved, dout_TD):
     operands, gate_RF, up_RF = saved
-    x_TD, _, w_up_EDF, *_, choice_R, _, gates_TK = operands
-    table = _table(_BACKWARD, static, x_TD, w_up_EDF, choice_R)
+    table = _table(_BACKWARD, static, operands)
     *gradients, dgates_TK = _choose.run(static.implementation, table, *operands, gate_RF, up_RF, dout_TD)
-    return (*gradients, None, None, None, None, dgates_TK.astype(gates_TK.dtype))
+    return (*gradients, None, None, None, None, dgates_TK.astype(operands[-1].dtype))
 
 
 _routed_ffn.defvjp(_forward, _backward)

@@ -116,11 +116,11 @@ def test_tiles_fit(capability, itemsize):
     target = _gpu_target.of(capability, 108)
     shapes = [(65536, 2048, 1024, 64), (16384, 4096, 14336, 8), (65536, 2048, 768, 128), (64, 2048, 1024, 64)]
     for M, K, N, G in [*shapes, (5, 3, 4, 7)]:
-        tiles = [_gpu_tiles.row_tiles(M, K, N, G, itemsize, target, accs=accs, rhs=accs) for accs in (1, 2)]
-        for accs, t in zip((1, 2, 1), [*tiles, _gpu_tiles.weight_tiles(M, K, N, G, itemsize, target)]):
-            assert t.stages >= 2 and t.stages * itemsize * t.inner * (t.rows + accs * t.cols) <= target.shared_bytes
-            assert accs * t.rows * t.cols <= 32 * t.warps * 128
-            assert all(n >= 16 and n & (n - 1) == 0 for n in (t.rows, t.cols, t.inner))
+        tiles = [_gpu_tiles.row_tiles(M, K, N, G, itemsize, target, sums=n, rhs=n) for n in (1, 2)]
+        for n, t in zip((1, 2, 1), [*tiles, _gpu_tiles.weight_tiles(M, K, N, G, itemsize, target)]):
+            assert t.stages >= 2 and t.stages * itemsize * t.inner * (t.rows + n * t.cols) <= target.shared_bytes
+            assert n * t.rows * t.cols <= 32 * t.warps * 128
+            assert all(d >= 16 and d & (d - 1) == 0 for d in (t.rows, t.cols, t.inner))
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,14 @@ def test_tpu_kernels_equal_reference(gate_on, gated, dtype, tolerance):
         assert_close(got, compiled("reference", gate_on=gate_on)(*with_floats, p), tolerance)
 
 
+def test_gpu_kernels_equal_reference():
+    args = operands(gated=False, dtype=jnp.bfloat16)
+    with_floats = [None if a is None else a.astype(jnp.float32) for a in args]
+    for p in PLANS[1::2]:
+        got = compiled("pallas_gpu")(*args, p)
+        assert_close(got, compiled("reference")(*with_floats, p), 1e-2)
+
+
 def test_equals_its_parts():
     dout, x, w_gate, w_up, w_down, gates = operands()
     sizes, choice, slot = PLANS[1]
@@ -119,7 +127,7 @@ def test_equals_its_parts():
     assert_close(got, (out, *pullback(dout)), 2e-6)
 
 
-@pytest.mark.parametrize("implementation", ["xla_tiles", "pallas_tpu"])
+@pytest.mark.parametrize("implementation", ["xla_tiles", "pallas_tpu", "pallas_gpu"])
 def test_what_nobody_refers_to_reaches_nothing(implementation):
     """Tokens and gates of dropped choices hold NaN."""
     sizes, choice, slot = plan(1, T * K, 16)
