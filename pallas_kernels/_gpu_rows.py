@@ -10,7 +10,7 @@ an epilogue turns the sums into what is stored. Dims: R rows of a tile, C column
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -25,8 +25,9 @@ from pallas_kernels._gpu_tiles import Tiles
 from pallas_kernels.quantized import Weights
 
 Ref = Any
-#: (sums (R, C), row inputs (R, C), scale of the rows (R, 1) or None) -> tiles to store (R, C), then sums of rows (R,).
-Epilogue = Callable[[list[Array], list[Array], Array | None], list[Array]]
+#: (sums (R, C), loads of the row inputs (R, C), scale of the rows (R, 1) or None) -> tiles to store (R, C), then sums
+#: of rows (R,). An iterator: what has been stored takes no registers any more.
+Epilogue = Callable[[list[Array], list[Callable[[], Array]], Array | None], Iterable[Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Call:
     """What the kernel knows while it is compiled.
 
     phases: products whose operands are loaded together, one walk over K each.
-    row_sums: further results: one float32 number per row and column tile.
+    row_sums: further results: one float32 number per row and part of a column tile.
+    parts: what the epilogue gets at a time, of a column tile: all of it may not fit into registers.
     """
 
     M: int
@@ -57,6 +59,7 @@ class Call:
     out_dtypes: tuple[Any, ...]
     epilogue: Epilogue
     row_sums: int = 0
+    parts: int = 1
 
     @property
     def num_cols(self) -> int:
@@ -110,7 +113,7 @@ def matmul_rows(
     operands, tree = jax.tree.flatten(given)
     t, like = call.tiles, functools.partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(lhs[0]).manual_axis_type)
     out_shape = [like((call.M, call.N), dtype) for dtype in call.out_dtypes]
-    out_shape += [like((call.num_cols, call.M), jnp.float32)] * call.row_sums
+    out_shape += [like((call.num_cols * call.parts, call.M), jnp.float32)] * call.row_sums
     num_tiles = schedule.num_row_tiles(call.M, call.L, t.rows)
     return pl.pallas_call(
         functools.partial(_kernel, call, num_tiles, tree),
@@ -131,26 +134,35 @@ def _kernel(call: Call, num_tiles: int, tree: Any, *refs: Ref) -> None:
     offset = jnp.int32(0) if r.offset is None else r.offset[0]
     how = dict(num_rows=call.M, num_groups=call.L, held_groups=call.G, rows=t.rows)
     at = schedule.row_tile(r.sizes, offset, tile, **how)
-    row_R = at.row + jax.lax.broadcasted_iota(jnp.int32, (t.rows,), 0)
-    col_C = column * t.cols + jax.lax.broadcasted_iota(jnp.int32, (t.cols,), 0)
-    live_R = row_R < at.end
-    mask_RC, tile_at = _mask(call, live_R, col_C), (row_R[:, None], col_C[None, :])
-    sums = _sums(call, r, at, jnp.minimum(row_R, call.M - 1), col_C)
+    row_R = at.row + _iota(t.rows)
+    sums = _sums(call, r, at, jnp.minimum(row_R, call.M - 1), column * t.cols + _iota(t.cols))
+    parts = [jnp.split(total, call.parts, axis=1) if call.parts > 1 else [total] for total in sums]
+    for i, part in enumerate(zip(*parts)):
+        _finish(call, r, at, row_R, column * call.parts + i, list(part))
+
+
+def _finish(call: Call, r: _Refs, at: schedule.RowTile, row_R: Array, column: Array, sums: list[Array]) -> None:
+    """Stores what the epilogue makes of some columns of the sums: part number `column` of the row tile."""
+    cols = call.tiles.cols // call.parts
+    col_C, live_R1 = column * cols + _iota(cols), (row_R < at.end)[:, None]
+    tile_at = (row_R[:, None], col_C[None, :])
+    mask_RC = jnp.broadcast_to(live_R1, (call.tiles.rows, cols))
+    if call.N % cols:
+        mask_RC &= (col_C < call.N)[None, :]
     # what rows without a matrix hold must not reach the epilogue
-    inputs = [plgpu.load(ref.at[tile_at], mask=mask_RC & at.held, other=0) for ref in r.rows]
+    load = lambda ref: plgpu.load(ref.at[tile_at], mask=mask_RC & at.held, other=0)
     scale_R1 = None
     if r.scale is not None:
-        scale_R1 = plgpu.load(r.scale.at[row_R], mask=live_R & at.held, other=0)[:, None]
-    results = call.epilogue(sums, inputs, scale_R1)
-    for ref, tile_RC in zip(r.out, results[: len(r.out)], strict=True):
-        plgpu.store(ref.at[tile_at], tile_RC.astype(ref.dtype), mask=mask_RC)
-    for ref, sum_R in zip(r.sums, results[len(r.out) :], strict=True):
-        plgpu.store(ref.at[jnp.broadcast_to(column, row_R.shape), row_R], sum_R, mask=live_R)
+        scale_R1 = plgpu.load(r.scale.at[row_R], mask=(row_R < at.end) & at.held, other=0)[:, None]
+    results = iter(call.epilogue(sums, [functools.partial(load, ref) for ref in r.rows], scale_R1))
+    for ref in r.out:
+        plgpu.store(ref.at[tile_at], next(results).astype(ref.dtype), mask=mask_RC)
+    for ref in r.sums:
+        plgpu.store(ref.at[jnp.broadcast_to(column, row_R.shape), row_R], next(results), mask=row_R < at.end)
 
 
-def _mask(call: Call, live_R: Array, col_C: Array) -> Array:
-    mask_RC = jnp.broadcast_to(live_R[:, None], (call.tiles.rows, call.tiles.cols))
-    return mask_RC & (col_C < call.N)[None, :] if call.N % call.tiles.cols else mask_RC
+def _iota(size: int) -> Array:
+    return jax.lax.broadcasted_iota(jnp.int32, (size,), 0)
 
 
 def _sums(call: Call, r: _Refs, at: schedule.RowTile, row_R: Array, col_C: Array) -> list[Array]:
@@ -164,7 +176,7 @@ def _sums(call: Call, r: _Refs, at: schedule.RowTile, row_R: Array, col_C: Array
     col_C = jnp.minimum(col_C, call.N - 1) if call.N % t.cols else col_C
 
     def step(phase: tuple[Product, ...], i: Array, sums: list[Array]) -> list[Array]:
-        k_K = i * t.inner + jax.lax.broadcasted_iota(jnp.int32, (t.inner,), 0)
+        k_K = i * t.inner + _iota(t.inner)
         live_K = k_K < call.K if call.K % t.inner else None
         live_1K, live_K1 = (None, None) if live_K is None else (live_K[None, :], live_K[:, None])
         k_K = k_K if live_K is None else jnp.minimum(k_K, call.K - 1)
@@ -193,7 +205,7 @@ def _sums(call: Call, r: _Refs, at: schedule.RowTile, row_R: Array, col_C: Array
     return totals
 
 
-def store(sums: list[Array], rows: list[Array], scale: Array | None) -> list[Array]:
+def store(sums: list[Array], loads: list[Callable[[], Array]], scale: Array | None) -> list[Array]:
     """The epilogue that does nothing."""
     return sums
 

@@ -41,14 +41,18 @@ def row_tiles(M: int, K: int, N: int, G: int, itemsize: int, target: Target, *, 
     return Tiles(rows, cols, inner, warps, _stages(itemsize * inner * (rows + rhs * cols), target))
 
 
-def weight_tiles(M: int, A: int, B: int, G: int, itemsize: int, target: Target) -> Tiles:
-    """Tiles of a sum over each group's rows: `rows` of A, `cols` of B, `inner` rows per step."""
+def weight_tiles(M: int, A: int, B: int, G: int, itemsize: int, target: Target, *, gathers: bool = False) -> Tiles:
+    """Tiles of a sum over each group's rows: `rows` of A, `cols` of B, `inner` rows per step.
+
+    A gather's loads follow those of their indices, so that every step of theirs takes two stages.
+    """
     wide = itemsize == 2 and target.capability >= 90
     most = 128 if itemsize == 2 else 64
     rows, cols = min(most, max(_power_above(A), LEAST)), min(256 if wide else most, max(_power_above(B), LEAST))
     inner = min(64 if itemsize == 2 and target.shared_bytes >= 128 * 1024 else 32, max(_power_below(M // G), LEAST))
     warps = 8 if rows * cols >= 128 * 256 else 4
-    return Tiles(rows, cols, inner, warps, _stages(itemsize * inner * (rows + cols), target))
+    stages = _stages(itemsize * inner * (rows + cols), target)
+    return Tiles(rows, cols, inner, warps, 2 * stages - 1 if gathers else stages)
 
 
 def _stages(step_bytes: int, target: Target) -> int:

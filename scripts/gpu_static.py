@@ -105,16 +105,21 @@ def of_kernels(log: str) -> dict[str, Any]:
     """The most that any of our kernels takes, from ptxas' own report."""
     registers, spilled = [], []
     for entry in log.split("Compiling entry function ")[1:]:
-        if entry.split("'")[1] in _OURS:
+        if _ours(entry.split("'")[1]):
             registers += [int(n) for n in re.findall(r"Used (\d+) registers", entry)[:1]]
             spilled += [int(stores) + int(loads) for stores, loads in _SPILLS.findall(entry)[:1]]
     return {"registers": max(registers, default=None), "spilled_bytes": max(spilled, default=None)}
 
 
+def _ours(name: str) -> bool:
+    """Whether a kernel is ours; XLA numbers those of one name."""
+    return re.sub(r"(_+\d+)+$", "", name) in _OURS
+
+
 def of_thunks(text: str) -> dict[str, Any]:
     """Launches of our kernels and of XLA's, from XLA's list of steps."""
     launches = re.findall(r"kCustomKernel.*?\] (\w+) .*shared_memory: (\d+) bytes", text)
-    ours = [int(shared) for name, shared in launches if name in _OURS]
+    ours = [int(shared) for name, shared in launches if _ours(name)]
     others = len(launches) - len(ours) + len(re.findall(_OTHERS, text))
     return {"our_kernels": len(ours), "xla_kernels": others, "shared_bytes": max(ours, default=None)}
 

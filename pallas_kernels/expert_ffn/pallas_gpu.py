@@ -8,6 +8,7 @@ Dims as in api.py; X rows, or tokens of which rows are gathered on the way into 
 
 import dataclasses
 import functools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,9 @@ from pallas_kernels.grouped_matmul import pallas_gpu as grouped
 from pallas_kernels.quantized import Quantized, Weights
 
 why_not = grouped.why_not
+#: Columns that the epilogue of the gradients takes at a time: more of its many terms don't fit into registers.
+_PART = 32
+Load = Callable[[], Array]
 
 
 class Groups(NamedTuple):
@@ -129,8 +133,7 @@ def dhidden(
 ) -> Gradients:
     """From dy, or with `token` from dy[token]; the hidden layer and the gradients times the scale, if there is one."""
     pre, scaled = ([up_RF] if gate_RF is None else [gate_RF, up_RF]), scale_R is not None
-    # as many registers again as the sums take hold the pre-activations
-    how = dict(outs=1 + len(pre), row_sums=int(scaled), sums=2, epilogue=_Gradients(activation))
+    how = dict(outs=1 + len(pre), row_sums=int(scaled), sums=1, epilogue=_Gradients(activation), part_cols=_PART)
     hidden_RF, *d = _call(
         [dy_XD], [w_down_EFD], groups, index=token_R, row_inputs=pre, scale=scale_R,
         phases=((Product(0, 0, 0),),), transpose_rhs=True, **how,
@@ -160,7 +163,9 @@ def weight_gradient(
         return None
     E, A, B = weights_EAB.shape
     R = next(a for a in (left_token_R, right_token_R, left_XA) if a is not None).shape[0]
-    tiles = _gpu_tiles.weight_tiles(R, A, B, E, left_XA.dtype.itemsize, _gpu_target.current() or _gpu_target.SMALLEST)
+    gathers = left_token_R is not None or right_token_R is not None
+    target = _gpu_target.current() or _gpu_target.SMALLEST
+    tiles = _gpu_tiles.weight_tiles(R, A, B, E, left_XA.dtype.itemsize, target, gathers=gathers)
     return _weights(
         left_XA, right_XB, groups.sizes_L, groups.offset, num_groups=E, tiles=tiles, left_index_M=left_token_R,
         right_index_M=right_token_R, interpret=groups.interpret,
@@ -174,7 +179,7 @@ class _Hidden:
     activation: str
     save: bool
 
-    def __call__(self, pre: list[Array], rows: list[Array], scale: Array | None) -> list[Array]:
+    def __call__(self, pre: list[Array], loads: list[Load], scale: Array | None) -> list[Array]:
         hidden = activations.hidden(self.activation, pre[0] if len(pre) > 1 else None, pre[-1])
         return [hidden, *pre] if self.save else [hidden]
 
@@ -188,13 +193,20 @@ class _Gradients:
 
     activation: str
 
-    def __call__(self, dhidden: list[Array], rows: list[Array], scale: Array | None) -> list[Array]:
-        pre = [a.astype(jnp.float32) for a in rows]
-        *gradients, dscale_R1 = activations.scaled_hidden_and_gradients(
-            self.activation, pre[0] if len(pre) > 1 else None, pre[-1], dhidden[0], scale
-        )
-        outs = [a for a in gradients if a is not None]
-        return outs if scale is None else [*outs, jnp.sum(dscale_R1, axis=1)]
+    def __call__(self, dhidden: list[Array], loads: list[Load], scale: Array | None) -> Iterator[Array]:
+        # one after the other, each side loaded where it is needed: all at once don't fit into registers
+        load = lambda i: loads[i]().astype(jnp.float32)
+        value, slope = activations.ACTIVATIONS[self.activation](load(0))
+        dhidden_RF = dhidden[0] if scale is None else dhidden[0] * scale
+        up_RF = load(1) if len(loads) > 1 else None
+        hidden_RF = value if up_RF is None else value * up_RF
+        dot_R = None if scale is None else jnp.sum(hidden_RF * dhidden[0], axis=1)
+        yield hidden_RF if scale is None else hidden_RF * scale
+        yield dhidden_RF * slope if up_RF is None else dhidden_RF * up_RF * slope
+        if up_RF is not None:
+            yield dhidden_RF * value
+        if dot_R is not None:
+            yield dot_R
 
 
 def _call(
@@ -208,6 +220,7 @@ def _call(
     outs: int,
     sums: int,
     row_sums: int = 0,
+    part_cols: int = 0,
     index: Array | None = None,
     row_inputs: list[Array] | tuple[()] = (),
     scale: Array | None = None,
@@ -222,9 +235,9 @@ def _call(
     target = _gpu_target.current() or _gpu_target.SMALLEST
     loaded = len(phases[0])
     tiles = _gpu_tiles.row_tiles(R, K, N, E, dtype.itemsize, target, rhs=loaded, sums=sums)
-    call = _gpu_rows.Call(
-        R, K, N, E, groups.sizes_L.shape[0], phases, transpose_rhs, tiles, (dtype,) * outs, epilogue, row_sums
-    )
+    parts = max(1, tiles.cols // part_cols) if part_cols else 1
+    shape = (R, K, N, E, groups.sizes_L.shape[0])
+    call = _gpu_rows.Call(*shape, phases, transpose_rhs, tiles, (dtype,) * outs, epilogue, row_sums, parts)
     how = dict(index_M=index, row_inputs=tuple(row_inputs), scale_M=scale, call=call, interpret=groups.interpret)
     return _run(tuple(rows), tuple(weights), groups.sizes_L, groups.offset, **how)
 
