@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import _checks, _choose, _varying
-from pallas_kernels.route_top_k import pallas_tpu, pallas_tpu_rows, reference, scoring, xla
+from pallas_kernels.route_top_k import pallas_gpu, pallas_tpu, pallas_tpu_rows, reference, scoring, xla
 from pallas_kernels.route_top_k.scoring import Priority, ScoreFunction, Settings
 
 _OP = "route_top_k"
-_ROUTE = {"xla": xla.route, "pallas_tpu": pallas_tpu.route}
+_ROUTE = {"xla": xla.route, "pallas_tpu": pallas_tpu.route, "pallas_gpu": pallas_gpu.route}
 _POSITIONS = {"reference": reference.positions, "xla": xla.positions}
 _ROWS = {"reference": reference.rows, "xla": xla.rows, "pallas_tpu": pallas_tpu_rows.rows}
 _AVAILABLE = ("reference", "xla")
@@ -68,9 +68,10 @@ def route_top_k(
       priority: which choices are earlier: "token", those of earlier tokens; "choice", all first choices in token order,
         then all second ones, as capacity limits give places (GShard).
       return_scores: also return the scores of all experts.
-      implementation: "reference", "xla", "pallas_tpu" (one launch; interpreted where it is lowered for a CPU), or
-        None: "pallas_tpu" on TPU, inside a shard_map over all mesh axes, where the kernel's limits allow it; else
-        "xla". (XLA cannot partition a kernel, and outside shard_map it may have to.)
+      implementation: "reference", "xla", "pallas_tpu" and "pallas_gpu" (interpreted where they are lowered for a CPU),
+        or None: "pallas_tpu" on TPU and "pallas_gpu" where this is traced for an NVIDIA GPU, inside a shard_map over
+        all mesh axes, where the kernel's limits allow it; else "xla". (XLA cannot partition a kernel, and outside
+        shard_map it may have to.)
 
     Ties go to the lower id. A NaN score is chosen last and never twice; its gate is NaN. A biased score of -inf counts
     as the least finite number.
@@ -89,8 +90,7 @@ def route_top_k(
     _check_choice(_OP, "score_function", score_function, scoring.SCORE_FUNCTIONS)
     _check_choice(_OP, "priority", priority, scoring.PRIORITIES)
     settings = Settings(k, score_function, renormalize, float(scale), priority, return_scores)
-    refusal = pallas_tpu.refusal(logits_TE.shape, logits_TE.dtype, settings)
-    implementation = _chosen(_OP, implementation, shapes, refusal)
+    implementation = _chosen(_OP, implementation, shapes, _refusals(logits_TE, settings, implementation))
     operands = _varying.same_varying(logits_TE, bias_E, valid_T)
     if implementation == "reference":
         return TopKRoutes(*reference.route(*operands, settings=settings))
@@ -130,8 +130,8 @@ def expert_rows(
     """
     op = "expert_rows"
     experts_TK = jnp.asarray(experts_TK)
-    refusal = pallas_tpu_rows.refusal(experts_TK.shape, num_experts)
-    implementation = _chosen(op, implementation, _check_ids(op, experts_TK), refusal)
+    refusals = {"pallas_tpu": pallas_tpu_rows.refusal(experts_TK.shape, num_experts)}
+    implementation = _chosen(op, implementation, _check_ids(op, experts_TK), refusals)
     table = {name: functools.partial(function, num_experts=num_experts) for name, function in _ROWS.items()}
     return _choose.run(implementation, table, experts_TK, takes_batches=True)
 
@@ -143,12 +143,21 @@ def _check_ids(op: str, experts_TK: Array) -> str:
     return shapes
 
 
-def _chosen(op: str, implementation: str | None, shapes: str, refusal: str | None) -> str | None:
-    """The implementation to run; None where the platform decides. `refusal`: why the kernel can't take the operands."""
+def _refusals(logits_TE: Array, settings: Settings, asked: str | None) -> dict[str, str | None]:
+    """Why each kernel can't take the operands; None if it can."""
+    return {
+        "pallas_tpu": pallas_tpu.refusal(logits_TE.shape, logits_TE.dtype, settings),
+        "pallas_gpu": pallas_gpu.refusal(logits_TE.shape, logits_TE.dtype, asked),
+    }
+
+
+def _chosen(op: str, implementation: str | None, shapes: str, refusals: dict[str, str | None]) -> str | None:
+    """The implementation to run; None where the platform decides."""
     if implementation is None and not _inside_shard_map():
-        refusal = refusal or "outside shard_map XLA may have to partition it"
-    implementation = _choose.check_implementation(op, implementation, shapes, {"pallas_tpu": refusal}, _AVAILABLE)
-    return "xla" if implementation is None and refusal else implementation
+        partition = "outside shard_map XLA may have to partition it"
+        refusals = {name: refusal or partition for name, refusal in refusals.items()}
+    implementation = _choose.check_implementation(op, implementation, shapes, refusals, _AVAILABLE)
+    return "xla" if implementation is None and None not in refusals.values() else implementation
 
 
 def _inside_shard_map() -> bool:
@@ -178,7 +187,9 @@ def _check_choice(op: str, name: str, given: str, known: tuple[str, ...]) -> Non
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _route(settings, implementation, logits_TE, bias_E, valid_T):
-    table = {name: functools.partial(function, settings=settings) for name, function in _ROUTE.items()}
+    refusals = _refusals(logits_TE, settings, implementation)
+    entries = {name: function for name, function in _ROUTE.items() if refusals.get(name) is None}
+    table = {name: functools.partial(function, settings=settings) for name, function in entries.items()}
     return _choose.run(implementation, table, logits_TE, bias_E, valid_T, takes_batches=True)
 
 

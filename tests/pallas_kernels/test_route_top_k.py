@@ -134,6 +134,17 @@ def test_kernel_carries_across_blocks():
         check_routes(got, expected)
 
 
+@pytest.mark.parametrize(
+    ("shape", "name", "extras"),
+    [((200, 60, 8), "renormalised", (True, True)), ((37, 8, 2), "by choice", (False, False))],
+    ids=str,
+)
+def test_gpu_kernel_interpreted(shape, name, extras):
+    """The first in four blocks, of which the last is partial."""
+    logits, settings, expected = case(shape, SETTINGS[name], *extras)
+    check_routes(route_top_k(logits, shape[2], implementation="pallas_gpu", **settings), expected)
+
+
 ALL = [*FAST, "pallas_tpu"]
 
 
@@ -146,8 +157,10 @@ def test_ties_go_to_the_lower_id(implementation):
     np.testing.assert_array_equal(routes.counts, [3, 2, 2, 0, 1, 0, 0, 1, 0])
 
 
-@pytest.mark.parametrize("implementation", ALL)
-@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(
+    ("implementation", "score_function"),
+    [*((name, f) for name in ALL for f in ("softmax", "sigmoid")), ("pallas_gpu", "sigmoid")],
+)
 def test_hostile_logits_choose_no_expert_twice(implementation, score_function):
     logits = draw(1, 12, 6)
     logits[0] = np.nan
