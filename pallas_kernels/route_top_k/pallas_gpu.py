@@ -20,8 +20,8 @@ from pallas_kernels.route_top_k import scoring, xla
 
 Ref = Any
 _MOST_EXPERTS = 4096
-#: Scores of a block, 32 for each of its threads.
-_BLOCK_SCORES = 4096
+#: Scores of a block, 16 for each of its threads: with more, several copies of them fill all registers.
+_BLOCK_SCORES = 2048
 _WARPS = 4
 
 
