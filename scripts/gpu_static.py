@@ -44,7 +44,7 @@ _HERE = Path(__file__).parent
 _MOST_SCRATCH = 0.01
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 #: Names of our kernels; other launches are XLA's.
-_OURS = ("matmul_rows", "weight_gradient", "route_top_k", "route_positions")
+_OURS = ("matmul_rows", "weight_gradient", "route_top_k", "mosaic_matmul_rows", "mosaic_weight_gradient")
 _OTHERS = r": k(?:Kernel|Gemm|CublasLtMatmul|Cub\w*|Sort|Memset\w*|Memzero|Copy|DeviceToDeviceCopy) "
 _COLUMNS = ("op", "pass", "shape", "implementation", "scratch", "/operands", "ours", "XLA's", "registers", "spilled",
             "shared KiB", "compile s")  # fmt: skip
@@ -85,6 +85,7 @@ def figures(case: Case, implementation: str, timeout_s: float) -> dict[str, Any]
             **os.environ,
             "JAX_PLATFORMS": "cpu",
             "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # of libraries that only a program at work needs
+            "MOSAIC_GPU_DUMP_PTXAS": "1",
             "PYTHONPATH": str(_HERE.parent),
             "TF_CPP_MIN_LOG_LEVEL": "0",
             "TF_CPP_VMODULE": "subprocess_compilation=5",
@@ -112,8 +113,8 @@ def of_kernels(log: str) -> dict[str, Any]:
 
 
 def _ours(name: str) -> bool:
-    """Whether a kernel is ours; XLA numbers those of one name."""
-    return re.sub(r"(_+\d+)+$", "", name) in _OURS
+    """Whether a kernel is ours; XLA numbers those of one name, Mosaic adds its own."""
+    return re.sub(r"(_mosaic_gpu_kernel)?(_+\d+)*$", "", name) in _OURS
 
 
 def of_thunks(text: str) -> dict[str, Any]:
