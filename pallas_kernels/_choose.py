@@ -21,8 +21,8 @@ logger = logging.getLogger("pallas_kernels")
 #: On any platform. "reference" is the oracle of the tests, "xla_tiles" is built for CPUs (not every op needs it).
 AVAILABLE = ("reference", "xla", "xla_tiles")
 #: Kernels for one kind of device. Not every op has every one.
-KERNELS = ("pallas_tpu", "pallas_gpu")
-#: What each is lowered for.
+KERNELS = ("pallas_tpu", "pallas_gpu", "mosaic_gpu")
+#: What None may choose, and what it is lowered for.
 _PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "cuda"}
 
 
@@ -100,7 +100,7 @@ def _run(implementation: str | None, table: Mapping[str, Callable[..., Any]], *a
             # as an interpreted kernel's callbacks are
             return kernel(*args)
         return jax.lax.platform_dependent(*args, tpu=kernel, cpu=functools.partial(kernel, interpret=True))
-    if implementation == "pallas_gpu":
+    if implementation in ("pallas_gpu", "mosaic_gpu"):
         kernel = table[implementation]
         if _gpu_target.current() is not None:
             return kernel(*args)

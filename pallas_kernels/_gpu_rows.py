@@ -147,7 +147,7 @@ def _finish(call: Call, r: _Refs, at: schedule.RowTile, row_R: Array, column: Ar
     col_C, live_R1 = column * cols + _iota(cols), (row_R < at.end)[:, None]
     tile_at = (row_R[:, None], col_C[None, :])
     mask_RC = jnp.broadcast_to(live_R1, (call.tiles.rows, cols))
-    if call.N % cols:
+    if call.N % call.tiles.cols:  # then whole parts may lie beyond the last column
         mask_RC &= (col_C < call.N)[None, :]
     # what rows without a matrix hold must not reach the epilogue
     load = lambda ref: plgpu.load(ref.at[tile_at], mask=mask_RC & at.held, other=0)

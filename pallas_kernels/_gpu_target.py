@@ -28,6 +28,11 @@ class Target:
     num_cores: int
     shared_bytes: int
 
+    @property
+    def multiplies_from_shared(self) -> bool:
+        """Whether tensor cores read their operands from shared memory; otherwise registers must hold them, too."""
+        return self.capability in (90, 100, 103)
+
 
 #: compute capability -> shared memory of a block. Others: what the smallest of them has.
 _SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}

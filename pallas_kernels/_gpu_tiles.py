@@ -30,14 +30,14 @@ class Tiles:
 def row_tiles(M: int, K: int, N: int, G: int, itemsize: int, target: Target, *, rhs: int = 1, sums: int = 1) -> Tiles:
     """Tiles of a matmul of rows by their group's matrices.
 
-    Rows: half a mean group, so that what its last tile wastes stays small; columns: what registers hold, 128 numbers of
-    all `sums` per thread. `rhs` matrices are loaded per step.
+    Rows: half a mean group, so that what its last tile wastes stays small; columns: what registers hold, all `sums`
+    together. `rhs` matrices are loaded per step.
     """
     rows = min(max(_power_below(M // (2 * G)), LEAST), 128 if itemsize == 2 else 64)
-    wide = itemsize == 2 and target.capability >= 90 and rows == 128
+    wide = itemsize == 2 and target.multiplies_from_shared and rows == 128
     cols = min((256 if wide else 128 if itemsize == 2 else 64) // sums, max(_power_above(N), LEAST))
     inner = min(64 if itemsize == 2 and target.shared_bytes >= 128 * 1024 else 32, max(_power_above(K), LEAST))
-    warps = 8 if rows * cols * sums >= 128 * 256 else 4
+    warps = _warps(rows * cols * sums, target)
     return Tiles(rows, cols, inner, warps, _stages(itemsize * inner * (rows + rhs * cols), target))
 
 
@@ -46,13 +46,18 @@ def weight_tiles(M: int, A: int, B: int, G: int, itemsize: int, target: Target, 
 
     A gather's loads follow those of their indices, so that every step of theirs takes two stages.
     """
-    wide = itemsize == 2 and target.capability >= 90
+    wide = itemsize == 2 and target.multiplies_from_shared
     most = 128 if itemsize == 2 else 64
     rows, cols = min(most, max(_power_above(A), LEAST)), min(256 if wide else most, max(_power_above(B), LEAST))
     inner = min(64 if itemsize == 2 and target.shared_bytes >= 128 * 1024 else 32, max(_power_below(M // G), LEAST))
-    warps = 8 if rows * cols >= 128 * 256 else 4
+    warps = _warps(rows * cols, target)
     stages = _stages(itemsize * inner * (rows + cols), target)
     return Tiles(rows, cols, inner, warps, 2 * stages - 1 if gathers else stages)
+
+
+def _warps(numbers: int, target: Target) -> int:
+    """For this many sums: 128 per thread, or 64 if operands are in registers, too."""
+    return 8 if numbers > 4 * 32 * (128 if target.multiplies_from_shared else 64) else 4
 
 
 def _stages(step_bytes: int, target: Target) -> int:

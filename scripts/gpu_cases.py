@@ -17,7 +17,7 @@ from kernel_cases import SHAPES, Shape
 import pallas_kernels as ops
 
 #: What the ops can be asked for here.
-IMPLEMENTATIONS = ("pallas_gpu", "xla")
+IMPLEMENTATIONS = ("pallas_gpu", "mosaic_gpu", "xla")
 PASSES = ("fwd", "dlhs", "drhs", "bwd")
 
 

@@ -1,6 +1,6 @@
-"""`bench.py kernels --gpu-static`: the GPU kernels compiled for an H100 by XLA, without a GPU.
+"""`bench.py kernels --gpu-static`: the GPU kernels compiled for an H100 (or another) by XLA, without a GPU.
 
-    python scripts/bench.py kernels --gpu-static --shapes olmoe,qwen3
+    python scripts/bench.py kernels --gpu-static --shapes olmoe,qwen3 --gpus h100,a100
 
 Every case is compiled in a process of its own, by the CUDA plugin (jax 0.12, Python 3.12: pip install jax-cuda13-plugin
 jax-cuda13-pjrt nvidia-cuda-nvcc; no driver is needed) for a device described in text. Exit code 1 if a kernel spills
@@ -26,41 +26,57 @@ from typing import Any
 import gpu_cases
 from gpu_cases import Case
 
-#: What XLA's GPU compiler asks about a device; by NVIDIA's data sheet of an H100 SXM.
-_H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536 core_count: 132 fpus_per_core: 128
+#: What XLA's GPU compiler asks about a device, with what differs; by NVIDIA's data sheets.
+_DEVICE = """
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: {threads}
+  shared_memory_per_block: 49152 shared_memory_per_core: {shared_core} shared_memory_per_block_optin: {shared}
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536 core_count: {cores} fpus_per_core: {fpus}
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84942979072
-  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
-}
+  memory_bandwidth: {bandwidth} l2_cache_size: {l2} clock_rate_ghz: {clock} device_memory_size: {memory}
+  cuda_compute_capability {{ {capability} }}
+}}
 platform_name: "CUDA"
-runtime_version { major: 13 minor: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
+runtime_version {{ major: 13 minor: 0 }}
+device_description_str: "{kind}"
 """
+GPUS = {
+    "h100": dict(
+        kind="NVIDIA H100 80GB HBM3", capability="major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES", cores=132,
+        fpus=128, threads=2048, shared=232448, shared_core=233472, l2=52428800, bandwidth=3352320000000, clock=1.98,
+        memory=84942979072,
+    ),
+    "a100": dict(
+        kind="NVIDIA A100-SXM4-80GB", capability="major: 8 minor: 0", cores=108, fpus=64, threads=2048, shared=166912,
+        shared_core=167936, l2=41943040, bandwidth=2039000000000, clock=1.41, memory=84942979072,
+    ),
+    "l4": dict(
+        kind="NVIDIA L4", capability="major: 8 minor: 9", cores=58, fpus=128, threads=1536, shared=101376,
+        shared_core=102400, l2=50331648, bandwidth=300000000000, clock=2.04, memory=24152899584,
+    ),
+}  # fmt: skip
 _HERE = Path(__file__).parent
 _MOST_SCRATCH = 0.01
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 #: Names of our kernels; other launches are XLA's.
-_OURS = ("matmul_rows", "weight_gradient", "route_top_k", "route_positions")
+_OURS = ("matmul_rows", "weight_gradient", "route_top_k", "mosaic_matmul_rows", "mosaic_weight_gradient")
 _OTHERS = r": k(?:Kernel|Gemm|CublasLtMatmul|Cub\w*|Sort|Memset\w*|Memzero|Copy|DeviceToDeviceCopy) "
-_COLUMNS = ("op", "pass", "shape", "implementation", "scratch", "/operands", "ours", "XLA's", "registers", "spilled",
-            "shared KiB", "compile s")  # fmt: skip
+_COLUMNS = ("op", "pass", "shape", "implementation", "gpu", "scratch", "/operands", "ours", "XLA's", "registers",
+            "spilled", "shared KiB", "compile s")  # fmt: skip
 
 
 # --- in the process of one case --------------------------------------------------------------------------------------
 
 
-def compile_case(case: Case, implementation: str) -> dict[str, Any]:
+def compile_case(case: Case, implementation: str, gpu: str = "h100") -> dict[str, Any]:
     """Compiles; {"scratch_bytes", "operand_bytes", "compile_s"}."""
     import jax
     import numpy as np
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    described = dict(platform="cuda", topology_name="h100", target_config=_H100, topology="1x1x1")
+    target = _DEVICE.format(**GPUS[gpu])
+    described = dict(platform="cuda", topology_name=gpu, target_config=target, topology="1x1x1")
     mesh = Mesh(np.array(topologies.get_topology_desc(**described).devices[:1]), ("x",))
     work, sharding = case.work(), NamedSharding(mesh, PartitionSpec())
     args = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in work.args]
@@ -77,14 +93,16 @@ def compile_case(case: Case, implementation: str) -> dict[str, Any]:
 # --- in the caller's -------------------------------------------------------------------------------------------------
 
 
-def figures(case: Case, implementation: str, timeout_s: float) -> dict[str, Any]:
+def figures(case: Case, implementation: str, gpu: str, timeout_s: float) -> dict[str, Any]:
     """compile_case's, and what ptxas says of the kernels; or {"error"}."""
     with tempfile.TemporaryDirectory(prefix="gpu_static_") as folder:
-        command = [sys.executable, str(_HERE / "gpu_static.py"), case.op, case.pass_name, case.shape, implementation]
+        names = (case.op, case.pass_name, case.shape, implementation, gpu)
+        command = [sys.executable, str(_HERE / "gpu_static.py"), *names]
         environment = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
             "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # of libraries that only a program at work needs
+            "MOSAIC_GPU_DUMP_PTXAS": "1",
             "PYTHONPATH": str(_HERE.parent),
             "TF_CPP_MIN_LOG_LEVEL": "0",
             "TF_CPP_VMODULE": "subprocess_compilation=5",
@@ -98,7 +116,9 @@ def figures(case: Case, implementation: str, timeout_s: float) -> dict[str, Any]
             lines = [line for line in done.stderr.splitlines() if re.match(r"\w*(\.\w+)*(Error|Exception)\b", line)]
             return {"error": (lines or done.stderr.splitlines() or ["died"])[-1][:300]}
         thunks = "".join(path.read_text() for path in Path(folder).glob("*thunk_sequence.txt"))
-    return {**json.loads(done.stdout.splitlines()[-1]), **of_kernels(done.stderr), **of_thunks(thunks)}
+    mosaic = implementation == "mosaic_gpu"
+    log = done.stdout + done.stderr
+    return {**json.loads(done.stdout.splitlines()[-1]), **of_kernels(log), **of_thunks(thunks, mosaic)}
 
 
 def of_kernels(log: str) -> dict[str, Any]:
@@ -112,21 +132,22 @@ def of_kernels(log: str) -> dict[str, Any]:
 
 
 def _ours(name: str) -> bool:
-    """Whether a kernel is ours; XLA numbers those of one name."""
-    return re.sub(r"(_+\d+)+$", "", name) in _OURS
+    """Whether a kernel is ours; XLA numbers those of one name, Mosaic adds its own."""
+    return re.sub(r"(_mosaic_gpu_kernel)?(_+\d+)*$", "", name) in _OURS
 
 
-def of_thunks(text: str) -> dict[str, Any]:
-    """Launches of our kernels and of XLA's, from XLA's list of steps."""
+def of_thunks(text: str, mosaic: bool) -> dict[str, Any]:
+    """Launches of our kernels and of XLA's, from XLA's list of steps. There Mosaic kernels are calls without a name."""
     launches = re.findall(r"kCustomKernel.*?\] (\w+) .*shared_memory: (\d+) bytes", text)
-    ours = [int(shared) for name, shared in launches if _ours(name)]
-    others = len(launches) - len(ours) + len(re.findall(_OTHERS, text))
-    return {"our_kernels": len(ours), "xla_kernels": others, "shared_bytes": max(ours, default=None)}
+    shared = [int(size) for name, size in launches if _ours(name)]
+    ours = len(shared) + (text.count(": kCustomCall ") if mosaic else 0)
+    others = len(launches) - len(shared) + len(re.findall(_OTHERS, text))
+    return {"our_kernels": ours, "xla_kernels": others, "shared_bytes": max(shared, default=None)}
 
 
 def failed(row: dict[str, Any]) -> str | None:
     """Which bar the row fails."""
-    if row["implementation"] != "pallas_gpu" or row.get("not_available"):
+    if row["implementation"] == "xla" or row.get("not_available"):
         return None
     if "error" in row:
         return row["error"]
@@ -140,7 +161,7 @@ def failed(row: dict[str, Any]) -> str | None:
 
 def cells(row: dict[str, Any]) -> list[str]:
     """A row of the table."""
-    names = [row["op"], row["pass"], row["shape"], row["implementation"]]
+    names = [row[name] for name in ("op", "pass", "shape", "implementation", "gpu")]
     if "error" in row:
         return [*names, "not available" if row["not_available"] else row["error"][:60], *[""] * 7]
     shown = lambda value, scale=1: "" if value is None else f"{value / scale:.0f}"
@@ -161,16 +182,21 @@ def run(args: argparse.Namespace, render: Any) -> None:
             f"bench.py kernels --gpu-static: {', '.join(missing)} not found: needs jax >= 0.12 (Python >= 3.12) and "
             "pip install jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc, all of jax's version (make kernels-gpu)"
         )
-    rows, todo = [], [(c, i) for c in gpu_cases.cases(args.ops, args.shapes, args.passes) for i in args.implementations]
-    for number, (case, implementation) in enumerate(todo):
-        print(f"{number + 1}/{len(todo)}", case, implementation, file=sys.stderr, flush=True)
-        row = {"op": case.op, "pass": case.pass_name, "shape": case.shape, "implementation": implementation}
-        row |= figures(case, implementation, args.timeout)
+    cases = gpu_cases.cases(args.ops, args.shapes, args.passes)
+    rows, todo = [], [(c, i, g) for c in cases for i in args.implementations for g in args.gpus]
+    for number, (case, implementation, gpu) in enumerate(todo):
+        print(f"{number + 1}/{len(todo)}", case, implementation, gpu, file=sys.stderr, flush=True)
+        row = {"op": case.op, "pass": case.pass_name, "shape": case.shape, "implementation": implementation, "gpu": gpu}
+        row |= figures(case, implementation, gpu, args.timeout)
         rows.append(row | {"not_available": row.get("error", "").startswith("NotImplementedError")})
         if args.json:
             Path(args.json).write_text(json.dumps(rows, indent=1))
     print(render([list(_COLUMNS), *map(cells, rows)], args.markdown))
-    failures = [f"{r['op']} {r['pass']} {r['shape']}: {why}" for r in rows if (why := failed(r))]
+    failures = [
+        f"{r['op']} {r['pass']} {r['shape']} {r['implementation']} {r['gpu']}: {why}"
+        for r in rows
+        if (why := failed(r))
+    ]
     print(*(f"FAIL {f}" for f in failures), f"{len(rows)} cases, {len(failures)} fail a bar", sep="\n")
     raise SystemExit(bool(failures))
 
@@ -183,4 +209,4 @@ def _found(module: str) -> bool:
 
 
 if __name__ == "__main__":
-    print(json.dumps(compile_case(Case(*sys.argv[1:4]), sys.argv[4])))
+    print(json.dumps(compile_case(Case(*sys.argv[1:4]), *sys.argv[4:])))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _checks, _choose, _varying, quantized
-from pallas_kernels.grouped_matmul import pallas_gpu, pallas_tpu, reference, xla, xla_tiles
+from pallas_kernels.grouped_matmul import mosaic_gpu, pallas_gpu, pallas_tpu, reference, xla, xla_tiles
 from pallas_kernels.quantized import Quantized, Weights
 
 _OP = "grouped_matmul"
@@ -21,12 +21,14 @@ _FORWARD = {
     "xla_tiles": xla_tiles.matmul,
     "pallas_tpu": pallas_tpu.matmul,
     "pallas_gpu": pallas_gpu.matmul,
+    "mosaic_gpu": mosaic_gpu.matmul,
 }
 _WEIGHT_GRADIENT = {
     "xla": xla.weight_gradient,
     "xla_tiles": xla_tiles.weight_gradient,
     "pallas_tpu": pallas_tpu.weight_gradient,
     "pallas_gpu": pallas_gpu.weight_gradient,
+    "mosaic_gpu": mosaic_gpu.weight_gradient,
 }
 
 
@@ -57,7 +59,8 @@ def grouped_matmul(
       implementation: "reference", "xla" (`jax.lax.ragged_dot`), "xla_tiles" (loops over row tiles, for CPUs),
         "pallas_tpu" and "pallas_gpu" (bfloat16 and float32; interpreted when lowered for a CPU), or None to choose by
         platform: "pallas_tpu" on TPU if it takes the operands and K and N are multiples of 128, "pallas_gpu" where
-        this is traced for an NVIDIA GPU, "xla_tiles" on CPU, else "xla".
+        this is traced for an NVIDIA GPU, "xla_tiles" on CPU, else "xla". "mosaic_gpu", by name only: bfloat16 on GPUs
+        of compute capability 9.0.
 
     Raises:
       ValueError, TypeError: shapes or dtypes that don't fit, an unknown implementation, or the gradient of a quantized
@@ -95,6 +98,7 @@ def _why_not(transpose_rhs, out_dtype, implementation, lhs_MK, rhs, sizes_L) -> 
     return {
         "pallas_tpu": pallas_tpu.why_not(lhs_MK, rhs, transpose_rhs=transpose_rhs, **how),
         "pallas_gpu": pallas_gpu.why_not(lhs_MK, rhs, num_groups=sizes_L.shape[0], **how),
+        "mosaic_gpu": mosaic_gpu.why_not(lhs_MK, rhs, transpose_rhs=transpose_rhs, out_dtype=out_dtype),
     }
 
 

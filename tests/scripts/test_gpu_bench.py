@@ -1,0 +1,97 @@
+"""The GPU kernels' benchmarks, without a GPU: what they read, what they compare, and what they say where they can't."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+
+import bench_kernels  # noqa: E402
+import gpu_cases  # noqa: E402
+import gpu_device  # noqa: E402
+import gpu_static  # noqa: E402
+import kernel_cases  # noqa: E402
+
+PTXAS = """ptxas info    : Compiling entry function 'matmul_rows__1' for 'sm_90a'
+    16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 174 registers, used 1 barriers
+ptxas info    : Compiling entry function 'loop_select_fusion' for 'sm_90a'
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 255 registers, used 0 barriers
+ptxas info    : Compiling entry function 'mosaic_weight_gradient_mosaic_gpu_kernel' for 'sm_90a'
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 168 registers, used 16 barriers, 1 bytes smem
+"""
+THUNKS = """001: kCustomKernel [source       | next=002 (1)] loop_fusion_1 grid: [1, 1, 1] threads: [9, 1, 1]  shared_memory: 0 bytes
+002: kCustomKernel [prev=001 (1) | sink        ] matmul_rows__1 grid: [9, 1, 1] threads: [9, 1, 1]  shared_memory: 196608 bytes
+003: kCustomCall   [prev=002 (1) | sink        ] kCustomCall
+"""  # noqa: E501
+
+
+def test_compilers_reports_are_read():
+    assert gpu_static.of_kernels(PTXAS) == {"registers": 174, "spilled_bytes": 20}
+    assert gpu_static.of_kernels("") == {"registers": None, "spilled_bytes": None}
+    expected = {"our_kernels": 1, "xla_kernels": 1, "shared_bytes": 196608}
+    assert gpu_static.of_thunks(THUNKS, mosaic=False) == expected
+    assert gpu_static.of_thunks(THUNKS, mosaic=True) == {**expected, "our_kernels": 2}
+
+
+def test_bars_of_compiled_kernels():
+    row = {"op": "grouped_matmul", "pass": "fwd", "shape": "olmoe", "implementation": "pallas_gpu", "spilled_bytes": 0}
+    row |= {"scratch_bytes": 10, "operand_bytes": 1000, "not_available": False}
+    assert gpu_static.failed(row) is None
+    assert gpu_static.failed(row | {"scratch_bytes": 11}) == "scratch 1.1% of the operands"
+    assert gpu_static.failed(row | {"spilled_bytes": 4}) == "4 bytes spilled"
+    assert gpu_static.failed(row | {"error": "ValueError: no"}) == "ValueError: no"
+    assert gpu_static.failed(row | {"implementation": "xla", "scratch_bytes": 999}) is None
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["--gpu"], "needs an NVIDIA GPU, jax finds cpu"),
+        (["--gpu-static"], "pip install jax-cuda13-plugin"),
+        (["--gpu", "--ops", "expert_rows"], "no expert_rows here; known: grouped_matmul, "),
+    ],
+)
+def test_says_what_it_needs(command, message, monkeypatch):
+    monkeypatch.setattr(gpu_static, "_found", lambda module: False)
+    parser = argparse.ArgumentParser()
+    bench_kernels.add_kernels(parser.add_subparsers())
+    args = parser.parse_args(["kernels", *command])
+    with pytest.raises(SystemExit, match=message) as raised:
+        args.run(args)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_case_is_checked_and_compared(monkeypatch):
+    """Interpreted, with times that are given: ours, XLA's and the dense one's."""
+    monkeypatch.setitem(kernel_cases.SHAPES, "tiny", kernel_cases.Shape(24, 16, 8, 4, 2))
+    times = iter([2e-6, 6e-6, 1e-6])
+    case = gpu_cases.Case("grouped_matmul", "drhs", "tiny")
+    rows = gpu_device.measure(case, "zipf", lambda function, operands: (next(times), "given"))
+    assert "takes 128 rows or more" in rows[2]["raised"]
+    assert not gpu_device._wrong(rows.pop(2))
+    assert [r["contender"] for r in rows] == [gpu_device.OURS, "XLA", gpu_device.DENSE]
+    assert rows[0]["error_over_largest"] < gpu_device._TOLERANCE and "raised" not in rows[0]
+    assert [r.get("speedup_of_ours") for r in rows] == [None, pytest.approx(3), pytest.approx(0.5)]
+    table = [gpu_device.cells(r) for r in rows]
+    assert table[0][5:7] == ["0.002", "0"] and table[1][7] == "3.00 x as fast"
+    rows = [r | {"shape": "olmoe"} for r in rows]
+    assert gpu_device.verdicts(rows) == [
+        "over the best peer, worst (olmoe drhs zipf): 3.00 (bar 1.00)",
+        "over the best peer, geometric mean: 3.00 (bar 1.30)",
+        "share of the dense rate, olmoe drhs zipf: 0.50 (bar 0.70)",
+    ]
+
+
+def test_a_wrong_result_shows():
+    case = gpu_cases.Case("grouped_matmul", "fwd", "tiny")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(kernel_cases.SHAPES, "tiny", kernel_cases.Shape(24, 16, 8, 4, 2))
+        operands = gpu_cases.operands(case, "multinomial")
+        right = case.work().function("xla")(*operands)
+        assert gpu_device.error(case, right, operands) < gpu_device._TOLERANCE
+        assert gpu_device.error(case, right.at[5].multiply(1.1), operands) > gpu_device._TOLERANCE
