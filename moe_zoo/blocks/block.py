@@ -68,6 +68,11 @@ class Block(nnx.Module):
         return hasattr(self, "selector")
 
     @property
+    def competes(self) -> bool:
+        """Whether its tokens compete for it in training, which looks at later ones."""
+        return False
+
+    @property
     def causal(self) -> bool:
         """Whether at inference no token depends on later ones."""
         return not self.routed or self.ffn.router.causal
@@ -124,10 +129,15 @@ class Block(nnx.Module):
                 x = self._add(x, y) if self.outer_residual else y
         if tapped is not None:
             aux = aux | tapped.aux(self._prefix)
+        carry = self._noted(attention, ctx, carry)
         if cache is None:
             return x, aux, None, carry
         new = {"mixer": mixer_cache, "router": router_cache} if self.routed else {"mixer": mixer_cache}
         return x, aux, new, carry
+
+    def _noted(self, attention, ctx: RoutingContext, carry):
+        """The carry, with what the next block wants to know of the attention in this one."""
+        return carry
 
     @property
     def _prefix(self) -> str:

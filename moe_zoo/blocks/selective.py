@@ -11,6 +11,10 @@ ones; how many are is data:
     with a cache       of S new tokens min(S, places) are computed, those that are chosen first; the cache has places
                        for the chosen only. One step in which no sequence's token is chosen skips the block.
 
+A selector of whole sequences (`Selector.whole`) has them skip the block, go through it, or go through it again, with
+another cache for that. All are computed and those that go kept; with a cache nothing is if no sequence of the batch
+goes. Where those that pass by leave keys (`Selector.leaves_keys`), the cache has places for all.
+
 B batch, S sequence, C tokens that are computed, L places of the cache, D model.
 """
 
@@ -24,12 +28,13 @@ from moe_zoo.blocks.block import Block
 from moe_zoo.blocks.shortcut import Shortcut
 from moe_zoo.core.aux import Aux, Stat
 from moe_zoo.core.context import RoutingContext
+from moe_zoo.depth.attention import DEPTH, received
 from moe_zoo.depth.selector import Selection, Selector
 from moe_zoo.layers.attention import View
 from moe_zoo.routing.router import at_least_f32
 
 #: fields of the context with an entry per token
-_BY_TOKEN = ("positions", "segment_ids", "token_ids", "domain", "language", "modality")
+_BY_TOKEN = ("positions", "segment_ids", "token_ids", "domain", "language", "modality", "prompt")
 #: inputs from outside with an entry per token
 _GIVEN = ("given", "target_scores")
 
@@ -47,22 +52,39 @@ class SelectiveBlock(Block):
 
     @property
     def causal(self) -> bool:
-        return super().causal and not self.as_trained
+        return super().causal and not (self.as_trained and self.competes)
+
+    @property
+    def competes(self) -> bool:
+        return self.selector.competes
 
     def computed(self, seq_len: int) -> int:
         return self.selector.size(seq_len)
 
     def init_cache(self, batch: int, max_seq: int, dtype) -> dict:
         L = self.selector.places(max_seq)
-        return {"block": super().init_cache(batch, L, dtype), "taken": jnp.zeros((batch, L), bool)}
+        cache = {name: super(SelectiveBlock, self).init_cache(batch, L, dtype) for name in self._passes}
+        if not (self.selector.whole or self.selector.leaves_keys):
+            cache["taken"] = jnp.zeros((batch, L), bool)
+        return cache | {"selector": self.selector.init_cache(batch, max_seq)}
+
+    @property
+    def _passes(self) -> tuple[str, ...]:
+        """Names of the caches: of the block, and of its repetition if there may be one."""
+        return ("block", "again") if self.selector.repeats else ("block",)
 
     def __call__(self, x, view: View, ctx: RoutingContext, cache: dict | None = None, at=None):
         """Returns (x, Aux, cache, carry of the router)."""
-        if found := [name for name in _GIVEN if name in ctx.inputs]:
+        found = [name for name in _GIVEN if name in ctx.inputs]
+        if found and not self.selector.whole:
             raise ValueError(f"{', '.join(found)}: of all tokens, and only some go through this block")
         with jax.named_scope("selector"):
-            selection = self.selector(x, ctx)
+            selection = self.selector(x, ctx.replace(cache=None if cache is None else cache["selector"]))
         valid_BS = jnp.ones(x.shape[:2], bool) if ctx.valid is None else ctx.valid.reshape(x.shape[:2])
+        if self.selector.whole:
+            return self._whole(selection, x, view, ctx, cache, at, valid_BS)
+        if cache is not None and self.selector.leaves_keys:
+            return self._asking(selection, x, view, ctx, cache, at, valid_BS)
         if cache is not None:
             return self._continued(selection, x, view, ctx, cache, valid_BS)
         go_BS = wanted_BS = selection.chosen & valid_BS
@@ -74,20 +96,66 @@ class SelectiveBlock(Block):
             go_BS, live_BC = wanted_BS, None if ctx.valid is None else take(valid_BS, at_BC)
             x, aux, _, carry = self._some(selection, x, view, ctx, at_BC, live_BC)
         else:
-            x, aux, carry = self._chosen(selection, x, view, ctx, go_BS)
-        return x, aux | learned | _counted(go_BS, valid_BS, ctx.record), None, carry
+            seen_BS, weights_BS = None, selection.weights
+            if selection.seen is not None:
+                seen_BS, weights_BS = selection.seen & valid_BS, jnp.where(valid_BS, weights_BS, 0)
+            x, aux, _, carry = self._chosen(weights_BS, x, view, ctx, go_BS, seen_BS=seen_BS)
+        return x, aux | selection.aux | learned | _counted(go_BS, valid_BS, ctx.record), None, carry
 
     def _through(self, x, view: View, ctx: RoutingContext, cache=None, at=None):
         """Through the block as it is without a selector."""
         return super().__call__(x, view, ctx, cache, at)
 
-    def _chosen(self, selection: Selection, x, view: View, ctx: RoutingContext, go_BS):
-        """All tokens computed, those that go through seen and changed."""
-        seen = dataclasses.replace(view, valid=go_BS)
-        y, aux, _, carry = self._through(x, seen, ctx.replace(valid=go_BS.reshape(-1)))
+    def _whole(self, selection: Selection, x, view: View, ctx: RoutingContext, cache, at, valid_BS):
+        """Once, and those that go again once more: with all of a sequence's tokens or none."""
+        aux, carry, new, count = selection.aux, ctx.carry, {"selector": selection.cache}, 0
+        for name, chosen_BS in zip(self._passes, (selection.chosen, selection.again)):
+            go_BS = chosen_BS & valid_BS
+            weights = selection.weights if name == "block" else jnp.ones_like(selection.weights)
+            old, now = None if cache is None else cache[name], ctx.replace(carry=carry)
+            run = lambda x=x, now=now, go=go_BS, w=weights, old=old: self._chosen(w, x, view, now, go, old, at)
+            idle = lambda x=x, old=old, carry=carry: (x, old, carry)
+            x, more, new[name], carry = run() if cache is None else _unless_nobody(go_BS, run, idle)
+            aux, count = _both(aux, more), count + go_BS
+        return x, aux | _counted(count, valid_BS, ctx.record), None if cache is None else new, carry
+
+    def _chosen(self, weights_BS, x, view: View, ctx: RoutingContext, go_BS, cache=None, at=None, seen_BS=None):
+        """All tokens computed, those that go through seen and changed. `seen_BS`: these are seen instead, and all
+        change by their weights.
+        """
+        seen = dataclasses.replace(view, valid=go_BS if seen_BS is None else seen_BS)
+        y, aux, cache, carry = self._through(x, seen, ctx.replace(valid=go_BS.reshape(-1)), cache, at)
         keep = lambda new, old: jnp.where(_like(go_BS.reshape(-1), new), new, old)
-        x = jnp.where(go_BS[..., None], blend(x, y, selection.weights), x)
-        return x, aux, jax.tree.map(keep, carry, ctx.carry)
+        kept = jax.tree.map(keep, carry, ctx.carry)
+        if seen_BS is not None and DEPTH in carry:  # of all tokens whose keys are seen
+            kept |= {DEPTH: carry[DEPTH]}
+        y = blend(x, y, weights_BS)
+        return jnp.where(go_BS[..., None], y, x) if seen_BS is None else y, aux, cache, kept
+
+    def _asking(self, selection: Selection, x, view: View, ctx: RoutingContext, cache, at, valid_BS):
+        """All tokens leave keys and values, and those that go through do the rest."""
+        go_BS, weights_BS = selection.chosen & valid_BS, jnp.where(valid_BS, selection.weights, 0)
+        run = lambda: self._chosen(weights_BS, x, view, ctx, go_BS, cache["block"], at, valid_BS)
+        idle = lambda: (x, self._remembered(x, view, cache["block"], at, valid_BS), ctx.carry)
+        x, aux, block, carry = run() if x.shape[1] > 1 else _unless_nobody(go_BS, run, idle)
+        return x, aux | _counted(go_BS, valid_BS, ctx.record), {"block": block, "selector": selection.cache}, carry
+
+    def _remembered(self, x, view: View, cache: dict, at, valid_BS) -> dict:
+        """The block's cache with the keys and values of tokens that do not ask."""
+        _, seen = self._before(self.mixer_norm, x)
+        view = dataclasses.replace(view, valid=valid_BS)
+        return cache | {"mixer": self.mixer.remember(seen, view, cache["mixer"], at)}
+
+    @property
+    def shows_attention(self) -> bool:
+        return super().shows_attention or self.selector.reads_attention
+
+    def _noted(self, attention, ctx: RoutingContext, carry):
+        if not self.selector.reads_attention:
+            return carry
+        shaped = lambda a: None if a is None else a.reshape(ctx.batch, ctx.seq)
+        got_BS = received(attention, shaped(ctx.valid), shaped(ctx.prompt), shaped(carry[DEPTH]))
+        return carry | {DEPTH: got_BS.reshape(-1)}
 
     def _some(self, selection: Selection, x, view: View, ctx: RoutingContext, at_BC, live_BC, cache=None, at=None):
         """The tokens `at_BC` through the block, those that are `live_BC` (None: all) seen and changed."""
@@ -108,27 +176,28 @@ class SelectiveBlock(Block):
         go_BS &= used_B[:, None] + jnp.cumsum(go_BS, axis=1) <= L
         at_BC = jnp.argsort(~go_BS, axis=1, stable=True)[:, : min(S, L)]
         run = lambda: self._some(selection, x, view, ctx, at_BC, take(go_BS, at_BC), cache["block"], used_B)
-        if S == 1:
-            _, aux, _, _ = jax.eval_shape(run)
-            nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), aux)
-            run = lambda run=run: jax.lax.cond(go_BS.any(), run, lambda: (x, nothing, cache["block"], ctx.carry))
-        x, aux, block, carry = run()
+        idle = lambda: (x, cache["block"], ctx.carry)
+        x, aux, block, carry = run() if S > 1 else _unless_nobody(go_BS, run, idle)
         taken = jnp.arange(L) < (used_B + go_BS.sum(1, dtype=jnp.int32))[:, None]
-        return x, aux | _counted(go_BS, valid_BS, ctx.record), {"block": block, "taken": taken}, carry
+        new = {"block": block, "taken": taken, "selector": selection.cache}
+        return x, aux | _counted(go_BS, valid_BS, ctx.record), new, carry
 
     def after_step(self, stats: dict[str, Stat]) -> dict[str, Array]:
-        return super().after_step(stats) if self.routed else {}
+        moves = self.adapted or (self.routed and not self.selector.retrofits)
+        return super().after_step(stats) if moves else {}
 
     @property
     def share(self) -> float:
-        return self.selector.config.capacity
+        return self.selector.share
 
     def flops_per_token(self, context: float, rows_per_token: float | None = None) -> float:
-        """Of a token on average: `capacity` of them go through, and see `capacity` of the keys. `rows_per_token` are
-        of a token that goes through.
+        """Of a token on average: `share` of them go through, and see `share` of the keys, or all where all leave some.
+        `rows_per_token` are of a token that goes through.
         """
-        through = super().flops_per_token(context * self.share, rows_per_token)
-        return self.share * through + self.selector.flops_per_token()
+        share, keys = self.share, self.selector.leaves_keys
+        through = super().flops_per_token(context if keys else context * share, rows_per_token)
+        left = (1 - share) * self.mixer.flops_to_remember() if keys else 0
+        return share * through + left + self.selector.flops_per_token()
 
 
 class SelectiveShortcut(SelectiveBlock, Shortcut):
@@ -152,6 +221,23 @@ def take(x_BS: Array, at_BC: Int[Array, "B C"]) -> Array:
     return jnp.asarray(x_BS)[_rows(at_BC), at_BC]
 
 
+def _unless_nobody(go_BS, run, idle):
+    """`run()`, or if nobody goes what `idle` makes (x, cache, carry), without losses."""
+    _, aux, _, _ = jax.eval_shape(run)
+
+    def otherwise():
+        x, cache, carry = idle()
+        return x, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), aux), cache, carry
+
+    return jax.lax.cond(go_BS.any(), run, otherwise)
+
+
+def _both(aux: Aux, more: Aux) -> Aux:
+    """What was said so far and by another pass: losses add up, statistics merge; terms are of the first one."""
+    merged = {name: s.merge(aux.stats[name]) if name in aux.stats else s for name, s in more.stats.items()}
+    return Aux((aux | Aux(more.losses)).losses, {**more.terms, **aux.terms}, {**aux.stats, **merged})
+
+
 def _rows(at_BC):
     return jnp.arange(at_BC.shape[0])[:, None]
 
@@ -160,11 +246,11 @@ def _like(mask_T, x_T):
     return mask_T.reshape(-1, *[1] * (x_T.ndim - 1))
 
 
-def _counted(go_BS, valid_BS, record: bool) -> Aux:
+def _counted(times_BS, valid_BS, record: bool) -> Aux:
     """The share of tokens that went through; to be recorded, how often each did."""
     count = lambda hit: hit.sum().astype(jnp.float32)
-    terms = {"depth_through": go_BS.astype(jnp.int32)} if record else {}
-    return Aux(terms=terms, stats={"depth_share": Stat.mean(count(go_BS), count(valid_BS))})
+    terms = {"depth_through": jnp.asarray(times_BS, jnp.int32)} if record else {}
+    return Aux(terms=terms, stats={"depth_share": Stat.mean(count(times_BS), count(valid_BS))})
 
 
 def _of_some(view: View, ctx: RoutingContext, at_BC, live_BC) -> tuple[View, RoutingContext]:

@@ -40,7 +40,7 @@ def evaluate(argv: Sequence[str]) -> None:
         batch_size=settings["eval_batch_size"],
     )  # fmt: skip
     result = of(loaded.model)
-    if loaded.model.selects:
+    if loaded.model.competes:
         as_trained = of(loaded.model.as_trained())
         result["as_trained"] = {name: as_trained[name] for name in ("bits_per_byte", "loss")}
     compressed = compressed_bits_per_byte(corpus, loaded.tokenizer)

@@ -41,7 +41,8 @@ class RoutingContext:
     `carry` runs through the depth, `cache` through decoding time, `shared` is a module of all layers, or what it has
     made before them; a router sees its own pytrees, a block all routers' by name. `at`: the place in the caches of this
     call's first token. `attention`: of the same block, for routers that require it. `inputs` are per-layer arrays from
-    outside (`router_bias`, `given`, `target_scores`), sliced by the scan beside the parameters.
+    outside (`router_bias`, `given`, `target_scores`, `depth`), sliced by the scan beside the parameters. `prompt`: the
+    tokens that a decision for a whole sequence may look at.
     """
 
     batch: int = dataclasses.field(metadata={"static": True})
@@ -57,6 +58,7 @@ class RoutingContext:
     domain: Int[Array, "T"] | None = None
     language: Int[Array, "T"] | None = None
     modality: Int[Array, "T"] | None = None
+    prompt: Bool[Array, "T"] | None = None
     step: Int[Array, ""] | None = None
     layer: Int[Array, ""] | None = None
     key: Any = None

@@ -124,9 +124,14 @@ def stack(block, layer_ids: tuple[int, ...]):
     return nnx.merge(graphdef, nnx.from_flat_state(new))
 
 
-def freeze(module) -> None:
-    """Makes every parameter and buffer of the module `Frozen`, in place: nothing moves it."""
+def freeze(module, but=None) -> None:
+    """Makes every parameter and buffer of the module `Frozen`, in place, but for those of its part `but`: nothing moves
+    them.
+    """
+    spared = set() if but is None else {id(part) for _, part in nnx.iter_modules(but)}
     for _, part in nnx.iter_modules(module):
+        if id(part) in spared:
+            continue
         for name, var in list(vars(part).items()):
             if isinstance(var, nnx.Variable) and not isinstance(var, Frozen):
                 setattr(part, name, Frozen(var.get_value(), **var.get_metadata()))

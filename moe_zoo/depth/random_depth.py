@@ -5,12 +5,11 @@
 The paper draws Gaussian scores; only their order matters to who goes through.
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moe_zoo.core.context import RoutingContext, keys_by_place
-from moe_zoo.depth.selector import Selection, Selector
+from moe_zoo.core.context import RoutingContext
+from moe_zoo.depth.selector import Selection, Selector, drawn
 
 
 class RandomDepth(Selector):
@@ -20,7 +19,5 @@ class RandomDepth(Selector):
         """Raises ValueError in training without a key: every step would draw the same."""
         if ctx.train and ctx.key is None:
             raise ValueError("selector 'random_depth' draws tokens: training needs a key, got none")
-        key = jax.random.fold_in(jax.random.key(0), 0 if ctx.layer is None else ctx.layer)
-        keys_T = keys_by_place(key if ctx.key is None else ctx.key, ctx)
-        scores_BS = jax.vmap(jax.random.uniform)(keys_T).reshape(ctx.batch, ctx.seq)
+        scores_BS = drawn(ctx)
         return Selection(scores_BS, scores_BS > 1 - self.config.capacity, jnp.ones_like(scores_BS))

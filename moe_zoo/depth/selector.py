@@ -5,14 +5,15 @@ B batch, S sequence, D model, C tokens that go through.
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from moe_zoo.core.aux import Aux
-from moe_zoo.core.context import RoutingContext
+from moe_zoo.core.context import RoutingContext, keys_by_place
+from moe_zoo.core.param import Frozen
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import join, positive
 
@@ -20,14 +21,21 @@ from moe_zoo.core.schema import join, positive
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """`scores`: by what tokens of a sequence compete in training. `chosen`: who goes through at inference, each token
-    by itself. `weights` w: of x + w (block(x) - x), for who goes through. `logits`: behind `chosen`, if it is learned.
+    """`scores`: by what tokens of a sequence compete in training, if they do. `chosen`: who goes through at inference,
+    each token by itself. `weights` w: of x + w (block(x) - x), for who goes through. `logits`: behind `chosen`, if it
+    is learned. `again`: of those, who goes through twice. `seen`: who is looked at inside the block, if that is not who
+    goes through; weights are then everybody's, 0 of those that stay, so that a gradient can say who should go. `cache`:
+    what the selector keeps while decoding. `aux`: what it has to say already, whoever goes through.
     """
 
-    scores: Float[Array, "B S"]
+    scores: Float[Array, "B S"] | None
     chosen: Bool[Array, "B S"]
     weights: Float[Array, "B S"]
     logits: Float[Array, "B S"] | None = None
+    again: Bool[Array, "B S"] | None = None
+    seen: Bool[Array, "B S"] | None = None
+    cache: Any = None
+    aux: Aux = dataclasses.field(default_factory=Aux)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +58,23 @@ class Selector(nnx.Module):
     """Says which tokens go through one block. A subclass declares `Config`, builds its parameters from (config,
     hidden_size) and implements `__call__`. Its mathematics is float32 or wider.
 
-    What it chooses at inference depends on no later token, and not on how many tokens it is shown at once. A selector
-    of whole sequences says the same of all their tokens.
+    What it chooses at inference depends on no later token, and not on how many tokens it is shown at once. One that
+    decides for whole sequences (`sequence.py`) says the same of all their tokens.
     """
 
     Config: ClassVar[type] = SelectorConfig
     #: in training the C best of a sequence go through; otherwise, as at inference, who is chosen
     competes: ClassVar[bool] = True
+    #: whole sequences go through or not, so that a cache has places for all of their tokens
+    whole: ClassVar[bool] = False
+    #: some go through twice
+    repeats: ClassVar[bool] = False
+    #: who passes by leaves keys and values all the same
+    leaves_keys: ClassVar[bool] = False
+    #: it looks at how much attention each token got in the block below, `ctx.carry["depth"]`
+    reads_attention: ClassVar[bool] = False
+    #: it is trained on a finished model, all of which is frozen
+    retrofits: ClassVar[bool] = False
 
     def __init__(self, config: SelectorConfig, hidden_size: int):
         self.config, self.hidden_size = config, hidden_size
@@ -78,6 +96,20 @@ class Selector(nnx.Module):
         factor = self.config.cache_factor
         return max_seq if factor is None else _part(factor * self.config.capacity, max_seq)
 
+    @property
+    def trains(self) -> bool:
+        """Whether it is still learning: once it is frozen (beside adapters) it decides in training as it does later."""
+        return not any(isinstance(var, Frozen) for var in vars(self).values())
+
+    @property
+    def share(self) -> float:
+        """The part of the tokens that go through, as far as it is known beforehand."""
+        return self.config.capacity
+
+    def init_cache(self, batch: int, max_seq: int) -> Any:
+        """What it keeps while decoding so many tokens; it finds that as `ctx.cache`."""
+        return None
+
     def flops_per_token(self) -> float:
         """Forward FLOPs of what it says of one token; multiply-adds count two."""
         return 0
@@ -94,3 +126,10 @@ class NoSelector(Selector):
 def _part(part: float, whole: int) -> int:
     """ceil(part * whole), at most the whole; a product that is whole but for rounding is not rounded up."""
     return min(whole, math.ceil(round(part * whole, 6)))
+
+
+def drawn(ctx: RoutingContext) -> Float[Array, "B S"]:
+    """A number in [0, 1) for each token; without a key the same ones, layer by layer, whenever they are asked for."""
+    key = jax.random.fold_in(jax.random.key(0), 0 if ctx.layer is None else ctx.layer)
+    keys_T = keys_by_place(key if ctx.key is None else ctx.key, ctx)
+    return jax.vmap(jax.random.uniform)(keys_T).reshape(ctx.batch, ctx.seq)

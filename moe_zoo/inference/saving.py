@@ -18,6 +18,8 @@ def save_hf(loaded: Loaded, path: str | Path) -> str:
             "published models have no adapters: transform.merge puts them into the weights, transform.save_adapter "
             "writes them by themselves"
         )
+    if loaded.model.selects:
+        raise CheckpointError("published models have no selectors of depth: moe_zoo.save writes any model")
     tokens = {}
     theirs = loaded.published is not None and loaded.published.family is not hf.OURS
     if not theirs and loaded.tokenizer is not None:

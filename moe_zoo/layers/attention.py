@@ -258,6 +258,21 @@ class Attention(nnx.Module):
             out = out + self.o_bias[...].astype(out.dtype)
         return out, cache, seen
 
+    def remember(self, x_BSD: Float[Array, "B S D"], view: View, cache: dict, at) -> dict:
+        """The cache with the keys and values of tokens that ask nothing; without experts, latents or adapters."""
+        D, N, M, H = self.dims
+        x_TD = x_BSD.reshape(-1, D)
+        kv = x_TD @ jnp.concatenate([p[...].reshape(D, M * H).astype(x_BSD.dtype) for p in (self.k, self.v)], axis=1)
+        if self.config.qkv_bias:
+            kv = kv + jnp.concatenate([b[...] for b in (self.k_bias, self.v_bias)]).astype(kv.dtype)
+        if self.config.clip_qkv is not None:
+            kv = jnp.clip(kv, -self.config.clip_qkv, self.config.clip_qkv)
+        k, v = jnp.split(kv, 2, axis=-1)
+        if self.config.qk_norm == "full":
+            k = self.k_norm(k)
+        k, v = (t.reshape(*x_BSD.shape[:2], M, H).transpose(0, 2, 1, 3) for t in (k, v))
+        return self._append(cache, self._position(k, k, view)[1], v, view, at)
+
     def _sight(self, view: View, cache, at) -> Sight:
         chunk = self.config.chunk_size
         if cache is None:
@@ -328,6 +343,11 @@ class Attention(nnx.Module):
         D, N, M, H = self.dims
         gate = 2 * D * N * H if self.config.output_gate else 0
         return 2 * D * H * (2 * N + 2 * M) + gate + 4 * N * H * self._visible(context)
+
+    def flops_to_remember(self) -> float:
+        """Forward FLOPs of the keys and values of one token."""
+        D, _, M, H = self.dims
+        return 4 * D * M * H
 
     def _visible(self, context: float) -> float:
         """Keys that a query sees on average, of `context` at or before it."""

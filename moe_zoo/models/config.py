@@ -52,7 +52,8 @@ class ModelConfig:
     bhyt; `embedding_scale`: where a learned factor of embeddings begins, which DyT needs, 0 for none.
     `mixer` is what mixes tokens: "attention", with the settings of `attention`, or a recurrent state with its own.
     `chain` repeats the routed layer on its own output (Chain-of-Experts).
-    `depth` says which tokens go through a block (mixture of depths), all by default; usually a variant's setting.
+    `depth` says which tokens go through a block (mixture of depths), all by default; usually a variant's setting. With
+    selectors for finished models (`Selector.retrofits`) they alone are trained.
     `adapters` act beside linear layers; with any, they alone are trained.
     `dtype` is the compute type; parameters, router, softmax and losses are float32. `remat`: what the backward pass
     recomputes: nothing ("none"), all but matrix products ("dots"), or whole blocks ("block").
@@ -126,8 +127,11 @@ class ModelConfig:
             variant = self.variant(kind, path)
             if kind.partition(":")[0] == "mixer" and variant.mixer.name == "none":
                 raise ConfigError(f"{join(path, 'layers')}: {kind!r} has no mixer, so there is nothing in it")
-            if self.adapted and variant.depth.name != "none":
-                raise ConfigError(f"{join(path, 'adapters')}: go without depth; {kind!r} has {variant.depth.name!r}")
+            if self.adapted and variant.depth.name != "none" and not variant.depth.cls.whole:
+                raise ConfigError(
+                    f"{join(path, 'adapters')}: see all tokens of a sequence or none; in {kind!r} depth "
+                    f"{variant.depth.name!r} takes some"
+                )
             if variant.norm == "bhyt":
                 why_not_predicted(variant, path)
 
@@ -196,6 +200,13 @@ class ModelConfig:
     def adapted(self) -> bool:
         """Whether there are adapters, beside a base that is frozen."""
         return self.adapters.name != "none"
+
+    @property
+    def retrofit(self) -> str | None:
+        """The name of a selector that is trained on a base that is frozen, if there is one."""
+        kinds = [kind for segment in self.segments() for kind in segment.pattern]
+        chosen = [self.variant(kind).depth for kind in dict.fromkeys(kinds)]
+        return next((depth.name for depth in chosen if getattr(depth.cls, "retrofits", False)), None)
 
     def moe(self) -> MoEConfig:
         return MoEConfig(

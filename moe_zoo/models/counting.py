@@ -67,7 +67,8 @@ def train_flops_per_token(
     model: Decoder, seq_len: int, rows_per_token: dict[str, float] | None = None, passes: int = 1
 ) -> float:
     """Active FLOPs to train on one token of rows of `seq_len`: forward and twice that for the backward pass; beside
-    adapters, whose base has no gradient of its own, once that, and once more the adapters.
+    adapters, whose base has no gradient of its own, once that, and once more the adapters; below selectors that are
+    put on a finished model once that, too.
 
     A token sees (seq_len + 1) / 2 keys on average; recomputation (remat) and the optimizer are not counted.
     `rows_per_token`: as measured, by the path of the stacked block; for other blocks what their routers say.
@@ -77,7 +78,7 @@ def train_flops_per_token(
     rows |= rows_per_token or {}
     forward = model.flops_per_token((seq_len + 1) / 2, rows)
     if not model.config.adapted:
-        return passes * 3 * forward
+        return passes * (2 if model.config.retrofit else 3) * forward
     adapters = sum(len(layers) * block.adapters.flops_per_token() for _, block, layers in model.blocks())
     for path, block, layers in model.routed():
         beside = [a for a in block.each_adapter().values() if isinstance(a, ExpertLora)]

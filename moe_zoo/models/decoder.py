@@ -24,13 +24,14 @@ from moe_zoo.core.aux import Aux, Stat, is_stat
 from moe_zoo.core.context import PROVIDABLE, RoutingContext
 from moe_zoo.core.param import arrays, flat, freeze, replace, stack
 from moe_zoo.core.registry import ConfigError
-from moe_zoo.depth.selector import Selector
+from moe_zoo.depth.attention import DEPTH
 from moe_zoo.layers.attention import RotaryKey, View
 from moe_zoo.layers.embedding import Embedding, Head
 from moe_zoo.layers.mlp import MLP
 from moe_zoo.layers.ngram import NgramEmbedding
 from moe_zoo.layers.norm import make_norm
 from moe_zoo.models.config import ModelConfig, is_routed
+from moe_zoo.models.selecting import make_selector
 from moe_zoo.routing.router import Shared
 
 _UNROLL = 4  # scan(unroll=4) measured 10% less CPU time and 20% less wall time than unroll=1
@@ -97,6 +98,11 @@ class Decoder(nnx.Module):
             together = add_adapters(config.adapters, blocks, num_layers=config.num_layers, hidden_size=D)
             if together is not None:
                 self.adapters = together
+        elif config.retrofit:
+            freeze(self)
+            for block in (block for blocks, _ in segments for block in blocks):
+                spared = block.selects and block.selector.retrofits
+                freeze(block, but=block.selector if spared else None)
         self.segments = nnx.List(
             SegmentBlocks([stack(block, layers) for block, layers in zip(blocks, ids)], ids) for blocks, ids in segments
         )
@@ -110,6 +116,7 @@ class Decoder(nnx.Module):
         valid: Bool[Array, "B S"] | None = None,
         domain: Int[Array, "B S"] | None = None,
         num_domains: int = 0,
+        prompt: Bool[Array, "B S"] | None = None,
         instructions: Float[Array, "B M"] | None = None,
         cache: dict | None = None,
         inputs: dict[str, Any] | None = None,
@@ -123,9 +130,11 @@ class Decoder(nnx.Module):
 
         `segment_ids` separate packed documents; `valid` False marks padding, which changes nothing elsewhere. With a
         `cache` (`init_cache`) the S tokens continue the cached ones. `inputs` holds arrays with a leading axis of all L
-        layers, for routers (`router_bias`, `given`). `instructions`: an embedding of what each sequence asks for, for
-        adapters that look at it (Glider); the same in every call that continues a cache. `record` puts every token's
-        routing into the Aux' terms. `last`: only the logits of the last token, [B, 1, V].
+        layers, for routers (`router_bias`, `given`) and selectors (`depth`, the path of each sequence). `prompt`: the
+        tokens that selectors of finished models decide by; None: all, with a cache those of its first call.
+        `instructions`: an embedding of what each sequence asks for, for adapters that look at it (Glider); the same in
+        every call that continues a cache. `record` puts every token's routing into the Aux' terms. `last`: only the
+        logits of the last token, [B, 1, V].
         """
         B, S = tokens.shape
         at = None if cache is None else cache["at"]
@@ -134,11 +143,13 @@ class Decoder(nnx.Module):
         if positions is None:
             fresh = cache is None  # what continues a cache is counted from `at`, padding included
             positions = count_positions(tokens.shape, segment_ids, valid if fresh else None) + (0 if fresh else at)
+        if prompt is None and cache is not None and self.reads_prompts:
+            prompt = jnp.broadcast_to(at == 0, (B, S))
         flat = lambda x: None if x is None else x.reshape(B * S)
         ctx = RoutingContext(
             batch=B, seq=S, train=train, num_domains=num_domains, mesh=self.mesh, step=step, key=key, record=record,
             valid=flat(valid), positions=flat(positions), segment_ids=flat(segment_ids),
-            token_ids=flat(tokens), domain=flat(domain), at=at, carry=self._init_carry(B * S),
+            token_ids=flat(tokens), domain=flat(domain), prompt=flat(prompt), at=at, carry=self._init_carry(B * S),
         )  # fmt: skip
         shared, shared_cache = self._before_layers(ctx, cache)
         shared, inputs = self._with_adapters(shared, inputs or {}, instructions)
@@ -250,6 +261,16 @@ class Decoder(nnx.Module):
         """Whether there are blocks that only some tokens go through."""
         return any(block.selects for _, block, _ in self.blocks())
 
+    @property
+    def competes(self) -> bool:
+        """Whether there are blocks whose tokens compete in training."""
+        return any(block.competes for _, block, _ in self.blocks())
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether there are blocks that decide by what a prompt is."""
+        return any(block.selects and block.selector.retrofits for _, block, _ in self.blocks())
+
     def as_trained(self) -> "Decoder":
         """The model with the same arrays, its tokens competing for such blocks as in training: not causal."""
         other = nnx.merge(*nnx.split(self))
@@ -319,6 +340,8 @@ class Decoder(nnx.Module):
     def _init_carry(self, num_tokens: int) -> dict[str, Any]:
         """The depth carry of each kind of router in the model; layers of another kind leave it alone."""
         carries = {block.ffn.router_name: block.ffn.router.init_carry(num_tokens) for _, block, _ in self.routed()}
+        if any(block.selects and block.selector.reads_attention for _, block, _ in self.blocks()):
+            carries[DEPTH] = jnp.zeros(num_tokens, jnp.float32)
         return {name: carry for name, carry in carries.items() if carry is not None}
 
     def flops_per_token(self, context: float, rows_per_token: dict[str, float] | None = None) -> float:
@@ -396,19 +419,6 @@ def make_block(config: ModelConfig, kind: str, whole: ModelConfig) -> Block:
         made = SelectiveShortcut if selector else Shortcut
         return made(dense=dense(), second=Block(**parts(dense())), **parts(ffn), **selector)
     return (SelectiveBlock if selector else Block)(**parts(ffn), **selector)
-
-
-def make_selector(config: ModelConfig, kind: str, ffn) -> Selector:
-    """Who goes through a block of that kind. Raises ConfigError if its router looks at all tokens."""
-    if is_routed(kind):
-        shared = config.router.cls.make_shared(config.router.config, config.moe().dims(config.hidden_size))
-        ahead = shared is not None and type(shared).before_layers is not Shared.before_layers
-        if ahead or ffn.router.init_cache(1, 1) is not None or "attention" in ffn.router.requires:
-            raise ConfigError(
-                f"model.depth: {config.depth.name!r} shows block {kind!r} some of the tokens, and router "
-                f"{config.router.name!r} looks at all of them; choose another router"
-            )
-    return config.depth.make(config.hidden_size)
 
 
 def last_norm(config: ModelConfig) -> nnx.Module:

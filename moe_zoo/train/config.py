@@ -226,16 +226,15 @@ def load_config(spec: str, overrides: Sequence[tuple[str, str]] = (), given: Map
     """`"configs/quickstart.py:tiny"` and `[("optim.learning_rate", "3e-4")]` -> Config.
 
     `given`: `{"model": settings, "data": {"tokenizer": ...}}` of a model to begin from. It takes the place of the
-    file's model section, but for the adapters that the file puts on it, and of those keys of other sections; overrides
-    come after it.
+    file's model section, but for the adapters and depth that the file puts on it, and of those keys of other sections;
+    overrides come after it.
     Raises ConfigError for a missing file, an unknown preset, key or value; always one line.
     """
     tree = dict(read_config_file(spec))
     for section, values in (given or {}).items():
         own = tree.get(section, {})
-        tree[section] = (
-            {**values, **{k: own[k] for k in own if k == "adapters"}} if section == "model" else own | values
-        )
+        put_on = {k: own[k] for k in own if k in ("adapters", "depth")}
+        tree[section] = {**values, **put_on} if section == "model" else own | values
     config = config_from_dict(tree)
     if not overrides:
         return config

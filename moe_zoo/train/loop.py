@@ -86,11 +86,15 @@ def train(
             step = latest
             _go_on(data, watch, meta, checkpoints.path / str(latest) / "meta")
         else:
-            if config.model.adapted and begin_from is None:
-                raise ConfigError(
-                    f"model.adapters: {config.model.adapters.name!r} acts beside a trained model, and there is none to "
-                    "begin from: --init-from=PATH, of a run or a published directory"
-                )
+            for part, name in (
+                ("adapters", config.model.adapters.name if config.model.adapted else None),
+                ("depth", config.model.retrofit),
+            ):
+                if name and begin_from is None:
+                    raise ConfigError(
+                        f"model.{part}: {name!r} acts beside a trained model, and there is none to begin from: "
+                        "--init-from=PATH, of a run or a published directory"
+                    )
             counts = parts["train"].token_counts(config.model.vocab_size)
             state = trainer.init_state(counts, begin_from, corpus.domains)
         distributed.main_only(lambda: write_settings(workdir, config, corpus.fingerprint))

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from moe_zoo.core.aux import Stat
 from moe_zoo.core.registry import Registry
@@ -15,6 +15,7 @@ OBJECTIVES = Registry(
     {
         "adaptive_sparsity": "moe_zoo.train.adaptive_sparsity:AdaptiveSparsity",
         "answer_ratio": "moe_zoo.train.answer_ratio:AnswerRatio",
+        "distill": "moe_zoo.train.distill:Distill",
         "next_token": "moe_zoo.train.objective:NextToken",
         "scheduled_loss": "moe_zoo.train.scheduled_loss:ScheduledLoss",
         "thor": "moe_zoo.train.thor:Thor",
@@ -84,7 +85,11 @@ class NextToken(Objective):
 
 
 def forward(model, batch: dict[str, Array], **kwargs):
-    """Logits and Aux of a packed batch; rows' padding (segment 0) is invalid."""
+    """Logits and Aux of a packed batch; rows' padding (segment 0) is invalid. Whoever decides for a whole document sees
+    it up to the first token that the loss asks for.
+    """
+    if getattr(model, "reads_prompts", False):
+        kwargs["prompt"] = prompts(batch)
     logits, aux, _ = model(
         batch["tokens"],
         positions=batch["positions"],
@@ -95,6 +100,14 @@ def forward(model, batch: dict[str, Array], **kwargs):
         **kwargs,
     )
     return logits, aux
+
+
+def prompts(batch: dict[str, Array]) -> Bool[Array, "B S"]:
+    """The tokens of each document that come before the first one that is trained on or scored."""
+    asked_BS = batch["loss_weights"] > 0 if "loss_weights" in batch else batch["loss_mask"]
+    before_BS = jnp.cumsum(asked_BS, axis=1) - asked_BS
+    opens_BS = jnp.diff(batch["segment_ids"], axis=1, prepend=batch["segment_ids"][:, :1]) != 0
+    return before_BS == jax.lax.cummax(jnp.where(opens_BS, before_BS, 0), axis=1)
 
 
 def cross_entropy(logits_BSV: Float[Array, "B S V"], targets_BS: Array) -> Float[Array, "B S"]:

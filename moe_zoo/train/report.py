@@ -30,7 +30,7 @@ def make_report(config: Config, workdir: str | Path, run: dict[str, Any]) -> dic
         batch_size=config.data.eval_batch_size, sharding=trainer.batch_sharding,
     )  # fmt: skip
     result = score(model)
-    if model.selects:
+    if model.competes:
         as_trained = score(model.as_trained())
         result["as_trained"] = {name: as_trained[name] for name in ("bits_per_byte", "loss")}
     loaded = Loaded(model, config.model, tokenizer)

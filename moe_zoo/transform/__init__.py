@@ -9,12 +9,15 @@ from moe_zoo.transform.adapters import (
     merge,
     unmerge,
 )
+from moe_zoo.transform.depth import Questions, add_selectors, answered, label_paths, set_budget, teach_paths
 from moe_zoo.transform.null_experts import add_null_experts
 from moe_zoo.transform.peft import load_adapters, save_adapter
+from moe_zoo.transform.sparsity import search_sparsities, set_sparsities
 from moe_zoo.transform.task_vectors import breadcrumbs, dare, task_arithmetic, ties
 from moe_zoo.transform.upcycle import upcycle
 
 __all__ = [
-    "add_adapters", "add_null_experts", "as_lora", "average_skills", "breadcrumbs", "dare", "describe_experts",
-    "join_experts", "load_adapters", "merge", "save_adapter", "task_arithmetic", "ties", "unmerge", "upcycle",
+    "Questions", "add_adapters", "add_null_experts", "add_selectors", "answered", "as_lora", "average_skills",
+    "breadcrumbs", "dare", "describe_experts", "join_experts", "label_paths", "load_adapters", "merge", "save_adapter",
+    "search_sparsities", "set_budget", "set_sparsities", "task_arithmetic", "teach_paths", "ties", "unmerge", "upcycle",
 ]  # fmt: skip

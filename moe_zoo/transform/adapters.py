@@ -40,7 +40,7 @@ def add_adapters(
         )
     settings = {"name": adapters} if isinstance(adapters, str) else dict(adapters)
     config = build(ModelConfig, overlay(to_dict(loaded.config), {"adapters": settings}), "model")
-    return _rebuilt(loaded, config, {**P.arrays(loaded.model), **(given or {})}, seed)
+    return rebuilt(loaded, config, {**P.arrays(loaded.model), **(given or {})}, seed)
 
 
 def merge(loaded: Loaded, weights: Sequence[float] | None = None) -> Loaded:
@@ -51,7 +51,7 @@ def merge(loaded: Loaded, weights: Sequence[float] | None = None) -> Loaded:
     config = build(ModelConfig, overlay(to_dict(loaded.config), {"adapters": {"name": "none"}}), "model")
     gates = None if weights is None else jnp.asarray(weights, jnp.float32)
     values = _changed(loaded, P.arrays(loaded.model), lambda adapter, w_DN: adapter.merged(w_DN, gates))
-    return _rebuilt(loaded, config, {n: a for n, a in values.items() if ".adapters." not in n})
+    return rebuilt(loaded, config, {n: a for n, a in values.items() if ".adapters." not in n})
 
 
 def unmerge(merged: Loaded, adapted: Loaded, weights: Sequence[float] | None = None) -> Loaded:
@@ -63,7 +63,7 @@ def unmerge(merged: Loaded, adapted: Loaded, weights: Sequence[float] | None = N
     gates = None if weights is None else jnp.asarray(weights, jnp.float32)
     values = {**P.arrays(adapted.model), **P.arrays(merged.model)}
     values = _changed(adapted, values, lambda adapter, w_DN: adapter.unmerged(w_DN, gates))
-    return _rebuilt(adapted, adapted.config, values)
+    return rebuilt(adapted, adapted.config, values)
 
 
 def _check(loaded: Loaded, weights: Sequence[float] | None) -> None:
@@ -101,7 +101,7 @@ def _changed(adapted: Loaded, values: Mapping[str, jax.Array], change: Callable)
     return new
 
 
-def _rebuilt(loaded: Loaded, config: ModelConfig, values: Mapping[str, jax.Array], seed: int = 0) -> Loaded:
+def rebuilt(loaded: Loaded, config: ModelConfig, values: Mapping[str, jax.Array], seed: int = 0) -> Loaded:
     """The model of `config` with `values` by path, the rest drawn, where the arrays of `loaded` are."""
     where = next(iter(P.arrays(loaded.model).values())).sharding
     mesh = where.mesh if hasattr(where, "mesh") else make_mesh(devices=jax.local_devices()[:1])
@@ -155,7 +155,7 @@ def average_skills(loaded: Loaded) -> Loaded:
         raise ConfigError(f"average_skills: expected adapters 'poly', got {loaded.config.adapters.name!r}")
     averaged = lambda n, x: x.mean(1, keepdims=True) if n.endswith((".a", ".b")) else x[:, :1]
     values = {n: averaged(n, x) if ".adapters." in n else x for n, x in P.arrays(loaded.model).items()}
-    return _rebuilt(loaded, _plain_lora(loaded), values)
+    return rebuilt(loaded, _plain_lora(loaded), values)
 
 
 def as_lora(loaded: Loaded) -> Loaded:
@@ -169,7 +169,7 @@ def as_lora(loaded: Loaded) -> Loaded:
         for name in block.adapters:
             for key, array in zip(("a", "b"), vectors[name], strict=True):
                 values[f"{path}.adapters.{name}.{key}"] = array[np.asarray(layers)][:, None]
-    return _rebuilt(loaded, _plain_lora(loaded), values)
+    return rebuilt(loaded, _plain_lora(loaded), values)
 
 
 def describe_experts(loaded: Loaded, instructions: Sequence[str] | Float[Array, "E M"]) -> Loaded:

@@ -263,7 +263,7 @@ def test_flops_and_parameters_are_those_counted_by_hand():
 
 
 def test_what_cannot_be_is_refused_by_name():
-    assert set(SELECTORS.names()) == {"mod", "none", "random_depth"}
+    assert set(SELECTORS.names()) == {"dr_llm", "first", "fixed_depth", "ftp", "mod", "none", "random_depth"}
     for changes, words in (
         (dict(layers="2*dense:mud"), "'mud'.*mod"),
         (dict(depth={"name": "mod", "capacity": 1.5}), "depth.capacity: 1.5"),
