@@ -3,8 +3,8 @@
     python scripts/depth_experiments.py dr_llm      layers skipped or repeated, by labels that a search has found
     python scripts/depth_experiments.py first       layers skipped, by gates that the loss has taught; then LoRA
 
-The model, a decoder of eight layers, is trained once and lies in --workdir. Seeds draw the questions that are learned
-from, those that are asked, and the selectors. What is printed is the table of the cards in docs/zoo.
+The model, a decoder of eight layers, is trained once and lies in --workdir, as do results, which count as done. Seeds draw
+the questions that are learned from, those that are asked, and the selectors. What is printed is the table of the cards.
 """
 
 from moe_zoo.cli import allocator
@@ -234,14 +234,19 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, default=Path("runs/depth_experiments"))
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
-    found: dict[str, list[Line]] = {}
+    store = args.workdir / f"{args.part}.json"
+    done: dict[str, dict[str, Line]] = json.loads(store.read_text()) if store.is_file() else {}
     for seed in range(args.seeds):
-        bench, began = make_bench(args.workdir, seed), time.process_time()
-        for arm, values in PARTS[args.part](bench, seed):
-            found.setdefault(arm, []).append(values)
-            said = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+        if str(seed) in done:
+            continue
+        bench, began, found = make_bench(args.workdir, seed), time.process_time(), {}
+        for arm, found[arm] in PARTS[args.part](bench, seed):
+            said = ", ".join(f"{name} {value:.3f}" for name, value in found[arm].items())
             print(f"seed {seed} {time.process_time() - began:5.0f} s  {arm}: {said}", flush=True)
-    print(table(found))
+        store.write_text(json.dumps(done | {str(seed): found}, indent=1))
+        done = json.loads(store.read_text())
+    arms = dict.fromkeys(arm for found in done.values() for arm in found)
+    print(table({arm: [found[arm] for found in done.values() if arm in found] for arm in arms}))
 
 
 if __name__ == "__main__":
