@@ -1,7 +1,8 @@
 """What selectors of depth do to a trained model that stays as it is: Dr.LLM and FiRST on addition, FTP on text.
 
     python scripts/depth_experiments.py dr_llm      layers skipped or repeated, by labels that a search has found
-    python scripts/depth_experiments.py first       layers skipped, by gates that the loss has taught; then LoRA
+    python scripts/depth_experiments.py first       layers skipped, by gates that the loss has taught
+    python scripts/depth_experiments.py first_lora  the same with LoRA beside them
     python scripts/depth_experiments.py ftp         tokens that pass layers by
 
 A model of eight layers is trained once, for addition and for text, and lies in --workdir, as do results, which count as
@@ -52,6 +53,8 @@ DIGITS, COUNT = (1, 2, 3), 12_000
 STEPS = 2000
 #: questions of each number of digits that selectors learn from, and that are asked
 LEARN, TEST = 500, 300
+#: of those to learn from, by which fixed layers are chosen to be compared with FiRST
+SCORED = 256
 BUDGETS = (-0.55, -0.45, -0.35)
 MODEL = {
     "hidden_size": 64, "layers": "8*dense", "intermediate_size": 128, "attention": {"num_attention_heads": 4},
@@ -189,31 +192,34 @@ def macro_f1(times_NL: np.ndarray, labels_NL: np.ndarray) -> float:
 
 # -------------------------------------------------------------------------------------------------------------- first
 
-ALPHAS = (0.02, 0.1)
-TUNING = {"gates": 150, "lora": 150}
+ALPHAS = (0.02, 0.05)
+TUNING = {"gates": 80, "lora": 80}
 LORA = {"name": "lora", "target_modules": ["mixer.*", "ffn.*"], "r": 4, "lora_alpha": 8.0}
 
 
-def first(workdir: Path, seed: int) -> Iterator[tuple[str, Line]]:
-    """Gates, then LoRA beside them; and fixed layers and random ones, as many, without and with LoRA."""
-    bench = make_bench(workdir, seed)
-    L, random = bench.layers, np.random.default_rng(seed)
+def first(workdir: Path, seed: int, lora: bool = False) -> Iterator[tuple[str, Line]]:
+    """Gates, and as many fixed layers: the best ones and random ones; all of it with LoRA beside it, if asked for."""
+    bench, random = make_bench(workdir, seed), np.random.default_rng(seed)
+    L, few = bench.layers, bench.learn.take(random.permutation(len(bench.learn))[:SCORED])
     whole = add_selectors(bench.base, "fixed_depth")
-    hits = tried(whole, bench.learn)
-    yield "no routing", line(*answered(whole, bench.test))
-    yield "no routing + LoRA", line(*answered(tuned(bench, whole, LORA, seed), bench.test))
+    judged = lambda model: line(*answered(tuned(bench, model, LORA, seed) if lora else model, bench.test))
+    yield "no routing", judged(whole)
     for alpha in ALPHAS:
         gated = tuned(bench, add_selectors(bench.base, {"name": "first", "alpha": alpha}, seed=seed), None, seed)
-        right, times = answered(gated, bench.test)
-        name = f"alpha {alpha}: "
-        yield name + "FiRST", line(right, times)
-        yield name + "FiRST + LoRA", line(*answered(tuned(bench, gated, LORA, seed), bench.test))
-        count = int(np.clip(round(times.sum(1).mean()), L - 2, L))
-        best = all_short(L)[best_static(hits, count, L)]
-        for arm, path in (("the best fixed layers", best), ("random fixed layers", random.permutation(best))):
+        yield f"FiRST, alpha {alpha}", judged(gated)
+        mean = answered(gated, bench.test)[1].sum(1).mean()
+        count = int(np.clip(round(mean), L - 2, L))
+        paths = [path for path in all_short(L) if path.sum() == count and path.max() == 1]
+        hits = [answered(whole, few, np.tile(path, (len(few), 1)))[0].mean() for path in paths]
+        best = paths[int(np.argmax(hits))]
+        for arm, path in (("best fixed", best), ("random fixed", random.permutation(best))):
             fixed = add_selectors(bench.base, {"name": "fixed_depth", "path": path.tolist()})
-            yield f"{name}{arm}, {count}", line(*answered(fixed, bench.test))
-            yield f"{name}{arm}, {count}, + LoRA", line(*answered(tuned(bench, fixed, LORA, seed), bench.test))
+            yield f"{arm} layers, as many as at {alpha}, rounded", judged(fixed)
+
+
+def first_lora(workdir: Path, seed: int) -> Iterator[tuple[str, Line]]:
+    """The second phase, of every arm."""
+    return first(workdir, seed, lora=True)
 
 
 def tuned(bench: Bench, model: Loaded, adapters: dict[str, Any] | None, seed: int) -> Loaded:
@@ -222,7 +228,7 @@ def tuned(bench: Bench, model: Loaded, adapters: dict[str, Any] | None, seed: in
         model = add_adapters(model, adapters, seed=seed)
     tree, steps = bench.config.to_dict(), TUNING["gates" if adapters is None else "lora"]
     tree["model"], tree["train"]["steps"] = to_dict(model.config), steps
-    tree["optim"] |= {"learning_rate": 1e-2 if adapters is None else 2e-3, "weight_decay": 0.0, "warmup_steps": 10}
+    tree["optim"] |= {"learning_rate": 5e-2 if adapters is None else 2e-3, "weight_decay": 0.0, "warmup_steps": 10}
     return Tuner(config_from_dict(tree)).run(P.arrays(model.model), bench.text, steps, seed)
 
 
@@ -313,7 +319,9 @@ def nats_along(model: Loaded, batch: dict[str, np.ndarray], paths: list[np.ndarr
 
 # --------------------------------------------------------------------------------------------------------------- main
 
-PARTS: dict[str, Callable[[Path, int], Iterator[tuple[str, Line]]]] = {"dr_llm": dr_llm, "first": first, "ftp": ftp}
+PARTS: dict[str, Callable[[Path, int], Iterator[tuple[str, Line]]]] = {
+    "dr_llm": dr_llm, "first": first, "first_lora": first_lora, "ftp": ftp,
+}  # fmt: skip
 
 
 def table(found: dict[str, list[Line]]) -> str:
