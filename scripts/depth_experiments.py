@@ -192,8 +192,8 @@ def macro_f1(times_NL: np.ndarray, labels_NL: np.ndarray) -> float:
 
 # -------------------------------------------------------------------------------------------------------------- first
 
-ALPHAS = (0.02, 0.05)
-TUNING = {"gates": 80, "lora": 80}
+ALPHAS = (0.1, 0.3)
+TUNING = {"gates": 60, "lora": 60}
 LORA = {"name": "lora", "target_modules": ["mixer.*", "ffn.*"], "r": 4, "lora_alpha": 8.0}
 
 

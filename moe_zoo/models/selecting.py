@@ -20,9 +20,10 @@ def make_selector(config: ModelConfig, kind: str, ffn) -> Selector:
             )
     attention = config.attention
     there = config.mixer.name, attention.latent.kv_lora_rank, attention.experts.num_experts, attention.sinks
-    if config.depth.cls.reads_attention and there != ("attention", 0, 0, False):
+    plain = there == ("attention", 0, 0, False) and kind.partition(":")[0] != "shortcut"
+    if config.depth.cls.reads_attention and not plain:
         raise ConfigError(
             f"model.depth: {config.depth.name!r} looks at plain attention; in {kind!r} there is {config.mixer.name!r}, "
-            "or latents, experts or sinks"
+            "or latents, experts, sinks or a second block"
         )
     return config.depth.make(config.hidden_size)
