@@ -1,13 +1,11 @@
-"""What selectors of depth do to a trained model that stays as it is: Dr.LLM and FiRST on addition, FTP on text.
+"""What selectors of depth do to a trained model that stays as it is: Dr.LLM and FiRST on questions of addition.
 
     python scripts/depth_experiments.py dr_llm      layers skipped or repeated, by labels that a search has found
     python scripts/depth_experiments.py first       layers skipped, by gates that the loss has taught
     python scripts/depth_experiments.py first_lora  the same with LoRA beside them
-    python scripts/depth_experiments.py ftp         tokens that pass layers by
 
-A model of eight layers is trained once, for addition and for text, and lies in --workdir, as do results, which count as
-done. Seeds draw what is learned from, the questions that are asked, and the selectors. What is printed is the table of
-the cards.
+The model, a decoder of eight layers, is trained once and lies in --workdir, as do results, which count as done. Seeds
+draw what is learned from, the questions that are asked, and the selectors. What is printed is the table of the cards.
 """
 
 from moe_zoo.cli import allocator
@@ -23,30 +21,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from moe_zoo.compare.adapters.running import Tuner
 from moe_zoo.core import param as P
 from moe_zoo.core.schema import to_dict
-from moe_zoo.data import Corpus, eval_batches, load_corpus, split, train_iterator
-from moe_zoo.depth.genetic import Evolution
+from moe_zoo.data import Corpus, load_corpus, split
 from moe_zoo.depth.paths import all_short, label_by_trying
 from moe_zoo.inference import Loaded, load
 from moe_zoo.train import loop
 from moe_zoo.train.config import Config, config_from_dict
-from moe_zoo.train.evaluate import evaluate
-from moe_zoo.train.objective import cross_entropy, forward, prompts
-from moe_zoo.transform import (
-    Questions,
-    add_adapters,
-    add_selectors,
-    answered,
-    search_sparsities,
-    set_budget,
-    teach_paths,
-)
+from moe_zoo.transform import Questions, add_adapters, add_selectors, answered, set_budget, teach_paths
 
 #: of a question, both numbers having at most as many digits; so many questions of each
 DIGITS, COUNT = (1, 2, 3), 12_000
@@ -192,7 +177,7 @@ def macro_f1(times_NL: np.ndarray, labels_NL: np.ndarray) -> float:
 
 # -------------------------------------------------------------------------------------------------------------- first
 
-ALPHAS = (0.1, 0.3)
+ALPHAS = (0.005, 0.02)
 TUNING = {"gates": 60, "lora": 60}
 LORA = {"name": "lora", "target_modules": ["mixer.*", "ffn.*"], "r": 4, "lora_alpha": 8.0}
 
@@ -232,95 +217,10 @@ def tuned(bench: Bench, model: Loaded, adapters: dict[str, Any] | None, seed: in
     return Tuner(config_from_dict(tree)).run(P.arrays(model.model), bench.text, steps, seed)
 
 
-# ----------------------------------------------------------------------------------------------------------------- ftp
-
-SPARSITY, TEXT_STEPS, ROUTER_STEPS, ROWS = 0.25, 400, 60, 64
-
-
-def text_config() -> Config:
-    """How the model of text is trained."""
-    tree = {"seq_len": 128, "batch_size": 8, "eval_batch_size": 16}
-    return config_from_dict({
-        "model": MODEL, "data": tree,
-        "optim": {"learning_rate": 4e-3, "warmup_steps": 30, "b2": 0.99},
-        "train": {"steps": TEXT_STEPS},
-        "log": {"every": 50, "eval_every": TEXT_STEPS, "eval_rows": 32, "tensorboard": False},
-    })  # fmt: skip
-
-
-def ftp(workdir: Path, seed: int) -> Iterator[tuple[str, Line]]:
-    """A quarter of the tokens of all layers pass by: routers that learn and that do not, and two layers left out."""
-    config = text_config()
-    loop.train(config, workdir / "text")
-    base, data = load(workdir / "text"), config.data
-    parts = split(load_corpus(data.source, base.tokenizer), data.fractions, data.seed, tokenizer=base.tokenizer)
-    how = {"seq_len": data.seq_len, "batch_size": data.eval_batch_size, "max_rows": ROWS}
-    judged = lambda model: text_line(base, model, parts["test"], how)
-    seen = next(
-        train_iterator(parts["train"], base.tokenizer, seq_len=data.seq_len, batch_size=16, seed=seed, prefetch=0)
-    )
-    put = lambda router, each: add_selectors(base, {"name": "ftp", "router": router, "sparsities": each}, seed=seed)
-    yield "the whole model", judged(base)
-    equal = put("static", [SPARSITY])
-    yield "static router, equal sparsities", judged(equal)
-    static, _ = search_sparsities(
-        equal, seen["tokens"], SPARSITY, segment_ids=seen["segment_ids"], prompt=np.asarray(prompts(seen)),
-        evolution=Evolution(population=10, generations=6, elites=3), seed=seed,
-    )  # fmt: skip
-    each = list(static.config.depth.config.sparsities)
-    yield "static router", judged(static)
-    yield "random tokens", judged(put("random", each))
-    for router in ("dynamic", "hidden"):
-        tree = config.to_dict()
-        model = put(router, each)
-        tree["model"], tree["train"] = to_dict(model.config), {"steps": ROUTER_STEPS, "objective": {"name": "distill"}}
-        tree["optim"] |= {"learning_rate": 1e-2, "weight_decay": 0.0, "warmup_steps": 5}
-        learned = Tuner(config_from_dict(tree)).run(P.arrays(model.model), parts["train"], ROUTER_STEPS, seed)
-        yield f"{router} router", judged(learned)
-    two = [path for path in all_short(base.config.num_layers) if path.sum() == base.config.num_layers - 2]
-    nats = nats_along(add_selectors(base, "fixed_depth"), seen, two)
-    best = {"name": "fixed_depth", "path": two[int(np.argmin(nats))].tolist()}
-    yield "the two layers left out that cost least", judged(add_selectors(base, best))
-
-
-def text_line(base: Loaded, model: Loaded, corpus: Corpus, how: dict[str, Any]) -> Line:
-    """Bits per byte, the share of tokens that go through a layer, and forward FLOPs of a token with that share."""
-    bits = evaluate(model.model, corpus, base.tokenizer, **how)["bits_per_byte"]["overall"]
-    whole, head = base.model.flops_per_token(how["seq_len"] / 2), 2 * base.config.hidden_size * base.config.vocab_size
-    if not model.model.selects:
-        return {"bits per byte": bits, "share of tokens": 1.0, "MFLOP": whole / 1e6}
-    run = jax.jit(
-        lambda model, batch: [aux.stats["depth_share"] for _, aux in forward(model, batch)[1].layers.values()]
-    )
-    totals = np.zeros(2)
-    for batch in eval_batches(corpus, base.tokenizer, **how):
-        totals += [[float(stat.total.sum()), float(stat.weight.sum())] for stat in run(model.model, batch)][0]
-    share = totals[0] / totals[1]
-    block = model.model.segments[0].blocks[0]
-    left = base.config.num_layers * block.mixer.flops_to_remember() if block.selector.leaves_keys else 0
-    own = base.config.num_layers * block.selector.flops_per_token()
-    return {
-        "bits per byte": bits, "share of tokens": share,
-        "MFLOP": (head + share * (whole - head) + (1 - share) * left + own) / 1e6,
-    }  # fmt: skip
-
-
-def nats_along(model: Loaded, batch: dict[str, np.ndarray], paths: list[np.ndarray]) -> list[float]:
-    """The loss on a batch along each path, its rows read as one text each."""
-
-    def nats(model, batch, path_L):
-        rows = {"depth": jnp.tile(path_L[:, None], (1, len(batch["tokens"])))}
-        logits, _, _ = model(batch["tokens"], inputs=rows)
-        return jnp.where(batch["loss_mask"], cross_entropy(logits, batch["targets"]), 0).sum()
-
-    run = jax.jit(nats)
-    return [float(run(model.model, batch, jnp.asarray(path, jnp.int32))) for path in paths]
-
-
 # --------------------------------------------------------------------------------------------------------------- main
 
 PARTS: dict[str, Callable[[Path, int], Iterator[tuple[str, Line]]]] = {
-    "dr_llm": dr_llm, "first": first, "first_lora": first_lora, "ftp": ftp,
+    "dr_llm": dr_llm, "first": first, "first_lora": first_lora,
 }  # fmt: skip
 
 
