@@ -177,7 +177,7 @@ def macro_f1(times_NL: np.ndarray, labels_NL: np.ndarray) -> float:
 
 # -------------------------------------------------------------------------------------------------------------- first
 
-ALPHAS = (0.005, 0.02)
+ALPHAS = (0.02,)
 TUNING = {"gates": 60, "lora": 60}
 LORA = {"name": "lora", "target_modules": ["mixer.*", "ffn.*"], "r": 4, "lora_alpha": 8.0}
 
