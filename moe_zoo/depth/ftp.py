@@ -27,7 +27,7 @@ from moe_zoo.core.param import Constant, fan_in, param
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import join, positive
 from moe_zoo.depth.attention import DEPTH
-from moe_zoo.depth.selector import Selection, Selector, drawn
+from moe_zoo.depth.selector import Retrofit, Selection, drawn
 from moe_zoo.depth.sequence import Documents
 from moe_zoo.routing.router import at_least_f32
 
@@ -63,13 +63,11 @@ class FtpConfig:
             )
 
 
-class Ftp(Selector):
+class Ftp(Retrofit):
     """FTP: by place, attention got and its rank, each token goes through a block of a finished model or passes by."""
 
     Config = FtpConfig
-    competes = False
     reads_attention = True
-    retrofits = True
 
     def __init__(self, config: FtpConfig, hidden_size: int):
         super().__init__(config, hidden_size)
@@ -147,12 +145,6 @@ class Ftp(Selector):
         """Of the tokens so far: scores, which of them had to go through, and which there are."""
         none = jnp.zeros((batch, max_seq), bool)
         return {"scores": jnp.zeros((batch, max_seq), jnp.float32), "forced": none, "there": none}
-
-    def size(self, seq_len: int) -> int:
-        return seq_len
-
-    def places(self, max_seq: int) -> int:
-        return max_seq
 
     @property
     def share(self) -> float:

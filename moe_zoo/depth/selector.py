@@ -115,6 +115,27 @@ class Selector(nnx.Module):
         return 0
 
 
+class Retrofit(Selector):
+    """A selector for finished models, which are frozen: it alone is trained. How many go through is found out, so a
+    cache has places for all.
+    """
+
+    competes = False
+    retrofits = True
+
+    def size(self, seq_len: int) -> int:
+        """All that there are."""
+        return seq_len
+
+    def places(self, max_seq: int) -> int:
+        """For all."""
+        return max_seq
+
+    @property
+    def share(self) -> float:
+        return 1.0
+
+
 class NoSelector(Selector):
     """None: every token goes through."""
 
