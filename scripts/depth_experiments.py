@@ -1,10 +1,11 @@
 """What selectors of depth do to a trained model that stays as it is: Dr.LLM and FiRST on questions of addition.
 
     python scripts/depth_experiments.py dr_llm      layers skipped or repeated, by labels that a search has found
-    python scripts/depth_experiments.py first       layers skipped, by gates that the loss has taught; then LoRA
+    python scripts/depth_experiments.py first       layers skipped, by gates that the loss has taught
+    python scripts/depth_experiments.py first_lora  the same with LoRA beside them
 
-The model, a decoder of eight layers, is trained once and lies in --workdir. Seeds draw the questions that are learned
-from, those that are asked, and the selectors. What is printed is the table of the cards in docs/zoo.
+The model, a decoder of eight layers, is trained once and lies in --workdir, as do results, which count as done. Seeds
+draw what is learned from, the questions that are asked, and the selectors. What is printed is the table of the cards.
 """
 
 from moe_zoo.cli import allocator
@@ -25,7 +26,7 @@ import numpy as np
 from moe_zoo.compare.adapters.running import Tuner
 from moe_zoo.core import param as P
 from moe_zoo.core.schema import to_dict
-from moe_zoo.data import Corpus, Tokenizer, load_corpus, split
+from moe_zoo.data import Corpus, load_corpus, split
 from moe_zoo.depth.paths import all_short, label_by_trying
 from moe_zoo.inference import Loaded, load
 from moe_zoo.train import loop
@@ -37,6 +38,8 @@ DIGITS, COUNT = (1, 2, 3), 12_000
 STEPS = 2000
 #: questions of each number of digits that selectors learn from, and that are asked
 LEARN, TEST = 500, 300
+#: of those to learn from, by which fixed layers are chosen to be compared with FiRST
+SCORED = 256
 BUDGETS = (-0.55, -0.45, -0.35)
 MODEL = {
     "hidden_size": 64, "layers": "8*dense", "intermediate_size": 128, "attention": {"num_attention_heads": 4},
@@ -45,7 +48,7 @@ MODEL = {
 Line = dict[str, float]
 
 
-# ----------------------------------------------------------------------------------------------- the model, its questions
+# ------------------------------------------------------------------------------------------- the model, its questions
 
 
 def write_questions(path: Path) -> None:
@@ -130,11 +133,12 @@ def best_static(hits_PN: np.ndarray, layers: int, L: int) -> int:
     return max(fitting, key=lambda p: hits_PN[p].mean())
 
 
-# ----------------------------------------------------------------------------------------------------------------- dr_llm
+# ------------------------------------------------------------------------------------------------------------- dr_llm
 
 
-def dr_llm(bench: Bench, seed: int) -> Iterator[tuple[str, Line]]:
+def dr_llm(workdir: Path, seed: int) -> Iterator[tuple[str, Line]]:
     """Classifiers that have learned labels, and what they are compared with at as many executed layers."""
+    bench = make_bench(workdir, seed)
     L, random = bench.layers, np.random.default_rng(seed)
     routed = add_selectors(bench.base, "dr_llm", seed=seed)
     paths, learned, hits = all_short(L), tried(routed, bench.learn), tried(routed, bench.test)
@@ -171,32 +175,36 @@ def macro_f1(times_NL: np.ndarray, labels_NL: np.ndarray) -> float:
     return float(np.mean([2 * (said & true).sum() / (said.sum() + true.sum()) for said, true in pairs]))
 
 
-# ------------------------------------------------------------------------------------------------------------------ first
+# -------------------------------------------------------------------------------------------------------------- first
 
-ALPHAS = (0.02, 0.1)
-TUNING = {"gates": 150, "lora": 150}
+ALPHAS = (0.02,)
+TUNING = {"gates": 60, "lora": 60}
 LORA = {"name": "lora", "target_modules": ["mixer.*", "ffn.*"], "r": 4, "lora_alpha": 8.0}
 
 
-def first(bench: Bench, seed: int) -> Iterator[tuple[str, Line]]:
-    """Gates, then LoRA beside them; and fixed layers and random ones, as many, without and with LoRA."""
-    L, random = bench.layers, np.random.default_rng(seed)
+def first(workdir: Path, seed: int, lora: bool = False) -> Iterator[tuple[str, Line]]:
+    """Gates, and as many fixed layers: the best ones and random ones; all of it with LoRA beside it, if asked for."""
+    bench, random = make_bench(workdir, seed), np.random.default_rng(seed)
+    L, few = bench.layers, bench.learn.take(random.permutation(len(bench.learn))[:SCORED])
     whole = add_selectors(bench.base, "fixed_depth")
-    hits = tried(whole, bench.learn)
-    yield "no routing", line(*answered(whole, bench.test))
-    yield "no routing + LoRA", line(*answered(tuned(bench, whole, LORA, seed), bench.test))
+    judged = lambda model: line(*answered(tuned(bench, model, LORA, seed) if lora else model, bench.test))
+    yield "no routing", judged(whole)
     for alpha in ALPHAS:
         gated = tuned(bench, add_selectors(bench.base, {"name": "first", "alpha": alpha}, seed=seed), None, seed)
-        right, times = answered(gated, bench.test)
-        name = f"alpha {alpha}: "
-        yield name + "FiRST", line(right, times)
-        yield name + "FiRST + LoRA", line(*answered(tuned(bench, gated, LORA, seed), bench.test))
-        count = int(np.clip(round(times.sum(1).mean()), L - 2, L))
-        best = all_short(L)[best_static(hits, count, L)]
-        for arm, path in (("the best fixed layers", best), ("random fixed layers", random.permutation(best))):
+        yield f"FiRST, alpha {alpha}", judged(gated)
+        mean = answered(gated, bench.test)[1].sum(1).mean()
+        count = int(np.clip(round(mean), L - 2, L))
+        paths = [path for path in all_short(L) if path.sum() == count and path.max() == 1]
+        hits = [answered(whole, few, np.tile(path, (len(few), 1)))[0].mean() for path in paths]
+        best = paths[int(np.argmax(hits))]
+        for arm, path in (("best fixed", best), ("random fixed", random.permutation(best))):
             fixed = add_selectors(bench.base, {"name": "fixed_depth", "path": path.tolist()})
-            yield f"{name}{arm}, {count}", line(*answered(fixed, bench.test))
-            yield f"{name}{arm}, {count}, + LoRA", line(*answered(tuned(bench, fixed, LORA, seed), bench.test))
+            yield f"{arm} layers, as many as at {alpha}, rounded", judged(fixed)
+
+
+def first_lora(workdir: Path, seed: int) -> Iterator[tuple[str, Line]]:
+    """The second phase, of every arm."""
+    return first(workdir, seed, lora=True)
 
 
 def tuned(bench: Bench, model: Loaded, adapters: dict[str, Any] | None, seed: int) -> Loaded:
@@ -205,13 +213,15 @@ def tuned(bench: Bench, model: Loaded, adapters: dict[str, Any] | None, seed: in
         model = add_adapters(model, adapters, seed=seed)
     tree, steps = bench.config.to_dict(), TUNING["gates" if adapters is None else "lora"]
     tree["model"], tree["train"]["steps"] = to_dict(model.config), steps
-    tree["optim"] |= {"learning_rate": 1e-2 if adapters is None else 2e-3, "weight_decay": 0.0, "warmup_steps": 10}
+    tree["optim"] |= {"learning_rate": 5e-2 if adapters is None else 2e-3, "weight_decay": 0.0, "warmup_steps": 10}
     return Tuner(config_from_dict(tree)).run(P.arrays(model.model), bench.text, steps, seed)
 
 
-# ------------------------------------------------------------------------------------------------------------------- main
+# --------------------------------------------------------------------------------------------------------------- main
 
-PARTS: dict[str, Callable[[Bench, int], Iterator[tuple[str, Line]]]] = {"dr_llm": dr_llm, "first": first}
+PARTS: dict[str, Callable[[Path, int], Iterator[tuple[str, Line]]]] = {
+    "dr_llm": dr_llm, "first": first, "first_lora": first_lora,
+}  # fmt: skip
 
 
 def table(found: dict[str, list[Line]]) -> str:
@@ -228,19 +238,25 @@ def table(found: dict[str, list[Line]]) -> str:
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=tuple(PARTS))
     parser.add_argument("--workdir", type=Path, default=Path("runs/depth_experiments"))
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
-    found: dict[str, list[Line]] = {}
+    store = args.workdir / f"{args.part}.json"
+    done: dict[str, dict[str, Line]] = json.loads(store.read_text()) if store.is_file() else {}
     for seed in range(args.seeds):
-        bench, began = make_bench(args.workdir, seed), time.process_time()
-        for arm, values in PARTS[args.part](bench, seed):
-            found.setdefault(arm, []).append(values)
-            said = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+        if str(seed) in done:
+            continue
+        began, found = time.process_time(), {}
+        for arm, found[arm] in PARTS[args.part](args.workdir, seed):
+            said = ", ".join(f"{name} {value:.3f}" for name, value in found[arm].items())
             print(f"seed {seed} {time.process_time() - began:5.0f} s  {arm}: {said}", flush=True)
-    print(table(found))
+        store.write_text(json.dumps(done | {str(seed): found}, indent=1))
+        done = json.loads(store.read_text())
+    arms = dict.fromkeys(arm for found in done.values() for arm in found)
+    print(table({arm: [found[arm] for found in done.values() if arm in found] for arm in arms}))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ ones; how many are is data:
                        for the chosen only. One step in which no sequence's token is chosen skips the block.
 
 A selector of whole sequences (`Selector.whole`) has them skip the block, go through it, or go through it again, with
-another cache for that. All are computed and those that go kept; with a cache nothing is if no sequence of the batch goes.
+another cache for that. All are computed and those that go kept; with a cache nothing is if no sequence of the batch
+goes. Where those that pass by leave keys (`Selector.leaves_keys`), the cache has places for all.
 
 B batch, S sequence, C tokens that are computed, L places of the cache, D model.
 """
@@ -99,7 +100,7 @@ class SelectiveBlock(Block):
             if selection.seen is not None:
                 seen_BS, weights_BS = selection.seen & valid_BS, jnp.where(valid_BS, weights_BS, 0)
             x, aux, _, carry = self._chosen(weights_BS, x, view, ctx, go_BS, seen_BS=seen_BS)
-        return x, aux | selection.aux | learned | _told(go_BS, valid_BS, ctx), None, carry
+        return x, aux | selection.aux | learned | _counted(go_BS, valid_BS, ctx.record), None, carry
 
     def _through(self, x, view: View, ctx: RoutingContext, cache=None, at=None):
         """Through the block as it is without a selector."""
@@ -113,13 +114,14 @@ class SelectiveBlock(Block):
             weights = selection.weights if name == "block" else jnp.ones_like(selection.weights)
             old, now = None if cache is None else cache[name], ctx.replace(carry=carry)
             run = lambda x=x, now=now, go=go_BS, w=weights, old=old: self._chosen(w, x, view, now, go, old, at)
-            x, more, new[name], carry = run() if cache is None else _unless_nobody(go_BS, run, lambda x=x, old=old, c=carry: (x, old, c))
+            idle = lambda x=x, old=old, carry=carry: (x, old, carry)
+            x, more, new[name], carry = run() if cache is None else _unless_nobody(go_BS, run, idle)
             aux, count = _both(aux, more), count + go_BS
-        return x, aux | _told(count, valid_BS, ctx), None if cache is None else new, carry
+        return x, aux | _counted(count, valid_BS, ctx.record), None if cache is None else new, carry
 
     def _chosen(self, weights_BS, x, view: View, ctx: RoutingContext, go_BS, cache=None, at=None, seen_BS=None):
-        """All tokens computed, those that go through seen and changed. `seen_BS`: these are seen instead, and all change
-        by their weights.
+        """All tokens computed, those that go through seen and changed. `seen_BS`: these are seen instead, and all
+        change by their weights.
         """
         seen = dataclasses.replace(view, valid=go_BS if seen_BS is None else seen_BS)
         y, aux, cache, carry = self._through(x, seen, ctx.replace(valid=go_BS.reshape(-1)), cache, at)
@@ -136,7 +138,7 @@ class SelectiveBlock(Block):
         run = lambda: self._chosen(weights_BS, x, view, ctx, go_BS, cache["block"], at, valid_BS)
         idle = lambda: (x, self._remembered(x, view, cache["block"], at, valid_BS), ctx.carry)
         x, aux, block, carry = run() if x.shape[1] > 1 else _unless_nobody(go_BS, run, idle)
-        return x, aux | _told(go_BS, valid_BS, ctx), {"block": block, "selector": selection.cache}, carry
+        return x, aux | _counted(go_BS, valid_BS, ctx.record), {"block": block, "selector": selection.cache}, carry
 
     def _remembered(self, x, view: View, cache: dict, at, valid_BS) -> dict:
         """The block's cache with the keys and values of tokens that do not ask."""
@@ -174,12 +176,11 @@ class SelectiveBlock(Block):
         go_BS &= used_B[:, None] + jnp.cumsum(go_BS, axis=1) <= L
         at_BC = jnp.argsort(~go_BS, axis=1, stable=True)[:, : min(S, L)]
         run = lambda: self._some(selection, x, view, ctx, at_BC, take(go_BS, at_BC), cache["block"], used_B)
-        x, aux, block, carry = run() if S > 1 else _unless_nobody(
-            go_BS, run, lambda: (x, cache["block"], ctx.carry)
-        )
+        idle = lambda: (x, cache["block"], ctx.carry)
+        x, aux, block, carry = run() if S > 1 else _unless_nobody(go_BS, run, idle)
         taken = jnp.arange(L) < (used_B + go_BS.sum(1, dtype=jnp.int32))[:, None]
         new = {"block": block, "taken": taken, "selector": selection.cache}
-        return x, aux | _told(go_BS, valid_BS, ctx), new, carry
+        return x, aux | _counted(go_BS, valid_BS, ctx.record), new, carry
 
     def after_step(self, stats: dict[str, Stat]) -> dict[str, Array]:
         moves = self.adapted or (self.routed and not self.selector.retrofits)
@@ -190,11 +191,13 @@ class SelectiveBlock(Block):
         return self.selector.share
 
     def flops_per_token(self, context: float, rows_per_token: float | None = None) -> float:
-        """Of a token on average: `capacity` of them go through, and see `capacity` of the keys. `rows_per_token` are
-        of a token that goes through.
+        """Of a token on average: `share` of them go through, and see `share` of the keys, or all where all leave some.
+        `rows_per_token` are of a token that goes through.
         """
-        through = super().flops_per_token(context * self.share, rows_per_token)
-        return self.share * through + self.selector.flops_per_token()
+        share, keys = self.share, self.selector.leaves_keys
+        through = super().flops_per_token(context if keys else context * share, rows_per_token)
+        left = (1 - share) * self.mixer.flops_to_remember() if keys else 0
+        return share * through + left + self.selector.flops_per_token()
 
 
 class SelectiveShortcut(SelectiveBlock, Shortcut):
@@ -243,11 +246,11 @@ def _like(mask_T, x_T):
     return mask_T.reshape(-1, *[1] * (x_T.ndim - 1))
 
 
-def _told(times_BS, valid_BS, ctx: RoutingContext) -> Aux:
-    """Of how often each token goes through."""
+def _counted(times_BS, valid_BS, record: bool) -> Aux:
+    """The share of tokens that went through; to be recorded, how often each did."""
     count = lambda hit: hit.sum().astype(jnp.float32)
-    terms = {"depth_through": jnp.asarray(times_BS, jnp.int32)} if ctx.record else {}
-    return Aux(stats={"depth_share": Stat.mean(count(times_BS), count(valid_BS))}, terms=terms)
+    terms = {"depth_through": jnp.asarray(times_BS, jnp.int32)} if record else {}
+    return Aux(terms=terms, stats={"depth_share": Stat.mean(count(times_BS), count(valid_BS))})
 
 
 def _of_some(view: View, ctx: RoutingContext, at_BC, live_BC) -> tuple[View, RoutingContext]:

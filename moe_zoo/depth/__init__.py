@@ -1,4 +1,4 @@
-"""Which tokens, or whole sequences, go through a block (mixture of depths), one file per idea; this table is the registry."""
+"""Which tokens, or whole sequences, go through a block, one file per idea; this table is the registry."""
 
 from moe_zoo.core.registry import Registry
 

@@ -25,8 +25,8 @@ def received(
     prompt_BS: Bool[Array, "B S"] | None,
     before_BS: Float[Array, "B S"],
 ) -> Float[Array, "B S"]:
-    """a of the tokens of this call, with no gradient; `before_BS` for a token that no query could see. `prompt_BS` None:
-    all are of the prompt.
+    """a of the tokens of this call, with no gradient; `before_BS` for a token that no query could see. `prompt_BS`
+    None: all are of the prompt.
     """
     everyone = jnp.ones(before_BS.shape, bool)
     asks_BS, prompt_BS = (everyone if a is None else a for a in (asks_BS, prompt_BS))

@@ -90,20 +90,20 @@ class DrLlm(SequenceSelector):
     def loss(
         self, windows_BWD: Float[Array, "B W D"], live_BW: Bool[Array, "B W"], labels_B: Int[Array, "B"]
     ) -> tuple[Float[Array, ""], Float[Array, "B C"]]:
-        """The focal loss of sequences whose windows are these, and the logits. Of one layer; the paper takes the mean."""
+        """The focal loss of sequences whose windows are these, and the logits. Of one layer; the paper has the mean."""
         live_BW1 = live_BW[..., None].astype(windows_BWD.dtype)
         logits_BC = (self.logits(windows_BWD) * live_BW1).sum(1) / jnp.maximum(live_BW1.sum(1), 1)
         return focal(logits_BC, labels_B, class_weights(self.config), self.config.gamma), logits_BC
 
     def learning(self, x_BSD, given_B, ctx: RoutingContext) -> Selection:
-        """Along the path that is given, which is what its loss wants it to say. `ctx.record`: the windows, as terms.
+        """Along the path that is given, which is what the loss wants it to say. `ctx.record`: the windows, as terms.
 
         Raises ValueError without one: there is nothing else that it could learn from.
         """
         if given_B is None:
             raise ValueError(
-                "selector 'dr_llm' learns from paths that answer right, inputs['depth']; got none: transform.label_paths "
-                "finds them, transform.teach_paths trains"
+                "selector 'dr_llm' learns from paths that answer right, inputs['depth']; got none: "
+                "transform.label_paths finds them, transform.teach_paths trains"
             )
         x_BSD = at_least_f32(jax.lax.stop_gradient(x_BSD))
         windows_BWD, live_BW = windows(x_BSD, Documents.of(ctx), self.config.windows)

@@ -27,8 +27,8 @@ from moe_zoo.routing.router import at_least_f32
 @dataclasses.dataclass(frozen=True)
 class FirstConfig:
     """`alpha`: what a token pays for each layer that it goes through. `l2`: lambda. `init_bias`: where b begins, None:
-    there is none, as in the paper, and the model begins with gates of 1/2. `vote`: by the mean of the prompt's gates, or
-    by how many of them are at least 1/2 ("majority").
+    there is none, as in the paper, and the model begins with gates of 1/2. `vote`: by the mean of the prompt's gates,
+    or by how many of them are at least 1/2 ("majority").
     """
 
     alpha: float = 0.01

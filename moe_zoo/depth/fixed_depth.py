@@ -33,8 +33,6 @@ class FixedDepth(SequenceSelector):
     Config = FixedDepthConfig
     repeats = True
 
-    def decide(
-        self, x_BSD: Float[Array, "B S D"], documents: Documents, ctx: RoutingContext
-    ) -> Int[Array, "B S"]:
+    def decide(self, x_BSD: Float[Array, "B S D"], documents: Documents, ctx: RoutingContext) -> Int[Array, "B S"]:
         path = jnp.asarray([*self.config.path, 1], jnp.int32)
         return jnp.broadcast_to(path[jnp.minimum(ctx.layer, len(path) - 1)], x_BSD.shape[:2])

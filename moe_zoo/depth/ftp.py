@@ -1,4 +1,4 @@
-"""FTP (arXiv 2412.11494), our reading: in a frozen model four numbers of a token decide whether it goes through a block.
+"""FTP (arXiv 2412.11494), our reading: four numbers of a token say whether it goes through a block of a frozen model.
 
     u_t = (place_t, a_t, rank of a_t, s_l)      a_t: attention got in the block below, s_l: the part that is to pass by
     p_t = softmax(MLP(u_t))_1;   M_t = 1[p_t >= 1/2] + (p_t - stop_gradient(p_t));   x_t + M_t (block(x)_t - x_t)
@@ -27,7 +27,7 @@ from moe_zoo.core.param import Constant, fan_in, param
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import join, positive
 from moe_zoo.depth.attention import DEPTH
-from moe_zoo.depth.selector import Selection, Selector, drawn
+from moe_zoo.depth.selector import Retrofit, Selection, drawn
 from moe_zoo.depth.sequence import Documents
 from moe_zoo.routing.router import at_least_f32
 
@@ -38,9 +38,9 @@ FEATURES = 4
 class FtpConfig:
     """`sparsities`: of each layer of the model, the part of its tokens that pass by; one number is of all. `router`:
     "dynamic" as above; "hidden" a linear map of the hidden state, trained alike, to see what four numbers are worth;
-    "static" learns nothing, and "random" is that with scores that are drawn. `kv_for_skipped`: those that pass by leave keys and values for later ones to see, which
-    costs their projections. `keep_first`, `keep_last`: tokens of a prompt that always go through, unless none may.
-    `guide_coef` falls to zero over `guide_steps`; None: it stays.
+    "static" learns nothing, and "random" is that with scores that are drawn. `kv_for_skipped`: those that pass by leave
+    keys and values for later ones to see, which costs their projections. `keep_first`, `keep_last`: tokens of a prompt
+    that always go through, unless none may. `guide_coef` falls to zero over `guide_steps`; None: it stays.
     """
 
     sparsities: tuple[float, ...] = (0.25,)
@@ -63,13 +63,11 @@ class FtpConfig:
             )
 
 
-class Ftp(Selector):
+class Ftp(Retrofit):
     """FTP: by place, attention got and its rank, each token goes through a block of a finished model or passes by."""
 
     Config = FtpConfig
-    competes = False
     reads_attention = True
-    retrofits = True
 
     def __init__(self, config: FtpConfig, hidden_size: int):
         super().__init__(config, hidden_size)
@@ -147,12 +145,6 @@ class Ftp(Selector):
         """Of the tokens so far: scores, which of them had to go through, and which there are."""
         none = jnp.zeros((batch, max_seq), bool)
         return {"scores": jnp.zeros((batch, max_seq), jnp.float32), "forced": none, "there": none}
-
-    def size(self, seq_len: int) -> int:
-        return seq_len
-
-    def places(self, max_seq: int) -> int:
-        return max_seq
 
     @property
     def share(self) -> float:

@@ -1,8 +1,8 @@
 """Paths through a stack of layers that answer a question right, found by trying: what selectors of depth learn from.
 
 A path says how often each layer is executed, in order: i8[L] in {0, 1, 2}; all ones is the model as it is. Dr.LLM
-(arXiv 2510.12773) searches by a tree: an action skips one or two neighbours of the path or repeats a place of it, a node
-is a path, and the child that is looked into next has the largest
+(arXiv 2510.12773) searches by a tree: an action skips one or two neighbours of the path or repeats a place of it, a
+node is a path, and the child that is looked into next has the largest
 
     Q / v + c sqrt(ln N / v) - lambda |path| / L          Q of its v visits' paths were right, N visits of the parent
 
@@ -25,8 +25,8 @@ Path = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class TreeSearch:
-    """`simulations`: paths tried for a question at most. It ends early with a right path that is `enough` layers shorter
-    than the model, or with any right one where the model itself is wrong. `explore`: c, `length_cost`: lambda.
+    """`simulations`: paths tried for a question at most. It ends early with a right path that is `enough` layers
+    shorter than the model, or with any right one where the model itself is wrong. `explore`: c, `length_cost`: lambda.
     """
 
     simulations: int = 50
@@ -124,7 +124,7 @@ def _changed(path: Path, layers: Sequence[int], by: int) -> Path:
 
 
 def all_short(L: int) -> Int[np.ndarray, "P L"]:
-    """The model as it is, one layer or two skipped, one repeated: for a model of few layers, all that there is to try."""
+    """The model as it is, one layer or two skipped, one repeated: all that there is to try, if layers are few."""
     paths = [np.ones(L, np.int8)]
     for layers in (*((i,) for i in range(L)), *itertools.combinations(range(L), 2)):
         paths.append(np.where(np.isin(np.arange(L), layers), 0, 1).astype(np.int8))
@@ -146,7 +146,7 @@ def label_by_trying(
     search: TreeSearch | None = None,
     seed: int = 0,
 ) -> tuple[Int[np.ndarray, "Q L"], Bool[np.ndarray, "Q"]]:
-    """The shortest right path of each question, and which questions have one; the model as it is for those that have not.
+    """The shortest right path of each question, and which questions have one; for the others the model as it is.
 
     `right(which [n], paths [n, L])` says of questions, by number, whether they are answered right along a path each.
     `search` None: all of `all_short`. With a tree, the trees of all questions grow together, a path each at a time.

@@ -22,10 +22,10 @@ from moe_zoo.core.schema import join, positive
 @dataclasses.dataclass(frozen=True)
 class Selection:
     """`scores`: by what tokens of a sequence compete in training, if they do. `chosen`: who goes through at inference,
-    each token by itself. `weights` w: of x + w (block(x) - x), for who goes through. `logits`: behind `chosen`, if it is
-    learned. `again`: of those, who goes through twice. `seen`: who is looked at inside the block, if that is not who goes
-    through; weights are then everybody's, 0 of those that stay, so that a gradient can say who should go. `cache`: what
-    the selector keeps while decoding. `aux`: what it has to say already, whoever goes through.
+    each token by itself. `weights` w: of x + w (block(x) - x), for who goes through. `logits`: behind `chosen`, if it
+    is learned. `again`: of those, who goes through twice. `seen`: who is looked at inside the block, if that is not who
+    goes through; weights are then everybody's, 0 of those that stay, so that a gradient can say who should go. `cache`:
+    what the selector keeps while decoding. `aux`: what it has to say already, whoever goes through.
     """
 
     scores: Float[Array, "B S"] | None
@@ -113,6 +113,27 @@ class Selector(nnx.Module):
     def flops_per_token(self) -> float:
         """Forward FLOPs of what it says of one token; multiply-adds count two."""
         return 0
+
+
+class Retrofit(Selector):
+    """A selector for finished models, which are frozen: it alone is trained. How many go through is found out, so a
+    cache has places for all.
+    """
+
+    competes = False
+    retrofits = True
+
+    def size(self, seq_len: int) -> int:
+        """All that there are."""
+        return seq_len
+
+    def places(self, max_seq: int) -> int:
+        """For all."""
+        return max_seq
+
+    @property
+    def share(self) -> float:
+        return 1.0
 
 
 class NoSelector(Selector):

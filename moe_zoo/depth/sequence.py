@@ -14,14 +14,13 @@ B batch, S sequence, D model, L layers.
 """
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_zoo.core.context import RoutingContext
-from moe_zoo.depth.selector import Selection, Selector
+from moe_zoo.depth.selector import Retrofit, Selection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,14 +60,12 @@ def added(values_BW: Float[Array, "B W ..."], to_BW: Int[Array, "B W"], places: 
     return jax.vmap(lambda values, to: jax.ops.segment_sum(values, to, places))(values_BW, to_BW)
 
 
-class SequenceSelector(Selector):
+class SequenceSelector(Retrofit):
     """A subclass says in `decide` how often the sequence of each token goes through, and may have a training form of
     its own in `learning`.
     """
 
-    competes = False
     whole = True
-    retrofits: ClassVar[bool] = True
 
     def __call__(self, x_BSD: Float[Array, "B S D"], ctx: RoutingContext) -> Selection:
         """Raises ValueError for a path that is given of packed documents."""
@@ -93,9 +90,7 @@ class SequenceSelector(Selector):
         again = {"again": times_BS > 1} if self.repeats else {}
         return Selection(None, times_BS > 0, jnp.ones(times_BS.shape, jnp.float32), **again, **more)
 
-    def decide(
-        self, x_BSD: Float[Array, "B S D"], documents: Documents, ctx: RoutingContext
-    ) -> Int[Array, "B S"]:
+    def decide(self, x_BSD: Float[Array, "B S D"], documents: Documents, ctx: RoutingContext) -> Int[Array, "B S"]:
         """How often each token's document goes through, by the tokens of its prompt."""
         raise NotImplementedError(f"selector {type(self).__name__} does not define decide")
 
@@ -119,13 +114,3 @@ class SequenceSelector(Selector):
     def init_cache(self, batch: int, max_seq: int):
         """How often each row goes through, once that is decided."""
         return {"times": jnp.zeros(batch, jnp.int32), "decided": jnp.zeros(batch, bool)}
-
-    def size(self, seq_len: int) -> int:
-        return seq_len
-
-    def places(self, max_seq: int) -> int:
-        return max_seq
-
-    @property
-    def share(self) -> float:
-        return 1.0

@@ -345,6 +345,11 @@ class Attention(nnx.Module):
         gate = 2 * D * N * H if self.config.output_gate else 0
         return 2 * D * H * (2 * N + 2 * M) + gate + 4 * N * H * self._visible(context)
 
+    def flops_to_remember(self) -> float:
+        """Forward FLOPs of the keys and values of one token."""
+        D, _, M, H = self.dims
+        return 4 * D * M * H
+
     def _visible(self, context: float) -> float:
         """Keys that a query sees on average, of `context` at or before it."""
         c = self.config

@@ -66,7 +66,8 @@ def train_flops_per_token(
     model: Decoder, seq_len: int, rows_per_token: dict[str, float] | None = None, passes: int = 1
 ) -> float:
     """Active FLOPs to train on one token of rows of `seq_len`: forward and twice that for the backward pass; beside
-    adapters, whose base has no gradient of its own, once that, and once more the adapters.
+    adapters, whose base has no gradient of its own, once that, and once more the adapters; below selectors that are
+    put on a finished model once that, too.
 
     The same of a base that is frozen below selectors. A token sees (seq_len + 1) / 2 keys on average; recomputation (remat) and the optimizer are not counted.
     `rows_per_token`: as measured, by the path of the stacked block; for other blocks what their routers say.

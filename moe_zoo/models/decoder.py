@@ -123,9 +123,10 @@ class Decoder(nnx.Module):
         `segment_ids` separate packed documents; `valid` False marks padding, which changes nothing elsewhere. With a
         `cache` (`init_cache`) the S tokens continue the cached ones. `inputs` holds arrays with a leading axis of all L
         layers, for routers (`router_bias`, `given`) and selectors (`depth`, the path of each sequence). `prompt`: the
-        tokens by which selectors of whole sequences decide; None: all, with a cache of its first call. `instructions`: an embedding of what each sequence asks for, for
-        adapters that look at it (Glider); the same in every call that continues a cache. `record` puts every token's
-        routing into the Aux' terms. `last`: only the logits of the last token, [B, 1, V].
+        tokens that selectors of finished models decide by; None: all, with a cache those of its first call.
+        `instructions`: an embedding of what each sequence asks for, for adapters that look at it (Glider); the same in
+        every call that continues a cache. `record` puts every token's routing into the Aux' terms. `last`: only the
+        logits of the last token, [B, 1, V].
         """
         B, S = tokens.shape
         at = None if cache is None else cache["at"]

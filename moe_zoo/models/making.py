@@ -9,11 +9,11 @@ from moe_zoo.blocks.selective import SelectiveBlock, SelectiveShortcut
 from moe_zoo.blocks.shortcut import Shortcut
 from moe_zoo.core.context import PROVIDABLE
 from moe_zoo.core.registry import ConfigError
-from moe_zoo.depth.selector import Selector
 from moe_zoo.layers.mlp import MLP
 from moe_zoo.layers.norm import make_norm
 from moe_zoo.mixers.mixer import LearningMixer
 from moe_zoo.models.config import ModelConfig, is_routed
+from moe_zoo.models.selecting import make_selector
 from moe_zoo.routing.router import Shared
 
 
@@ -78,28 +78,6 @@ def make_block(config: ModelConfig, kind: str, whole: ModelConfig) -> Block:
         made = SelectiveShortcut if selector else Shortcut
         return made(dense=dense(), second=Block(**parts(dense())), **parts(ffn), **selector)
     return (SelectiveBlock if selector else Block)(**parts(ffn), **selector)
-
-
-def make_selector(config: ModelConfig, kind: str, ffn) -> Selector:
-    """Who goes through a block of that kind. Raises ConfigError if its router looks at all tokens."""
-    if is_routed(kind):
-        shared = config.router.cls.make_shared(config.router.config, config.moe().dims(config.hidden_size))
-        ahead = shared is not None and type(shared).before_layers is not Shared.before_layers
-        if ahead or ffn.router.init_cache(1, 1) is not None or "attention" in ffn.router.requires:
-            raise ConfigError(
-                f"model.depth: {config.depth.name!r} shows block {kind!r} some of the tokens, and router "
-                f"{config.router.name!r} looks at all of them; choose another router"
-            )
-    attention = config.attention
-    if config.depth.cls.reads_attention and (
-        config.mixer.name != "attention" or attention.latent.kv_lora_rank or attention.experts.num_experts
-        or attention.sinks
-    ):  # fmt: skip
-        raise ConfigError(
-            f"model.depth: {config.depth.name!r} looks at plain attention, in {kind!r} it is not: {config.mixer.name!r}, "
-            "with latents, experts or sinks"
-        )
-    return config.depth.make(config.hidden_size)
 
 
 def last_norm(config: ModelConfig) -> nnx.Module:

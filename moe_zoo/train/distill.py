@@ -1,6 +1,6 @@
 """Selectors of depth learn from the whole model: what it says of the next token with all tokens in all layers.
 
-    KL(softmax z_whole || softmax z) + c CE + the selectors' own losses        z_whole without gradient
+KL(softmax z_whole || softmax z) + c CE + the selectors' own losses        z_whole without gradient
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Selectors of depth on a finished model: put on, taught by labels that a search has found, set to a budget.
 
-`add_selectors` and a run of `scripts/train.py` train FiRST; Dr.LLM learns from paths, and for that the model only has to
-run once: its layers are frozen, so what each classifier reads along a path never changes.
+`add_selectors` and a run of `scripts/train.py` train FiRST and FTP; Dr.LLM learns from paths, and for that the model
+only has to run once: its layers are frozen, so what each classifier reads along a path never changes.
 
 N questions, S length, L layers.
 """
@@ -33,7 +33,7 @@ def add_selectors(loaded: Loaded, depth: str | Mapping[str, Any], *, seed: int =
     """The model with a selector for each of its blocks, its own weights frozen: a name, or `{"name": ..., **settings}`.
 
     Weights keep their paths. `seed` draws the selectors. Raises ConfigError if there are selectors already, or if this
-    one is no selector for finished models.
+    is none for finished models.
     """
     if found := [kind for _, block, _ in loaded.model.blocks() if (kind := getattr(block, "selector", None))]:
         raise ConfigError(f"the model has selectors already, {type(found[0]).__name__}; begin from one without")
@@ -53,8 +53,8 @@ def set_budget(loaded: Loaded, budget: float | None) -> Loaded:
 
 @dataclasses.dataclass(frozen=True)
 class Questions:
-    """Questions with their answers, one a row, padded on the right. `asked`: whose `targets` are the answer and its end;
-    `prompt`: the tokens before the first of these.
+    """Questions with their answers, one a row, padded on the right. `asked`: whose `targets` are the answer and its
+    end; `prompt`: the tokens before the first of these.
     """
 
     tokens: Int[np.ndarray, "N S"]

@@ -10,6 +10,7 @@ import pytest
 from naive import normal, tiny_config, tiny_model
 
 from moe_zoo.core import param as P
+from moe_zoo.core.context import RoutingContext
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.depth.genetic import Evolution
 from moe_zoo.inference import Loaded
@@ -27,10 +28,8 @@ SPARSITIES = [0.4, 0.3]
 @functools.cache
 def decoder(**settings):
     """A decoder whose attention takes sides, and whose routers do."""
-    made = tiny_model(
-        layers=f"{L}*dense", depth={"name": "ftp", "sparsities": SPARSITIES, "keep_first": 1, "keep_last": 1} | settings,
-        losses={},
-    )  # fmt: skip
+    depth = {"name": "ftp", "sparsities": SPARSITIES, "keep_first": 1, "keep_last": 1}
+    made = tiny_model(layers=f"{L}*dense", depth=depth | settings, losses={})
     values = P.arrays(made)
     large = {n: 4 * a for n, a in values.items() if n.endswith(("mixer.q", "mixer.k", "mixer.v"))}
     large |= {n: 60 * a for n, a in values.items() if n.startswith("embed.")}
@@ -81,7 +80,9 @@ def row_by_loop(layers, ids, prompt, kv_for_skipped, table):
             others = [j for j in range(n) if j <= t or (prompt[t] and prompt[j])]
             forced = [j for j in others if prompt[t] and (j == 0 or j == len(others) - 1)]
             forced += [j for j in np.flatnonzero(prompt) if not prompt[t] and j in (0, prompt.sum() - 1)]
-            above = lambda score, t=t, others=others: sum(score[j] > score[t] or (score[j] == score[t] and j < t) for j in others)
+            above = lambda score, t=t, others=others: sum(
+                score[j] > score[t] or (score[j] == score[t] and j < t) for j in others
+            )
             u = np.array([sum(j < t for j in others) / len(others), a[t], above(a) / len(others), s])
             z = np.maximum(u @ w["selector.hidden_in"] + w["selector.hidden_bias"], 0) @ w["selector.out"]
             z = z + w["selector.out_bias"]
@@ -116,45 +117,66 @@ def row_by_loop(layers, ids, prompt, kv_for_skipped, table):
 def test_output_is_that_of_the_loop_and_training_says_the_same(kv_for_skipped):
     made = decoder(kv_for_skipped=kv_for_skipped)
     layers, values = weights(made)
-    found, times, losses = read(train=True, kv_for_skipped=kv_for_skipped)(IDS, PROMPT, {})
-    again, same, _ = read(kv_for_skipped=kv_for_skipped)(IDS, PROMPT, {})
-    np.testing.assert_array_equal(times, same)
-    np.testing.assert_allclose(found, again, atol=1e-5)
+    again, times, _ = read(kv_for_skipped=kv_for_skipped)(IDS, PROMPT, {})
     rows = [row_by_loop(layers, IDS[b], PROMPT[b], kv_for_skipped, values["embed.table"]) for b in range(B)]
     went = np.stack([row[1] for row in rows], 1)
     np.testing.assert_array_equal(times, went)
     for b in range(B):
         logits = naive.rms_norm(rows[b][0], values["norm.scale"], 1e-6) @ values["head.kernel"]
         np.testing.assert_allclose(again[b], logits, rtol=2e-3, atol=2e-3)
-    assert all(0 < went[l].sum() < B * S for l in range(L))
-    expected = sum((went[l].mean() - (1 - SPARSITIES[l])) ** 2 for l in range(L))
-    assert float(losses["depth_sparsity"]) == pytest.approx(expected, rel=1e-4)
+    assert all(0 < went[r].sum() < B * S for r in range(L))
     if kv_for_skipped:
+        found, same, losses = read(train=True, kv_for_skipped=True)(IDS, PROMPT, {})
+        np.testing.assert_array_equal(times, same)
+        np.testing.assert_allclose(found, again, atol=1e-5)
+        expected = sum((went[r].mean() - (1 - SPARSITIES[r])) ** 2 for r in range(L))
+        assert float(losses["depth_sparsity"]) == pytest.approx(expected, rel=1e-4)
         fixed, kept, _ = read(router="static")(IDS, PROMPT, {})
         guided = [row_by_loop(layers, IDS[b], PROMPT[b], True, values["embed.table"])[2] for b in range(B)]
         # the first layer's static router has seen the same as the dynamic one
         np.testing.assert_array_equal(kept[0], np.stack(guided, 1)[0])
         for b in range(B):
             n = PROMPT[b].sum()
-            assert [kept[l, b, :n].sum() for l in range(L)] == [n - round(s * n) for s in SPARSITIES]
+            assert [kept[r, b, :n].sum() for r in range(L)] == [n - round(s * n) for s in SPARSITIES]
             assert kept[:, b, 0].all() and kept[:, b, n - 1].all()
 
 
-@pytest.mark.parametrize("router", ["dynamic", "hidden", "static", "random"])
+@functools.cache
+def plain_logits(layers: int):
+    """Of the model without selectors, and of its last layer alone."""
+    bare = tiny_model(layers=f"{layers}*dense", losses={})
+    values = P.arrays(decoder())
+    cut = lambda n: values[n][L - layers :] if n.startswith("segments") else values[n]
+    bare = P.replace(bare, {n: cut(n) for n in P.arrays(bare)})
+    return np.asarray(jax.jit(lambda ids: bare(ids)[0])(IDS))
+
+
+@pytest.mark.parametrize("router", ["dynamic", "static"])
 def test_no_sparsity_is_the_model_as_it_was_to_the_last_bit_and_all_of_it_removes_the_block(router):
-    made = decoder(router=router)
     run = read(router=router)
     as_it_was, times, _ = run(IDS, PROMPT, {"depth_sparsity": jnp.zeros(L)})
-    plain = tiny_model(layers=f"{L}*dense", losses={})
-    plain = P.replace(plain, {n: P.arrays(made)[n] for n in P.arrays(plain)})
-    np.testing.assert_array_equal(as_it_was, jax.jit(lambda ids: plain(ids)[0])(IDS))
+    np.testing.assert_array_equal(as_it_was, plain_logits(L))
     assert (times == 1).all()
-    short = tiny_model(layers="1*dense", losses={})
-    cut = lambda n: P.arrays(made)[n][1:] if n.startswith("segments") else P.arrays(made)[n]
-    short = P.replace(short, {n: cut(n) for n in P.arrays(short)})
     without, times, _ = run(IDS, PROMPT, {"depth_sparsity": jnp.array([1.0, 0.0])})
     assert (times[0] == 0).all() and (times[1] == 1).all()
-    np.testing.assert_allclose(without, jax.jit(lambda ids: short(ids)[0])(IDS), atol=1e-5)
+    np.testing.assert_allclose(without, plain_logits(1), atol=1e-5)
+
+
+@pytest.mark.parametrize("router", ["hidden", "random"])
+def test_routers_to_compare_with_read_the_hidden_state_or_draw(router):
+    block = jax.tree.map(lambda a: a[0], decoder(router=router).segments[0].blocks[0])
+    x, prompt = normal(3, B, S, 16), jnp.asarray(PROMPT)
+    ctx = RoutingContext(
+        batch=B, seq=S, prompt=prompt.reshape(-1), layer=jnp.int32(0), carry={"depth": jnp.zeros(B * S)}
+    )
+    chosen = np.asarray(jax.jit(lambda x, ctx: block.selector(x, ctx).chosen)(x, ctx))
+    n = PROMPT.sum(1)
+    ends = PROMPT & ((np.arange(S) == 0) | (np.arange(S) == n[:, None] - 1))
+    if router == "hidden":
+        np.testing.assert_array_equal(chosen, (x @ block.selector.kernel[...] + block.selector.bias[...] >= 0) | ends)
+    else:
+        assert [chosen[b, : n[b]].sum() for b in range(B)] == [k - round(SPARSITIES[0] * k) for k in n]
+        assert chosen[ends].all() and 0 < chosen[~PROMPT].mean() < 1
 
 
 def test_tokens_of_a_prompt_look_at_each_other_and_later_ones_at_nothing_to_come():
@@ -255,3 +277,15 @@ def test_what_cannot_be_is_refused_by_name():
         Decoder(tiny_config(depth={"name": "ftp"}, mixer={"name": "mamba2"}))
     with pytest.raises(ConfigError, match="see all tokens of a sequence or none"):
         tiny_config(depth={"name": "ftp"}, adapters={"name": "lora"})
+
+
+def test_flops_are_those_counted_by_hand():
+    """Who passes by costs keys and values if they are left, and nothing but the router if not."""
+    D, F, V, context, share = 16, 24, 32, 10.0, 1 - np.mean(SPARSITIES)
+    block = lambda seen: 8 * D * D + 4 * D * seen + 6 * D * F
+    router = 2 * 32 * 6
+    for keys in (True, False):
+        through = share * block(context if keys else share * context) + (1 - share) * 4 * D * D * keys
+        assert decoder(kv_for_skipped=keys).flops_per_token(context) == pytest.approx(
+            L * (through + router) + 2 * D * V
+        )

@@ -63,6 +63,7 @@ def test_the_label_is_the_shortest_right_path_with_the_fewest_layers():
 @pytest.mark.parametrize("search", [None, TreeSearch(simulations=60)])
 def test_questions_are_labelled_each_by_its_own_paths(search):
     """Question q can do without layer q; the third needs layer 0 twice; the fourth has no answer."""
+
     def right(which, paths):
         one = [paths[:, 0] == 0, paths[:, 1] == 0, paths[:, 0] == 2, np.zeros(len(paths), bool)]
         exact = np.abs(paths - 1).sum(1) == 1

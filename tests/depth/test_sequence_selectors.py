@@ -1,4 +1,4 @@
-"""Selectors that decide for whole sequences: against loops, exact invariants, who sees the future, caches, gradients."""
+"""Selectors of whole sequences: against loops, exact invariants, who sees the future, caches, gradients."""
 
 import functools
 
@@ -161,7 +161,8 @@ def test_what_is_decided_depends_on_the_prompt_alone_and_without_one_on_all(name
     logits, times = read(name)(IDS, PROMPT, {})
     moved = [read(name)(ids, PROMPT, {}) for ids in futures[:3]]
     assert all(np.abs(found - logits)[:, :6].max() < 1e-5 for found, _ in moved)
-    assert all((now == times).all() for _, now in moved) and (times == times[:, :, :1]).all() and len(np.unique(times)) > 1
+    assert all((now == times).all() for _, now in moved)
+    assert (times == times[:, :, :1]).all() and len(np.unique(times)) > 1
     whole, _ = read(name)(IDS, everything, {})
     assert any(np.abs(read(name)(ids, everything, {})[0] - whole)[:, :6].max() > 1e-3 for ids in futures)
     assert decoder(name).causal and decoder(name).reads_prompts and not decoder(name).competes
@@ -176,7 +177,7 @@ def test_soft_gates_see_no_future_and_hard_ones_of_the_whole_text_do():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_decoding_keeps_what_the_prompt_decided_and_reads_as_the_whole_does(name):
-    """Prompts of several lengths, padded on the left; a layer that is skipped leaves no keys, one that is repeated two."""
+    """Prompts of several lengths, padded on the left; a layer that is skipped leaves no keys, a repeated one two."""
     made = decoder(name)
     whole, times = read(name)(IDS, PROMPT, {})
     n = PROMPT.sum(1)

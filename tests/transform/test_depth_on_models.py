@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from naive import tiny_config
 
+from moe_zoo.checkpoints import CheckpointError
 from moe_zoo.core import param as P
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.data import load_tokenizer
-from moe_zoo.inference import Loaded
+from moe_zoo.inference import Loaded, load
+from moe_zoo.inference.saving import save, save_hf
 from moe_zoo.models import Decoder
 from moe_zoo.sharding import make_mesh, sharding_of
 from moe_zoo.train.config import load_config
@@ -24,7 +26,8 @@ PAIRS = [(f"{a}{b}+{a}=", f"{b}") for a in range(2, 6) for b in range(8)]
 
 
 def same_base(one: Loaded, other: Loaded) -> bool:
-    one, other = ({n: np.asarray(a) for n, a in P.arrays(m.model).items() if ".selector." not in n} for m in (one, other))
+    weights = lambda m: {n: np.asarray(a) for n, a in P.arrays(m.model).items() if ".selector." not in n}
+    one, other = weights(one), weights(other)
     return all((one[n] == other[n]).all() for n in one | other)
 
 
@@ -59,6 +62,16 @@ def test_selectors_are_put_on_once_and_leave_the_weights(base, routed):
         set_budget(add_selectors(base, "first"), 0.0)
     with pytest.raises(ValueError, match="learns from paths"):
         jax.eval_shape(lambda: routed.model(jnp.zeros((1, 4), jnp.int32), train=True))
+
+
+def test_what_has_selectors_is_saved_and_opened_as_it_is(routed, tmp_path):
+    save(routed, tmp_path / "routed")
+    again = load(tmp_path / "routed")
+    assert again.config == routed.config and again.config.retrofit == "dr_llm"
+    kept, found = P.arrays(routed.model), P.arrays(again.model)
+    assert kept.keys() == found.keys() and all((np.asarray(kept[n]) == np.asarray(found[n])).all() for n in kept)
+    with pytest.raises(CheckpointError, match="no selectors of depth"):
+        save_hf(routed, tmp_path / "published")
 
 
 def test_answered_is_every_token_of_the_answer_and_its_end_and_nothing_else(routed):
@@ -100,7 +113,9 @@ def test_labels_are_found_and_taught_and_budgets_kept(base, routed):
     seen = _seen(taught, asked, labels, 32)[path]
     of_windows = jax.jit(jax.vmap(lambda selector, *read: selector.loss(*read)[0]))(block.selector, *seen)
     assert float(of_model) == pytest.approx(float(of_windows.sum()), rel=1e-4)
-    assert (answered(set_budget(taught, 1.0), asked, batch_size=32)[1] == 2).all()
+    twice = set_budget(taught, 1.0)
+    assert twice.config.depth.config.budget == 1.0 and same_base(twice, taught)
+    assert P.arrays(twice.model).keys() == P.arrays(taught.model).keys()
 
 
 def test_first_trains_gates_alone_and_then_lora_alone_with_hard_ones(base):
