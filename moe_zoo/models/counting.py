@@ -69,7 +69,7 @@ def train_flops_per_token(
     adapters, whose base has no gradient of its own, once that, and once more the adapters; below selectors that are
     put on a finished model once that, too.
 
-    The same of a base that is frozen below selectors. A token sees (seq_len + 1) / 2 keys on average; recomputation (remat) and the optimizer are not counted.
+    A token sees (seq_len + 1) / 2 keys on average; recomputation (remat) and the optimizer are not counted.
     `rows_per_token`: as measured, by the path of the stacked block; for other blocks what their routers say.
     `passes`: how often the objective runs the model on each token (`Objective.passes`).
     """
