@@ -35,9 +35,9 @@ TOKENS: dict[str, dict[str, str] | str] = {
 }
 REGIONS: dict[str, dict[str, str]] = {
     "routed": {},
-    "nearest": {"model.select": "nearest"},
-    "random": {"model.select": "random"},
     "all": {"model.topk": "(-2, -2, -2)"},
+    "random": {"model.select": "random"},
+    "nearest": {"model.select": "nearest"},
 }
 EXPERIMENTS = {"tokens": ("vision/dyn_token_routing", TOKENS), "regions": ("vision/biformer", REGIONS)}
 
