@@ -183,7 +183,7 @@ class SelectiveBlock(Block):
         return x, aux | _counted(go_BS, valid_BS, ctx.record), new, carry
 
     def after_step(self, stats: dict[str, Stat]) -> dict[str, Array]:
-        moves = self.adapted or (self.routed and not self.selector.retrofits)
+        moves = self.adapted or not self.selector.retrofits
         return super().after_step(stats) if moves else {}
 
     @property
