@@ -27,7 +27,7 @@ from moe_zoo.train.metrics import first_non_finite, flatten
 from moe_zoo.train.progress import Progress
 from moe_zoo.train.step import Trainer
 from moe_zoo.train.task import Task, make_task
-from moe_zoo.train.workdir import prepare_workdir, write_settings
+from moe_zoo.train.workdir import SETTINGS, prepare_workdir, write_settings
 
 
 class TrainingError(RuntimeError):
@@ -98,7 +98,7 @@ def train(
         saved = step
 
         def save():
-            if not workdir.is_dir():
+            if not (workdir / SETTINGS).is_file():  # the folder itself may be back: a save under way makes its own
                 raise TrainingError(f"step {step}: {workdir} has vanished, nothing can be saved there")
             meta = {
                 "data": data.get_state(),

@@ -10,7 +10,7 @@ from typing import IO, Any
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.train.config import RESUMABLE, Config, differences
 
-_SETTINGS, _LOCK = "config.json", ".lock"
+SETTINGS, _LOCK = "config.json", ".lock"
 #: sections that the settings of a run have, and other people's config.json have not
 _OURS = ("model", "data", "optim", "train", "corpus")
 
@@ -24,9 +24,7 @@ def prepare_workdir(workdir: Path, config: Config, fingerprint: str, overwrite: 
     """
     old = read_run_settings(workdir)
     if old is None and (workdir / "checkpoints").exists():
-        raise ConfigError(
-            f"{workdir} has a folder 'checkpoints' but no {_SETTINGS}: not a run of ours; use another one"
-        )
+        raise ConfigError(f"{workdir} has a folder 'checkpoints' but no {SETTINGS}: not a run of ours; use another one")
     if old is not None and not overwrite:
         new = json.loads(json.dumps(config.to_dict() | {"corpus": fingerprint}))
         changed = [line for line in differences(old, new) if not line.startswith(RESUMABLE)]
@@ -44,7 +42,7 @@ def prepare_workdir(workdir: Path, config: Config, fingerprint: str, overwrite: 
     if overwrite:
         for name in ("checkpoints", "tensorboard", "pictures"):
             shutil.rmtree(workdir / name, ignore_errors=True)
-        for name in (_SETTINGS, "metrics.jsonl", "report.json"):
+        for name in (SETTINGS, "metrics.jsonl", "report.json"):
             (workdir / name).unlink(missing_ok=True)
     return lock
 
@@ -67,7 +65,7 @@ def _acquire(lock: IO, workdir: Path) -> None:
 
 def read_run_settings(workdir: Path) -> dict[str, Any] | None:
     """The settings of the run in `workdir`, None if there is none. Raises ConfigError if the file is not ours."""
-    path = workdir / _SETTINGS
+    path = workdir / SETTINGS
     try:
         text = path.read_text()
     except (FileNotFoundError, NotADirectoryError):
@@ -89,6 +87,6 @@ def read_run_settings(workdir: Path) -> dict[str, Any] | None:
 
 def write_settings(workdir: Path, config: Config, fingerprint: str) -> None:
     """Every setting, defaults written out. In one piece: a kill leaves the old file or the new one."""
-    temporary = workdir / f".{_SETTINGS}.{os.getpid()}"
+    temporary = workdir / f".{SETTINGS}.{os.getpid()}"
     temporary.write_text(json.dumps(config.to_dict() | {"corpus": fingerprint}, indent=2))
-    os.replace(temporary, workdir / _SETTINGS)
+    os.replace(temporary, workdir / SETTINGS)

@@ -10,8 +10,8 @@ from moe_zoo.analysis import plot_accuracy, plot_patch_depth
 def test_accuracy_is_drawn_from_lines_that_have_one(tmp_path):
     train = [{"kind": "train", "step": step, "accuracy": step / 10, "seconds": step} for step in range(10)]
     lines = [*train, {"kind": "validation", "step": 9, "accuracy": 0.8}, {"kind": "train", "step": 10, "loss": 1.0}]
-    full, empty = plot_accuracy(lines, tmp_path / "a.png"), plot_accuracy([], tmp_path / "b.png")
-    assert (imread(full) != imread(empty)).any()
+    full, fewer = plot_accuracy(lines, tmp_path / "a.png"), plot_accuracy(lines[:-2], tmp_path / "b.png")
+    assert (imread(full) != imread(fewer)).any() and plot_accuracy([], tmp_path / "none.png").is_file()
 
 
 def test_deeper_tokens_are_darker(tmp_path):

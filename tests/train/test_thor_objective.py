@@ -151,5 +151,5 @@ def test_micro_batches_add_up_to_the_batch():
 
 def test_two_passes_cost_twice():
     passes = {name: OBJECTIVES.get(name).passes for name in OBJECTIVES.names()}
-    assert passes.pop("thor") == 2 and set(passes.values()) == {1}
+    assert passes.pop("thor") == passes.pop("distill") == 2 and set(passes.values()) == {1}
     assert train_flops_per_token(model(), S, passes=2) == 2 * train_flops_per_token(model(), S)
