@@ -20,7 +20,7 @@ from moe_zoo.inference import load_classifier
 from moe_zoo.train.config import load_config
 from moe_zoo.train.loop import train
 from moe_zoo.train.report import make_report
-from moe_zoo.train.task import make_task
+from moe_zoo.train.tasks import make_task
 
 GATES = "model.gate."
 #: arm -> settings; a string: random gates with the shares of that arm

@@ -60,7 +60,7 @@ def _evaluate_classes(arguments) -> None:
     from moe_zoo.inference.loaded import read_settings
     from moe_zoo.train.config import config_from_dict
     from moe_zoo.train.reporting import final_table
-    from moe_zoo.train.task import make_task
+    from moe_zoo.train.tasks import make_task
 
     if arguments.source or arguments.stride or arguments.split not in PARTS:
         raise common.ConfigError(f"a classifier is scored on its own data: --split of {', '.join(PARTS)}, no more")

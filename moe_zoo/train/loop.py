@@ -26,7 +26,8 @@ from moe_zoo.train.memory import check_memory, group_bytes
 from moe_zoo.train.metrics import first_non_finite, flatten
 from moe_zoo.train.progress import Progress
 from moe_zoo.train.step import Trainer
-from moe_zoo.train.task import Task, make_task
+from moe_zoo.train.task import Task
+from moe_zoo.train.tasks import make_task
 from moe_zoo.train.workdir import SETTINGS, prepare_workdir, write_settings
 
 

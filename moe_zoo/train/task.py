@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Int
 
-from moe_zoo.train.config import TASKS, Config
+from moe_zoo.train.config import Config
 
 
 class Task:
@@ -62,13 +62,3 @@ class Task:
     def pictures(self, folder: Path, history: list[dict[str, Any]], report: dict[str, Any]) -> dict[str, str]:
         """{name: path} of the pictures that it draws."""
         return {}
-
-
-def make_task(config: Config) -> Task:
-    """The task that `config.data` describes, its data read."""
-    name = getattr(config.data, "name", None)
-    if name is not None:
-        return TASKS.get(name)(config)
-    from moe_zoo.train.language import Language
-
-    return Language(config)
