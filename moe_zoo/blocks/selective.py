@@ -4,7 +4,7 @@
     x'_i = (1 - w_i) x_i + w_i y_i for i in T,  x_i else
 
 That is x + w (block(x) - x), written so that w = 1 is the block itself to the last bit. In training T are the C best of
-a sequence: C is static, and so is all work. At inference each token is chosen by itself, so nothing depends on later
+a sequence, or of the whole batch (`Selector.over_batch`): C is static, and so is all work. At inference each token is chosen by itself, so nothing depends on later
 ones; how many are is data:
 
     without a cache    all are computed, and seen is who is chosen
@@ -89,12 +89,17 @@ class SelectiveBlock(Block):
             return self._continued(selection, x, view, ctx, cache, valid_BS)
         go_BS = wanted_BS = selection.chosen & valid_BS
         if self.selector.competes:
-            at_BC = best(selection.scores, valid_BS, self.selector.size(x.shape[1]))
-            wanted_BS = jnp.zeros(x.shape[:2], bool).at[_rows(at_BC), at_BC].set(True) & valid_BS
+            together = _as_one_row if self.selector.over_batch else lambda a: a
+            scores_GS, valid_GS = together(selection.scores), together(valid_BS)
+            at_GC = best(scores_GS, valid_GS, self.selector.size(scores_GS.shape[1]))
+            wanted_GS = jnp.zeros(scores_GS.shape, bool).at[_rows(at_GC), at_GC].set(True) & valid_GS
+            wanted_BS = wanted_GS.reshape(x.shape[:2])
         learned = self.selector.learn(selection, wanted_BS, valid_BS)
         if self.selector.competes and (ctx.train or self.as_trained):
-            go_BS, live_BC = wanted_BS, None if ctx.valid is None else take(valid_BS, at_BC)
-            x, aux, _, carry = self._some(selection, x, view, ctx, at_BC, live_BC)
+            go_BS, live_GC = wanted_BS, None if ctx.valid is None else take(valid_GS, at_GC)
+            seen = _together(view, ctx) if self.selector.over_batch else (view, ctx)
+            y, aux, _, carry = self._some(together(selection.weights), together(x), *seen, at_GC, live_GC)
+            x = y.reshape(x.shape)
         else:
             seen_BS, weights_BS = None, selection.weights
             if selection.seen is not None:
@@ -157,12 +162,12 @@ class SelectiveBlock(Block):
         got_BS = received(attention, shaped(ctx.valid), shaped(ctx.prompt), shaped(carry[DEPTH]))
         return carry | {DEPTH: got_BS.reshape(-1)}
 
-    def _some(self, selection: Selection, x, view: View, ctx: RoutingContext, at_BC, live_BC, cache=None, at=None):
+    def _some(self, weights_BS, x, view: View, ctx: RoutingContext, at_BC, live_BC, cache=None, at=None):
         """The tokens `at_BC` through the block, those that are `live_BC` (None: all) seen and changed."""
         x_BCD = take(x, at_BC)
         view, few = _of_some(view, ctx, at_BC, live_BC)
         y_BCD, aux, cache, carry = self._through(x_BCD, view, few, cache, at)
-        y_BCD = blend(x_BCD, y_BCD, take(selection.weights, at_BC))
+        y_BCD = blend(x_BCD, y_BCD, take(weights_BS, at_BC))
         if live_BC is not None:
             y_BCD = jnp.where(live_BC[..., None], y_BCD, x_BCD)
         x = x.at[_rows(at_BC), at_BC].set(y_BCD, unique_indices=True)
@@ -175,7 +180,7 @@ class SelectiveBlock(Block):
         go_BS = selection.chosen & valid_BS
         go_BS &= used_B[:, None] + jnp.cumsum(go_BS, axis=1) <= L
         at_BC = jnp.argsort(~go_BS, axis=1, stable=True)[:, : min(S, L)]
-        run = lambda: self._some(selection, x, view, ctx, at_BC, take(go_BS, at_BC), cache["block"], used_B)
+        run = lambda: self._some(selection.weights, x, view, ctx, at_BC, take(go_BS, at_BC), cache["block"], used_B)
         idle = lambda: (x, cache["block"], ctx.carry)
         x, aux, block, carry = run() if S > 1 else _unless_nobody(go_BS, run, idle)
         taken = jnp.arange(L) < (used_B + go_BS.sum(1, dtype=jnp.int32))[:, None]
@@ -219,6 +224,26 @@ def blend(x_BSD: Float[Array, "B S D"], y_BSD: Float[Array, "B S D"], weights_BS
 def take(x_BS: Array, at_BC: Int[Array, "B C"]) -> Array:
     """[B, S, ...] -> [B, C, ...]."""
     return jnp.asarray(x_BS)[_rows(at_BC), at_BC]
+
+
+def _as_one_row(a_BS: Array) -> Array:
+    """[B, S, ...] -> [1, B * S, ...]."""
+    return a_BS.reshape(1, -1, *a_BS.shape[2:])
+
+
+def _together(view: View, ctx: RoutingContext) -> tuple[View, RoutingContext]:
+    """The batch as one long row, in which sequences do not see each other."""
+    rows_B1 = jnp.arange(ctx.batch)[:, None]
+    segments_BS = jnp.broadcast_to(rows_B1, (ctx.batch, ctx.seq))
+    if view.segment_ids is not None:
+        segments_BS = segments_BS * (view.segment_ids.max() + 1) + view.segment_ids
+    segments_1T = _as_one_row(segments_BS)
+    view = dataclasses.replace(
+        view, positions=_as_one_row(view.positions), segment_ids=segments_1T,
+        valid=None if view.valid is None else _as_one_row(view.valid),
+        rotary=jax.tree.map(lambda a: a.reshape(1, a.shape[1], -1, a.shape[3]), view.rotary),
+    )  # fmt: skip
+    return view, ctx.replace(batch=1, seq=ctx.batch * ctx.seq, segment_ids=segments_1T[0])
 
 
 def _unless_nobody(go_BS, run, idle):

@@ -120,6 +120,10 @@ def build_choices(registry: Registry, values, path: str) -> tuple[Choice, ...]:
     )
 
 
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
 def to_dict(built) -> dict:
     """The inverse of `build`: plain nested dicts and lists that JSON can hold, every default written out; but of a
     field whose metadata says "silent": then settings written before there was such a field are what they are now.
@@ -129,7 +133,7 @@ def to_dict(built) -> dict:
     result = {}
     for field in dataclasses.fields(built):
         value = getattr(built, field.name)
-        if field.metadata.get("silent") and value == field.default_factory():
+        if field.metadata.get("silent") and value == _default(field):
             continue
         if isinstance(value, tuple) and field.metadata.get("many"):
             result[field.name] = {c.name: to_dict(c.config) for c in value}

@@ -30,13 +30,15 @@ _COEF = {"predictor": 1.0, "aux_loss": 0.01}
 @dataclasses.dataclass(frozen=True)
 class MixtureOfDepthsConfig(SelectorConfig):
     """`sampling`: what decides at inference. `coef` multiplies the cross-entropy of a layer; None: 1 for a predictor,
-    whose parameters are its own, 0.01 for the router. `weight`: r, or sigmoid(r) (MoMa, arXiv 2407.21770).
+    whose parameters are its own, 0.01 for the router. `weight`: r, or sigmoid(r) (MoMa, arXiv 2407.21770). `best_of`:
+    with whom a token competes in training, its sequence or the batch (MoMa).
     """
 
     sampling: Literal["predictor", "aux_loss"] = "predictor"
     weight: Literal["score", "sigmoid"] = "score"
     coef: float | None = None
     init_std: float = 0.02
+    best_of: Literal["sequence", "batch"] = dataclasses.field(default="sequence", metadata={"silent": True})
 
     def validate(self, path: str) -> None:
         super().validate(path)
@@ -52,6 +54,7 @@ class MixtureOfDepths(Selector):
     def __init__(self, config: MixtureOfDepthsConfig, hidden_size: int):
         super().__init__(config, hidden_size)
         D, hidden = hidden_size, max(1, hidden_size // 2)
+        self.over_batch = config.best_of == "batch"
         self.kernel = param((D,), ("embed",), Normal(config.init_std))
         if config.sampling == "predictor":
             self.predict_in = param((D, hidden), ("embed", None), fan_in(D))

@@ -65,6 +65,8 @@ class Selector(nnx.Module):
     Config: ClassVar[type] = SelectorConfig
     #: in training the C best of a sequence go through; otherwise, as at inference, who is chosen
     competes: ClassVar[bool] = True
+    #: they compete with those of all sequences of the batch, C of all tokens together
+    over_batch: bool = False
     #: whole sequences go through or not, so that a cache has places for all of their tokens
     whole: ClassVar[bool] = False
     #: some go through twice

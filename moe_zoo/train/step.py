@@ -35,16 +35,20 @@ class Partition:
 
 
 def partition(model, freeze: tuple[str, ...] = ()) -> Partition:
-    """Sorts the model's variables. `freeze`: patterns (`*.router.*`) over our paths; each must match something."""
+    """Sorts the model's variables. `freeze`: patterns (`*.router.*`) over our paths, the last that matches decides, and
+    one behind "!" says what is trained after all; each must match something.
+    """
     groups = {"trainable": [], "frozen": [], "buffers": []}
     variables = P.flat(model)
+    matching = lambda path: [p for p in freeze if fnmatch.fnmatch(path, p.removeprefix("!"))]
+    unused = set(freeze) - {pattern for path in variables for pattern in matching(path)}
     for pattern in freeze:
-        if not any(fnmatch.fnmatch(path, pattern) for path in variables):
+        if pattern in unused:
             raise ConfigError(
                 f"train.freeze: {pattern!r} matches no parameter; paths look like {next(iter(variables))!r}"
             )
     for path, var in variables.items():
-        fixed = isinstance(var, P.Frozen) or any(fnmatch.fnmatch(path, pattern) for pattern in freeze)
+        fixed = isinstance(var, P.Frozen) or not (matching(path) or ["!"])[-1].startswith("!")
         groups["buffers" if isinstance(var, P.Buffer) else "frozen" if fixed else "trainable"].append(path)
     if not groups["trainable"]:
         raise ConfigError(f"train.freeze: {list(freeze)} leaves nothing to train")

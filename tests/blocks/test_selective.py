@@ -80,31 +80,33 @@ def by_loop(block, x, chosen, segments):
     return out, scores
 
 
-def picked(scores, valid):
-    """The C best of each row."""
-    chosen = np.zeros((B, S), bool)
-    for b in range(B):
-        chosen[b, naive.best(list(np.where(valid[b], scores[b], -np.inf)), C)] = True
-    return chosen & valid
+def picked(scores, valid, best_of: str = "sequence"):
+    """The C best of each row, or the B * C best of the batch."""
+    rows = scores.reshape(1, -1) if best_of == "batch" else scores
+    chosen, C_row = np.zeros(rows.shape, bool), C * B // len(rows)
+    for row, found, real in zip(rows, chosen, valid.reshape(rows.shape), strict=True):
+        found[naive.best(list(np.where(real, row, -np.inf)), C_row)] = True
+    return chosen.reshape(B, S) & valid
 
 
-@pytest.mark.parametrize("train", [True, False])
-def test_output_is_that_of_the_loop_and_others_pass_by_untouched(train):
-    block, x = first(decoder()), normal(8, B, S, D)
+@pytest.mark.parametrize("train, best_of", [(True, "sequence"), (True, "batch"), (False, "sequence")])
+def test_output_is_that_of_the_loop_and_others_pass_by_untouched(train, best_of):
+    block, x = first(decoder(best_of=best_of)), normal(8, B, S, D)
     valid = np.ones((B, S), bool)
     valid[1, :3] = valid[0, 5] = False
     segments = jnp.asarray(np.where(np.arange(S) < 7, 1, 2) * np.ones((B, 1), int))
     y, aux = call(block, x, *looks(block, jnp.asarray(valid), segments, train=train))
     selection = block.selector(x, None)
-    chosen = picked(np.asarray(selection.scores), valid) if train else np.asarray(selection.logits > 0) & valid
+    yes = np.asarray(selection.logits > 0) & valid
+    chosen = picked(np.asarray(selection.scores), valid, best_of) if train else yes
     expected, scores = by_loop(block, np.asarray(x), chosen, np.asarray(segments))
     np.testing.assert_allclose(selection.scores, scores, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(y, expected, rtol=2e-3, atol=2e-4)
     np.testing.assert_array_equal(y[~chosen], x[~chosen])
-    assert 0 < chosen.sum() < valid.sum() and (not train or (chosen.sum(1) == C).all())
+    assert 0 < chosen.sum() < valid.sum() and (not train or chosen.sum() == B * C)
+    assert not train or (chosen.sum(1) == C).all() == (best_of == "sequence")
     assert aux.stats["depth_share"].value() == pytest.approx(chosen.sum() / valid.sum())
     if train:
-        yes = np.asarray(selection.logits > 0) & valid
         assert aux.stats["depth_f1"].value() == pytest.approx(2 * (chosen & yes).sum() / (chosen.sum() + yes.sum()))
         block.as_trained = True
         np.testing.assert_array_equal(call(block, x, *looks(block, jnp.asarray(valid), segments))[0], y)

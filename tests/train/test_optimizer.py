@@ -121,8 +121,16 @@ def test_frozen_parameters_stay_bit_for_bit_and_have_no_moments(steps):
 
 
 def test_freeze_pattern_that_matches_nothing_is_an_error():
-    with pytest.raises(ValueError, match="nothing_here"):
-        partition(Decoder(load_config(TINY).model), ("nothing_here*",))
+    for pattern in ("nothing_here*", "!nothing_here*"):
+        with pytest.raises(ValueError, match=f"'{pattern[:-1]}"):
+            partition(Decoder(load_config(TINY).model), (pattern,))
+
+
+def test_of_freeze_patterns_the_last_that_matches_decides():
+    model = Decoder(load_config(TINY).model)
+    only = partition(model, ("*", "!*.router.*"))
+    assert only.trainable == ("segments.0.blocks.0.ffn.router.kernel",) and "embed.table" in only.frozen
+    assert partition(model, ("!*.router.*", "*.ffn.*")).trainable == partition(model, ("*.ffn.*",)).trainable
 
 
 def test_balancing_bias_moves_against_the_load_and_meets_no_gradient(steps):
