@@ -217,7 +217,7 @@ def _convert(hint, value, path):
             raise ConfigError(f"{path}: expected a mapping, got {_show(value)}")
         return {str(k): _convert(args[1], v, f"{path}.{k}") for k, v in value.items()}
     if hint is Any:
-        return value
+        return _plain(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if hint is int and isinstance(value, float) and value.is_integer():
@@ -238,6 +238,15 @@ def _convert_union(args, value, path):
         except ConfigError as error:
             errors.append(error)
     raise errors[0]
+
+
+def _plain(value):
+    """Without text that was typed, where no field says its type."""
+    if isinstance(value, Text):
+        return _literal(value.value)
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return value
 
 
 def _literal(text: str):

@@ -236,8 +236,9 @@ def test_one_token_that_is_not_chosen_skips_the_block():
 
 
 def test_a_mesh_changes_neither_values_nor_gradients_around_a_routed_block():
-    """Staged MoDE."""
-    config = tiny_config(layers="1*moe:mod", depth={"name": "mod", "capacity": 0.5})
+    """Staged MoDE, of the batch, behind a dense block of each sequence's best."""
+    of = lambda best_of: {"depth": {"name": "mod", "capacity": 0.5, "best_of": best_of}}
+    config = tiny_config(layers="1*(dense:row moe:all)", variants={"row": of("sequence"), "all": of("batch")})
     values = P.arrays(P.materialize(Decoder(config), 0))
     ids = np.random.default_rng(0).integers(0, 32, (8, S)).astype(np.int32)
     mixed = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))

@@ -194,7 +194,7 @@ def test_text_reads_lists_and_names_of_choices():
     assert made(inner={"rates": Text("[1,2]")}).inner.rates == (1.0, 2.0)
     assert made(part=Text("fancy")).part.cls is Fancy
     assert made(part={"name": Text("fancy"), "glitter": Text("2")}).part.config.glitter == 2.0
-    assert made(table={"a": Text("3")}).table == {"a": 3}
+    assert made(table={"a": Text("3"), "b": {"c": Text("x")}}).table == {"a": 3, "b": {"c": "x"}}
 
 
 @pytest.mark.parametrize(
