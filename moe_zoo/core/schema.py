@@ -192,7 +192,8 @@ def _field(field, hint, value, path):
     if kinds is not None and isinstance(value, Mapping) and "name" in value:
         name = value["name"].value if isinstance(value["name"], Text) else value["name"]
         return build(kinds.get(name, f"{path}.name").Config, value, path)
-    return value if kinds is not None and dataclasses.is_dataclass(value) else _convert(hint, value, path)
+    built = kinds is not None and dataclasses.is_dataclass(value) and not isinstance(value, Text)
+    return value if built else _convert(hint, value, path)
 
 
 def _convert(hint, value, path):

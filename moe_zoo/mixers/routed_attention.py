@@ -110,6 +110,8 @@ class RoutedAttention(LearningMixer):
         self, config: RoutedAttentionConfig, attention: AttentionConfig, *, hidden_size: int, out_scale: float
     ):
         D, N, H = hidden_size, attention.num_attention_heads, attention.query_size(hidden_size)
+        if not H or H % 2:
+            raise ConfigError(f"model.attention.num_attention_heads: {N} of hidden size {D} gives no even head size")
         local = N // 2 if config.local_heads is None else config.local_heads
         if local >= N:
             raise ConfigError(

@@ -30,6 +30,7 @@ TINY = "configs/quickstart.py:tiny"
         ("model.losses", "{'load_balanse': {}}", ["load_balanse", "'load_balance'"]),
         ("model.losses.load_balance.coeff", "1", ["load_balance.coeff", "'coef'"]),
         ("mesh.expert", "0", ["mesh.expert", "0"]),
+        ("model", "big", ["model", "section", "big"]),
     ],
 )
 def test_mistake_is_one_line_with_the_nearest_valid_name(key, text, parts):
