@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import re
 from pathlib import Path
@@ -144,8 +145,10 @@ def full_store(real, tmp_path_factory):
     path = tmp_path_factory.mktemp("full") / "cpu.jsonl"
     rng, store = np.random.default_rng(0), Store(path)
 
+    plan_of = functools.cache(lambda name: entries.plan(KNOWN[name], entries.SCALES["cpu"], 0))
+
     def add(name, seed, loss, **changes):
-        plan, run = entries.plan(KNOWN[name], entries.SCALES["cpu"], seed), copy.deepcopy(base)
+        plan, run = plan_of(name), copy.deepcopy(base)
         run |= {"entry": name, "seed": seed, "scale": "cpu", "config_hash": plan.config_hash, "fits": list(plan.fits)}
         run |= {"cost_hash": plan.cost_hash, "causal": Decoder(plan.config.model).causal, "match": plan.match.says()}
         run["results"] |= {"test_bits_per_byte": loss, "load_violation": float(rng.uniform(0.1, 0.4))}
