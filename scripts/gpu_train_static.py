@@ -1,0 +1,82 @@
+"""`bench.py train --gpu-static`: our training step compiled for an H100 (or another) by XLA, without a GPU.
+
+    python scripts/bench.py train --gpu-static --sizes 1b,2b
+
+Every step is compiled in a process of its own, as the kernels are (gpu_static.py, which says what must be installed).
+What comes out is what it will occupy: bytes of the state, of the step's own arrays, of both together at their highest;
+our kernels among what is launched (the body of a loop counted once), their registers and spilled bytes; and what
+attention keeps: how many arrays there are with all S x S scores of every head, and how big the largest block of scores
+is. Nothing is timed.
+"""
+
+import json
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import gpu_static
+import gpu_train_case
+from gpu_train_case import Size
+
+_ITEM = {"f64": 8, "f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "pred": 1}
+_SHAPE = re.compile(r"\b(f64|f32|bf16|f16|s32|u32|pred)\[([\d,]+)\]")
+
+
+def figures(name: str, size: Size, gpu: str, timeout_s: float) -> dict[str, Any]:
+    """compile_step's and what ptxas says, or {"error"}; with what was compiled."""
+    rows = f"{size.batch}", f"{size.seq}"
+    found = gpu_static.compiled_alone([str(Path(__file__)), name, *rows, gpu], timeout_s)
+    return {"size": name, "batch": size.batch, "seq": size.seq, "gpu": gpu, "layers": size.layers, **found}
+
+
+def compile_step(size: Size, gpu: str) -> dict[str, Any]:
+    """Compiles; what `memory_analysis` says, in bytes, parameters and FLOPs as counted, and attention's arrays."""
+    import jax
+    import jax.numpy as jnp
+
+    devices = gpu_static.described_devices(gpu)
+    trainer = gpu_train_case.our_trainer(size, devices)
+    batch = {
+        name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=trainer.batch_sharding)
+        for name, a in gpu_train_case.our_batch(gpu_train_case.random_tokens(size, 0)).items()
+    }
+    progress = jax.ShapeDtypeStruct((), jnp.float32)
+    begin = time.perf_counter()
+    with jax.sharding.use_abstract_mesh(trainer.mesh.abstract_mesh):
+        compiled = trainer.train_step.lower(trainer.abstract_state(), batch, progress).compile()
+    memory = compiled.memory_analysis()
+    return {
+        "compile_s": time.perf_counter() - begin,
+        "state_bytes": memory.argument_size_in_bytes,
+        "reused_bytes": memory.alias_size_in_bytes,
+        "scratch_bytes": memory.temp_size_in_bytes,
+        "peak_bytes": memory.peak_memory_in_bytes,
+        **gpu_train_case.counted(trainer, size.seq),
+        **attention_arrays(compiled.as_text(), size),
+    }
+
+
+def attention_arrays(text: str, size: Size) -> dict[str, int]:
+    """{"whole_scores", "block_bytes"} of a program's text: arrays [.., S, S] with all heads, and the largest array of
+    scores of some queries to all S keys.
+    """
+    whole, largest = set(), 0
+    for dtype, dims in set(_SHAPE.findall(text)):
+        shape = [int(d) for d in dims.split(",")]
+        if len(shape) < 4 or shape[-1] != size.seq or size.heads not in shape[:-2]:
+            continue
+        count = _ITEM[dtype]
+        for d in shape:
+            count *= d
+        if shape[-2] == size.seq:
+            whole.add((dtype, dims))
+        largest = max(largest, count)
+    return {"whole_scores": len(whole), "block_bytes": largest}
+
+
+if __name__ == "__main__":
+    chosen, batch, seq, gpu = sys.argv[1:]
+    step = gpu_train_case.sized(chosen, int(batch), int(seq))
+    print(json.dumps(compile_step(step, gpu)))
