@@ -127,11 +127,17 @@ def compiled_alone(script: list[str], timeout_s: float, mosaic: bool = False) ->
         except subprocess.TimeoutExpired:
             return {"error": f"timed out after {timeout_s:g} s"}
         if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if re.match(r"\w*(\.\w+)*(Error|Exception)\b", line)]
-            return {"error": (lines or done.stderr.splitlines() or ["died"])[-1][:300]}
+            return {"error": last_error(done.stderr)}
         thunks = "".join(path.read_text() for path in Path(folder).glob("*thunk_sequence.txt"))
     log = done.stdout + done.stderr
     return {**json.loads(done.stdout.splitlines()[-1]), **of_kernels(log), **of_thunks(thunks, mosaic)}
+
+
+def last_error(log: str) -> str:
+    """The line of a Python program's log that says what it died of."""
+    lines = log.splitlines()
+    errors = [line for line in lines if re.match(r"\w*(\.\w+)*(Error|Exception)\b", line)]
+    return (errors or lines or ["died"])[-1][:300]
 
 
 def of_kernels(log: str) -> dict[str, Any]:

@@ -9,7 +9,11 @@ attention keeps: how many arrays there are with all S x S scores of every head, 
 is. Nothing is timed.
 """
 
+import argparse
+import datetime
+import importlib.metadata
 import json
+import math
 import re
 import sys
 import time
@@ -18,17 +22,12 @@ from typing import Any
 
 import gpu_static
 import gpu_train_case
+import gpu_train_page
 from gpu_train_case import Size
 
+_PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cuda-nvcc")
 _ITEM = {"f64": 8, "f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "pred": 1}
 _SHAPE = re.compile(r"\b(f64|f32|bf16|f16|s32|u32|pred)\[([\d,]+)\]")
-
-
-def figures(name: str, size: Size, gpu: str, timeout_s: float) -> dict[str, Any]:
-    """compile_step's and what ptxas says, or {"error"}; with what was compiled."""
-    rows = f"{size.batch}", f"{size.seq}"
-    found = gpu_static.compiled_alone([str(Path(__file__)), name, *rows, gpu], timeout_s)
-    return {"size": name, "batch": size.batch, "seq": size.seq, "gpu": gpu, "layers": size.layers, **found}
 
 
 def compile_step(size: Size, gpu: str) -> dict[str, Any]:
@@ -67,13 +66,34 @@ def attention_arrays(text: str, size: Size) -> dict[str, int]:
         shape = [int(d) for d in dims.split(",")]
         if len(shape) < 4 or shape[-1] != size.seq or size.heads not in shape[:-2]:
             continue
-        count = _ITEM[dtype]
-        for d in shape:
-            count *= d
         if shape[-2] == size.seq:
             whole.add((dtype, dims))
-        largest = max(largest, count)
+        largest = max(largest, _ITEM[dtype] * math.prod(shape))
     return {"whole_scores": len(whole), "block_bytes": largest}
+
+
+def run(args: argparse.Namespace) -> None:
+    """Every size for every GPU: the table, printed and written; exit code 1 if a step does not compile or spills."""
+    gpu_static.need_compilers("bench.py train --gpu-static")
+    compiled = {
+        "command": " ".join(["python", *sys.argv]),
+        "date": datetime.date.today().isoformat(),
+        "versions": {p: importlib.metadata.version(p) for p in _PACKAGES},
+        "python": sys.version.split()[0],
+        "rows": [],
+    }
+    for name in ["tiny"] if args.tiny else args.sizes:
+        for gpu in args.gpus:
+            print(f"{name} for {gpu}", file=sys.stderr, flush=True)
+            size = gpu_train_case.sized(name, args.batch, args.seq)
+            script = [str(Path(__file__)), name, str(size.batch), str(size.seq), gpu]
+            row = {"size": name, "gpu": gpu, "batch": size.batch, "seq": size.seq}
+            row |= {"card_bytes": gpu_static.GPUS[gpu]["memory"], **gpu_static.compiled_alone(script, args.timeout)}
+            compiled["rows"].append(row)
+            if not args.tiny:
+                gpu_train_page.keep({"compiled": compiled}, Path(args.out))
+    print(gpu_train_page.compiled_section(compiled))
+    raise SystemExit(any("error" in row or row["spilled_bytes"] for row in compiled["rows"]))
 
 
 if __name__ == "__main__":
