@@ -26,7 +26,6 @@ import functools
 import importlib.metadata
 import importlib.util
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -35,17 +34,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gpu_process
 import gpu_static
 import gpu_train_case
 import gpu_train_page
 import numpy as np
 from gpu_train_case import Size
 
-_ROOT = Path(__file__).resolve().parents[1]
 _WARM_UP, _BATCHES = 3, 4
 _RATE, _BETAS, _DECAY, _CLIP = 3e-4, (0.9, 0.95), 0.1, 1.0
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers")
-_PROBE = "import jax, json; d = jax.devices()[0]; print(json.dumps([d.platform, d.device_kind]))"
 
 
 # --- in a contender's process ----------------------------------------------------------------------------------------
@@ -181,22 +179,6 @@ def sit(name: str, size: Size, rounds: int, steps: int, on_gpu: bool) -> dict[st
 # --- in the caller's -------------------------------------------------------------------------------------------------
 
 
-def find_device(on_gpu: bool) -> str:
-    """The kind of the device; asked by a process of its own, so that the caller holds no memory of the card. Exits
-    where there is no GPU.
-    """
-    if not on_gpu:
-        return "CPU"
-    done = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True)
-    platform, kind = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else ("no device", "")
-    if platform != "gpu":
-        raise SystemExit(
-            f"bench.py train --gpu: needs an NVIDIA GPU, jax finds {platform}: --gpu --tiny runs on a CPU, --gpu-static "
-            "says what can be told without a GPU"
-        )
-    return kind
-
-
 def missing(name: str) -> str | None:
     """What the contender needs and is not installed."""
     needs = ("jax", "flax", "optax", "jaxtyping") if name == OURS else ("torch", "transformers")
@@ -211,21 +193,13 @@ def sitting(name: str, size: str, args: argparse.Namespace) -> dict[str, Any]:
     on_gpu = not args.tiny
     chosen = gpu_train_case.sized(size, args.batch, args.seq)
     numbers = map(str, (chosen.batch, chosen.seq, args.rounds, args.steps, int(on_gpu)))
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{_ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-        # one process at a time has the card: all of it, but no more than it needs
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-        "XLA_CLIENT_MEM_FRACTION": "0.95",
-        "JAX_COMPILATION_CACHE_DIR": str(_ROOT / ".jax_cache" / "train_gpu"),
-    }
-    environment.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None)
+    environment = gpu_process.environment("train_gpu")
     if not on_gpu:
         environment["JAX_PLATFORMS"] = "cpu"
     try:
         done = subprocess.run(
             [sys.executable, __file__, name, size, *numbers],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, timeout=args.timeout,
+            capture_output=True, text=True, env=environment, timeout=args.timeout,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return {"raised": f"not done after {args.timeout:g} s"}
@@ -237,12 +211,12 @@ def sitting(name: str, size: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> None:
     """All sittings; the table, printed, and on a GPU written."""
-    kind = find_device(on_gpu=not args.tiny)
     names = args.peers.split(",") if args.peers else [n for n in CONTENDERS if not (args.tiny and "compiled" in n)]
     if unknown := [name for name in names if name not in CONTENDERS]:
         raise SystemExit(f"bench.py train --gpu: no contender {unknown[0]!r}; known: {', '.join(CONTENDERS)}")
+    otherwise = "--gpu --tiny runs on a CPU, --gpu-static says what can be told without a GPU"
     about = {
-        "device": kind,
+        "device": "CPU" if args.tiny else gpu_process.device_kind("bench.py train --gpu", otherwise),
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", *sys.argv]),
         "versions": {p: importlib.metadata.version(p) for p in _PACKAGES if importlib.util.find_spec(p)},

@@ -55,7 +55,7 @@ def measured_section(row: dict[str, Any]) -> str:
              "peak GiB", "first loss", "s to the end of the first step"]  # fmt: skip
     table = [lines, *(_measured_cells(name, f, found.get(OURS, {}), dense) for name, f in found.items())]
     versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
-    size = f"{of_ours['total'] / 1e9:.2f} billion parameters, {of_ours['active'] / 1e9:.2f} per token; " if flops else ""
+    size = "{total:.3g} parameters, {active:.3g} per token; ".format(**of_ours) if flops else ""
     ceiling = f"{peak / 1e12:.0f} TFLOP/s (data sheet)" if peak else "not in the table of data sheets"
     product = f"; a product of large matrices in our process: {dense / 1e12:.3g}" if dense else ""
     return "\n".join(
@@ -163,17 +163,20 @@ _HOW = """\
     python scripts/bench.py train --gpu --tiny         # the same at a tiny size, on a CPU
     python scripts/bench.py train --gpu-static --sizes 1b,2b
 
-A whole training step, bfloat16, AdamW, gradients clipped: ours, as the training loop takes it, beside `OlmoeForCausalLM` of transformers with
-`grouped_mm` experts, torch's fused AdamW and scaled-dot-product attention, as it is and through `torch.compile`. One published configuration says what both
-build (`scripts/gpu_train_case.py`). Ours keeps weights, gradients and moments in float32 and counts the routers' losses, transformers keeps all in
-bfloat16 and counts none. Each contender is a process of its own that has the card to itself; they sit down in turn and once more the other way round;
-medians over all rounds. MFU: FLOPs of the model, none recomputed, half of attention's square, over the data sheet's dense bfloat16 rate; beside it over the rate of a
-large matrix product in the same run.
+A whole training step in bfloat16 with AdamW and clipped gradients: ours, as the training loop takes it, beside
+`OlmoeForCausalLM` of transformers with `grouped_mm` experts, torch's fused AdamW and scaled-dot-product attention, as
+it is and through `torch.compile`. One published configuration says what both build (`scripts/gpu_train_case.py`). Ours
+keeps weights, gradients and moments in float32 and counts the routers' losses; transformers keeps all in bfloat16 and
+counts none. Each contender is a process of its own that has the card to itself; they sit down in turn and once more
+the other way round; medians over all rounds. MFU: FLOPs of the model, none recomputed, half of attention's square,
+over the data sheet's dense bfloat16 rate; beside it over the rate of a large matrix product in the same run.
 
-What the measuring needs installed: jax with CUDA, flax, optax, jaxtyping; torch with CUDA and transformers >= 5 for the peers. Neither grain nor ml-collections."""
+Measuring needs jax with CUDA, flax, optax and jaxtyping; torch with CUDA and transformers >= 5 for the peers. Neither
+grain nor ml-collections nor tokamax is imported."""
 
 _COMPILED = """\
-Made by XLA for a device that is described in text (`scripts/gpu_static.py`), our "pallas_gpu" kernels in it. State: weights, two moments, batch. Scratch: the step's own arrays,
-gradients among them; peak: both at their highest together. Launches are those in the program's text, the body of the loop over layers (four at a time) once; registers
-and spilled bytes the largest of all our kernels, by ptxas. Attention: the largest array of scores of a block of queries to all keys of every head, and how many arrays
-of all S x S scores there are."""
+Made by XLA for a device that is described in text (`scripts/gpu_static.py`), our "pallas_gpu" kernels in it. State:
+weights, two moments, batch. Scratch: the step's own arrays, gradients among them. Peak: both at their highest together.
+Launches are those in the program's text, a loop's body once (four layers); registers and spilled bytes the largest of
+all our kernels, by ptxas. Attention: the largest array of scores of a block of queries to all keys of every head, and
+how many arrays of all S x S scores there are."""
