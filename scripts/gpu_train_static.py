@@ -64,9 +64,9 @@ def attention_arrays(text: str, size: Size) -> dict[str, int]:
     whole, largest = set(), 0
     for dtype, dims in set(_SHAPE.findall(text)):
         shape = [int(d) for d in dims.split(",")]
-        if len(shape) < 4 or shape[-1] != size.seq or size.heads not in shape[:-2]:
+        if len(shape) != 4 or shape[:2] != [size.batch, size.heads] or shape[3] != size.seq:
             continue
-        if shape[-2] == size.seq:
+        if shape[2] == size.seq:
             whole.add((dtype, dims))
         largest = max(largest, _ITEM[dtype] * math.prod(shape))
     return {"whole_scores": len(whole), "block_bytes": largest}

@@ -1,5 +1,7 @@
 """Softmax attention over given keys, and over a sequence's own in blocks, with a backward pass that keeps no scores.
 
+On one NVIDIA GPU the latter is `pallas_kernels.causal_attention` where that takes the operands.
+
 B batch, S queries, L keys, N query heads, M key-value heads, G = N / M, H head size.
 """
 
@@ -11,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from moe_zoo.core.sight import Sight
+from pallas_kernels import _choose, _gpu_target, causal_attention
 
 
 def attend(
@@ -41,21 +44,62 @@ def attend_causally(
     """`attend` of a sequence to itself, as far as `sight` goes, in its blocks.
 
     The backward pass makes the weights again, block by block, from the maximum and the sum of each query's scores
-    (FlashAttention, arXiv 2205.14135, section 3.1): what is kept does not grow with S^2.
+    (FlashAttention, arXiv 2205.14135, section 3.1): what is kept does not grow with S^2. On a GPU a query that may see
+    nothing gives zeros.
     """
     return _forward(q_BNSH, k_BMSH, v_BMSH, sinks_N, sight, window, scale)[0]
 
 
+def _takes_kernels(q, k, v, sinks) -> bool:
+    """Whether the GPU's kernels run. XLA can't divide a kernel among devices, so there must be one."""
+    if sinks is not None or _gpu_target.current() is None or jax.device_count() > 1:
+        return False
+    return causal_attention.why_not(q, k, v) is None
+
+
+def _tokens(sight: Sight, window: int | None) -> causal_attention.Tokens:
+    """A sequence's sight of itself as the kernels want it."""
+    segments = jnp.zeros_like(sight.positions) if sight.segment_ids is None else sight.segment_ids
+    keys = segments if sight.key_valid is None else jnp.where(sight.key_valid, segments, jnp.iinfo(jnp.int32).min)
+    return causal_attention.Tokens(sight.positions, segments, keys, window, sight.chunk)
+
+
 def _forward(q, k, v, sinks, sight, window, scale):
+    blocks = lambda q, k, v, sinks, sight: _forward_blocks(q, k, v, sinks, sight, window, scale)
+    if not _takes_kernels(q, k, v, sinks):
+        return _kept(blocks, q, k, v, sinks, sight)
+    kernel = functools.partial(causal_attention.forward, scale=_scale(q, scale))
+    table = {"xla": blocks, "pallas_gpu": lambda q, k, v, sinks, sight: kernel(q, k, v, _tokens(sight, window))}
+    return _kept(functools.partial(_choose.run, None, table), q, k, v, sinks, sight)
+
+
+def _kept(run, *operands):
+    """The output, and what the backward pass needs."""
+    result = run(*operands)
+    return result[0], (*operands, *result)
+
+
+def _forward_blocks(q, k, v, sinks, sight, window, scale):
+    """The output; per query the highest score and one over the sum of exponentials beside it."""
     blocks = [
         _attend(q[:, :, rows], k[:, :, keys], v[:, :, keys], sight.mask(rows, keys, window), _scale(q, scale), sinks)
         for rows, keys in sight.blocks()
     ]
-    out, *softmax = (jnp.concatenate(parts, axis=2) for parts in zip(*blocks, strict=True))
-    return out, (q, k, v, sinks, sight, out, *softmax)
+    return tuple(jnp.concatenate(parts, axis=2) for parts in zip(*blocks, strict=True))
 
 
 def _backward(window, scale, kept, g_BNSV):
+    blocks = lambda kept, g: _backward_blocks(window, scale, kept, g)
+    q, k, v, sinks, sight, *result = kept
+    if not _takes_kernels(q, k, v, sinks):
+        return *blocks(kept, g_BNSV), None
+    kernel = functools.partial(causal_attention.gradients, scale=_scale(q, scale))
+    ours = lambda kept, g: (*kernel(*kept[:3], _tokens(kept[4], window), *kept[5:], g), None)
+    return *_choose.run(None, {"xla": blocks, "pallas_gpu": ours}, kept, g_BNSV), None
+
+
+def _backward_blocks(window, scale, kept, g_BNSV):
+    """Gradients of q, k, v and sinks."""
     q, k, v, sinks, sight, out, highest, inverse = kept
     # what the softmax takes off again: the rows' weighted mean of the gradient of their weights
     mean = jnp.sum(g_BNSV.astype(highest.dtype) * out.astype(highest.dtype), -1)
@@ -72,7 +116,7 @@ def _backward(window, scale, kept, g_BNSV):
         weight = jnp.exp(sinks.astype(highest.dtype)[:, None] - highest) * inverse
         d_sinks = -jnp.sum(weight * mean, (0, 2)).astype(sinks.dtype)
     back = lambda x, like: jnp.swapaxes(x, 2, 3).astype(like.dtype)
-    return jnp.concatenate(dq, axis=2).astype(q.dtype), back(dk_BMHS, k), back(dv_BMVS, v), d_sinks, None
+    return jnp.concatenate(dq, axis=2).astype(q.dtype), back(dk_BMHS, k), back(dv_BMVS, v), d_sinks
 
 
 attend_causally.defvjp(_forward, _backward)
