@@ -47,7 +47,7 @@ _RESULTS = Path(__file__).parents[1] / "docs" / "results" / "kernels_gpu_measure
 #: Largest difference from float32, over the largest value.
 _TOLERANCE = 8e-3
 #: calls of one turn, and how long the card works before
-_CALLS, _WARM_UP_S = 10, 0.3
+_CALLS, _WARM_UP_S = 10, 0.1
 _COLUMNS = ("op", "pass", "shape", "routing", "contender", "ms", "TFLOP/s", "ours is", "wall ms", "error")
 _KEY = ("op", "pass", "shape", "routing", "contender")
 

@@ -30,10 +30,11 @@ def device_kind(command: str, otherwise: str) -> str:
 
 
 def environment(cache: str) -> dict[str, str]:
-    """For a process that may have all of the card, and takes no more than it needs. What jax compiles is kept under
-    the name `cache`.
+    """For a process that may have all of one card, the first if none is named, and takes no more of it than it needs.
+    What jax compiles is kept under the name `cache`.
     """
     given = {
+        "CUDA_VISIBLE_DEVICES": "0",
         **os.environ,
         "PYTHONPATH": f"{_ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
