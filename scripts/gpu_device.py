@@ -5,10 +5,10 @@
 
 Checked against a float32 loop over row tiles ("xla_tiles") on the same operands. Timed beside `jax.lax.ragged_dot`,
 tokamax and torch's grouped product, its weights in either layout, where they are installed, and one dense matmul of the
-same FLOPs. Contenders take turns, twice, the second time the other way round; before each, the card works for a while,
-so that its clock is up. Medians of device time: the sum of a call's kernels by CUPTI, the same for torch; wall time of
-many calls where CUPTI is not to be had, and the table says so. No cache is cleared: the operands of all shapes but
-`route_top_k`'s are larger than it.
+same FLOPs; attention beside cuDNN's and torch's. Contenders take turns, twice, the second time the other way round;
+before each, the card works for a while, so that its clock is up. Medians of device time: the sum of a call's kernels by
+CUPTI, the same for torch; wall time of many calls where CUPTI is not to be had, and the table says so. No cache is
+cleared: the operands of all shapes but `route_top_k`'s are larger than it.
 
 All of it runs in a process beside the command, which begins another one if a kernel never returns or takes the first
 one down. Rows, device, versions and command go to docs/results/kernels_gpu_measured.json (or --json) after every case,
@@ -42,6 +42,8 @@ from kernel_cases import SHAPES
 #: MOSAIC is ours, too, for one generation of devices, and not what None takes: timed and checked, but no peer.
 OURS, MOSAIC, DENSE = "pallas_gpu", "mosaic_gpu", "dense, same FLOPs"
 TORCH, TORCH_TURNED = "torch", "torch, weights transposed"
+#: of attention only
+CUDNN = "cuDNN through jax"
 _PACKAGES = ("jax", "jaxlib", "tokamax", "torch")
 _RESULTS = Path(__file__).parents[1] / "docs" / "results" / "kernels_gpu_measured.json"
 #: Largest difference from float32, over the largest value.
@@ -62,8 +64,11 @@ def names(case: Case) -> list[str]:
         others = {MOSAIC: None, DENSE: None, "tokamax": "tokamax", TORCH: "torch"}
         if case.pass_name != "drhs":
             others[TORCH_TURNED] = "torch"
-        found += [name for name, package in others.items() if package is None or importlib.util.find_spec(package)]
-    return found
+    elif case.op == "causal_attention":
+        others = {CUDNN: None, TORCH: "torch"}
+    else:
+        others = {}
+    return found + [name for name, package in others.items() if package is None or importlib.util.find_spec(package)]
 
 
 def contender(case: Case, name: str) -> Callable[..., Any]:
@@ -72,8 +77,8 @@ def contender(case: Case, name: str) -> Callable[..., Any]:
         return jax.jit(case.work().function(name))
     if name == "XLA":
         return jax.jit(case.work().function("xla"))
-    if name == DENSE:
-        return jax.jit(_dense(case))
+    if name in (DENSE, CUDNN):
+        return jax.jit(_dense(case) if name == DENSE else _cudnn(case))
     return _torch(case) if name in (TORCH, TORCH_TURNED) else jax.jit(_tokamax(case))
 
 
@@ -98,10 +103,32 @@ def _tokamax(case: Case) -> Callable[..., Any]:
     return lambda lhs, dout, sizes: jax.vjp(lambda rhs: matmul(lhs, rhs, sizes), weights(lhs))[1](dout)[0]
 
 
+def _cudnn(case: Case) -> Callable[..., Any]:
+    turn = lambda x: x.swapaxes(1, 2)
+    asked = dict(is_causal=True, implementation="cudnn")
+    forward = lambda q, k, v: turn(jax.nn.dot_product_attention(turn(q), turn(k), turn(v), **asked))
+    return gpu_cases.pullback(forward, 3) if case.pass_name == "bwd" else forward
+
+
+def _torch_attention(case: Case) -> Callable[..., Any]:
+    import torch
+
+    forward = functools.partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True)
+
+    def both(dout, *operands):
+        operands = [x.detach().requires_grad_() for x in operands]
+        out = forward(*operands)
+        return out, torch.autograd.grad(out, operands, dout)
+
+    return both if case.pass_name == "bwd" else forward
+
+
 def _torch(case: Case) -> Callable[..., Any]:
     """Of torch tensors, the group sizes as the rows' ends."""
     import torch
 
+    if case.op == "causal_attention":
+        return _torch_attention(case)
     product = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
     if case.pass_name == "fwd":
         return lambda lhs, rhs, ends: product(lhs, rhs, offs=ends)
@@ -116,16 +143,18 @@ def _torch_operands(operands: list[Any], turned: bool) -> list[Any]:
 
     if not torch.cuda.is_available():
         raise RuntimeError(f"torch {torch.__version__} finds no CUDA device")
-    *arrays, sizes = operands
-    arrays = [torch.from_numpy(np.array(a, np.float32)).to("cuda", torch.bfloat16) for a in arrays]
+    floats = [a for a in operands if a.dtype == jnp.bfloat16]
+    arrays = [torch.from_numpy(np.array(a, np.float32)).to("cuda", torch.bfloat16) for a in floats]
     if turned:
         arrays[1] = arrays[1].transpose(-2, -1).contiguous().transpose(-2, -1)
-    return [*arrays, torch.from_numpy(np.cumsum(sizes).astype(np.int32)).cuda()]
+    ends = [np.cumsum(sizes).astype(np.int32) for sizes in operands[len(floats) :]]
+    return [*arrays, *(torch.from_numpy(e).cuda() for e in ends)]
 
 
 def _wait(result: Any) -> None:
     """For what either library has begun."""
-    if "torch" in sys.modules and isinstance(result, sys.modules["torch"].Tensor):
+    first = result[0] if isinstance(result, tuple) else result
+    if "torch" in sys.modules and isinstance(first, sys.modules["torch"].Tensor):
         sys.modules["torch"].cuda.synchronize()
     else:
         jax.block_until_ready(result)
@@ -317,7 +346,8 @@ def run(args: argparse.Namespace, render: Callable[..., str]) -> None:
     worker = gpu_process.Worker(__file__, gpu_process.environment("kernels_gpu"))
     for case in gpu_cases.cases(args.ops, args.shapes, args.passes):
         print(case, file=sys.stderr, flush=True)
-        rows += measure(case, args.routing, lambda asked: worker.ask(asked, args.timeout))
+        routings = args.routing if case.work().sizes is not None else args.routing[:1]
+        rows += measure(case, routings, lambda asked: worker.ask(asked, args.timeout))
         kept = [r for r in earlier if _key(r) not in set(map(_key, rows))]
         path.write_text(json.dumps(about | {"rows": [*kept, *rows]}, indent=1))
         path.with_suffix(".md").write_text(page(about, [*kept, *rows], render))

@@ -25,6 +25,8 @@ import gpu_train_case
 import gpu_train_page
 from gpu_train_case import Size
 
+from moe_zoo.core.sight import _BLOCK
+
 _PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cuda-nvcc")
 _ITEM = {"f64": 8, "f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "pred": 1}
 _SHAPE = re.compile(r"\b(f64|f32|bf16|f16|s32|u32|pred)\[([\d,]+)\]")
@@ -66,6 +68,8 @@ def attention_arrays(text: str, size: Size) -> dict[str, int]:
         shape = [int(d) for d in dims.split(",")]
         if len(shape) != 4 or shape[:2] != [size.batch, size.heads] or shape[3] != size.seq:
             continue
+        if shape[2] not in (_BLOCK, size.seq):
+            continue  # weights of experts, of as many layers as rows
         if shape[2] == size.seq:
             whole.add((dtype, dims))
         largest = max(largest, _ITEM[dtype] * math.prod(shape))

@@ -31,7 +31,7 @@ def attend(
     return _attend(q_BNSH, k_BMLH, v_BMLH, mask_BSL, _scale(q_BNSH, scale), sinks_N, bias_NSL)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def attend_causally(
     q_BNSH: Float[Array, "B N S H"],
     k_BMSH: Float[Array, "B M S H"],
@@ -40,21 +40,34 @@ def attend_causally(
     sight: Sight,
     window: int | None = None,
     scale: float | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "B N S V"]:
     """`attend` of a sequence to itself, as far as `sight` goes, in its blocks.
 
     The backward pass makes the weights again, block by block, from the maximum and the sum of each query's scores
-    (FlashAttention, arXiv 2205.14135, section 3.1): what is kept does not grow with S^2. On a GPU a query that may see
-    nothing gives zeros.
+    (FlashAttention, arXiv 2205.14135, section 3.1): what is kept does not grow with S^2.
+
+    implementation: "xla" goes through the blocks; "pallas_gpu" is `pallas_kernels.causal_attention`, interpreted when
+    lowered for a CPU, where a query that may see nothing gives zeros. None takes the latter where this is traced for an
+    NVIDIA GPU, takes the operands, and is the only device.
+    Raises ValueError for another name, NotImplementedError if the kernel can't take the operands.
     """
-    return _forward(q_BNSH, k_BMSH, v_BMSH, sinks_N, sight, window, scale)[0]
+    return _forward(q_BNSH, k_BMSH, v_BMSH, sinks_N, sight, window, scale, implementation)[0]
 
 
-def _takes_kernels(q, k, v, sinks) -> bool:
-    """Whether the GPU's kernels run. XLA can't divide a kernel among devices, so there must be one."""
-    if sinks is not None or _gpu_target.current() is None or jax.device_count() > 1:
-        return False
-    return causal_attention.why_not(q, k, v) is None
+def _run(implementation, blocks, kernel, q, k, v, sinks, sight, *rest):
+    """What is chosen of two functions of these operands."""
+    operands = (q, k, v, sinks, sight, *rest)
+    if implementation is None and _gpu_target.current() is None:
+        return blocks(*operands)
+    why_not = "it has no sinks" if sinks is not None else causal_attention.why_not(q, k, v)
+    if implementation is None and jax.device_count() > 1:
+        why_not = f"XLA can't divide a kernel among {jax.device_count()} devices"
+    shapes = f"q {q.dtype.name}{list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    chosen = _choose.check_implementation("attend_causally", implementation, shapes, {"pallas_gpu": why_not}, ("xla",))
+    if chosen == "xla" or why_not is not None:
+        return blocks(*operands)
+    return _choose.run(chosen, {"xla": blocks, "pallas_gpu": kernel}, *operands)
 
 
 def _tokens(sight: Sight, window: int | None) -> causal_attention.Tokens:
@@ -64,22 +77,16 @@ def _tokens(sight: Sight, window: int | None) -> causal_attention.Tokens:
     return causal_attention.Tokens(sight.positions, segments, keys, window, sight.chunk)
 
 
-def _forward(q, k, v, sinks, sight, window, scale):
-    blocks = lambda q, k, v, sinks, sight: _forward_blocks(q, k, v, sinks, sight, window, scale)
-    if not _takes_kernels(q, k, v, sinks):
-        return _kept(blocks, q, k, v, sinks, sight)
-    kernel = functools.partial(causal_attention.forward, scale=_scale(q, scale))
-    table = {"xla": blocks, "pallas_gpu": lambda q, k, v, sinks, sight: kernel(q, k, v, _tokens(sight, window))}
-    return _kept(functools.partial(_choose.run, None, table), q, k, v, sinks, sight)
+def _forward(q, k, v, sinks, sight, window, scale, implementation):
+    def kernel(q, k, v, sinks, sight, interpret=False):
+        return causal_attention.forward(q, k, v, _tokens(sight, window), scale=_scale(q, scale), interpret=interpret)
+
+    blocks = functools.partial(_forward_blocks, window, scale)
+    result = _run(implementation, blocks, kernel, q, k, v, sinks, sight)
+    return result[0], (q, k, v, sinks, sight, *result)
 
 
-def _kept(run, *operands):
-    """The output, and what the backward pass needs."""
-    result = run(*operands)
-    return result[0], (*operands, *result)
-
-
-def _forward_blocks(q, k, v, sinks, sight, window, scale):
+def _forward_blocks(window, scale, q, k, v, sinks, sight):
     """The output; per query the highest score and one over the sum of exponentials beside it."""
     blocks = [
         _attend(q[:, :, rows], k[:, :, keys], v[:, :, keys], sight.mask(rows, keys, window), _scale(q, scale), sinks)
@@ -88,19 +95,17 @@ def _forward_blocks(q, k, v, sinks, sight, window, scale):
     return tuple(jnp.concatenate(parts, axis=2) for parts in zip(*blocks, strict=True))
 
 
-def _backward(window, scale, kept, g_BNSV):
-    blocks = lambda kept, g: _backward_blocks(window, scale, kept, g)
-    q, k, v, sinks, sight, *result = kept
-    if not _takes_kernels(q, k, v, sinks):
-        return *blocks(kept, g_BNSV), None
-    kernel = functools.partial(causal_attention.gradients, scale=_scale(q, scale))
-    ours = lambda kept, g: (*kernel(*kept[:3], _tokens(kept[4], window), *kept[5:], g), None)
-    return *_choose.run(None, {"xla": blocks, "pallas_gpu": ours}, kept, g_BNSV), None
+def _backward(window, scale, implementation, kept, g_BNSV):
+    def kernel(q, k, v, sinks, sight, *rest, interpret=False):
+        how = dict(scale=_scale(q, scale), interpret=interpret)
+        return *causal_attention.gradients(q, k, v, _tokens(sight, window), *rest, **how), None
+
+    blocks = functools.partial(_backward_blocks, window, scale)
+    return *_run(implementation, blocks, kernel, *kept, g_BNSV), None
 
 
-def _backward_blocks(window, scale, kept, g_BNSV):
+def _backward_blocks(window, scale, q, k, v, sinks, sight, out, highest, inverse, g_BNSV):
     """Gradients of q, k, v and sinks."""
-    q, k, v, sinks, sight, out, highest, inverse = kept
     # what the softmax takes off again: the rows' weighted mean of the gradient of their weights
     mean = jnp.sum(g_BNSV.astype(highest.dtype) * out.astype(highest.dtype), -1)
     dq, dk_BMHS, dv_BMVS = [], None, None

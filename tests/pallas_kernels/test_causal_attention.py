@@ -42,6 +42,16 @@ def test_equals_the_blocks_in_value_and_gradient(window, chunk, queries, keys):
         np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+def test_runs_by_name():
+    rng, sight = np.random.default_rng(0), a_sight()
+    q, k, v = (jnp.asarray(rng.normal(size=(B, heads, S, H)), jnp.bfloat16) for heads in (N, M, M))
+    run = lambda name: attend.attend_causally(q, k, v, None, sight, None, None, name).astype(jnp.float32)
+    seen = sight.key_valid[:, None, :, None]
+    np.testing.assert_allclose(jnp.where(seen, run("pallas_gpu") - run("xla"), 0), 0, atol=0.03)
+    with pytest.raises(NotImplementedError, match="attend_causally: .* it has no sinks. Available now: xla"):
+        attend.attend_causally(q, k, v, jnp.zeros(N), sight, None, None, "pallas_gpu")
+
+
 def on_gpu(known: bool):
     if not known:
         return contextlib.nullcontext()
