@@ -32,14 +32,20 @@ def test_equals_the_blocks_in_value_and_gradient(window, chunk, queries, keys):
     q, k, v, seen = draw(N), draw(M), draw(M), sight.key_valid[:, None, :, None]
     # what nobody sees may hold anything that is finite: the gradient of a query that sees nothing is zero
     g = jnp.where(seen, draw(N), 0)
-    out, pull = jax.vjp(lambda *x: attend.attend_causally(*x, None, sight, window, 0.3), q, k, v)
     tokens = attend._tokens(sight, window)
     how = dict(scale=0.3, blocks=causal_attention.Blocks(queries, keys, 4, 2), interpret=True)
-    ours, *kept = causal_attention.forward(q, k, v, tokens, **how)
+
+    @jax.jit
+    def both(q, k, v, g):
+        out, pull = jax.vjp(lambda *x: attend.attend_causally(*x, None, sight, window, 0.3), q, k, v)
+        ours, *kept = causal_attention.forward(q, k, v, tokens, **how)
+        return (out, *pull(g)), (ours, *causal_attention.gradients(q, k, v, tokens, ours, *kept, g, **how))
+
+    (out, *expected), (ours, *got) = both(q, k, v, g)
     np.testing.assert_allclose(jnp.where(seen, ours, 0), jnp.where(seen, out, 0), atol=2e-6)
     assert not jnp.any(jnp.where(seen, 0, ours))
-    for got, expected in zip(causal_attention.gradients(q, k, v, tokens, ours, *kept, g, **how), pull(g)):
-        np.testing.assert_allclose(got, expected, atol=1e-5)
+    for mine, theirs in zip(got, expected):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5)
 
 
 def test_runs_by_name():
