@@ -28,8 +28,8 @@ from gpu_train_case import Size
 from moe_zoo.core.sight import _BLOCK
 
 _PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cuda-nvcc")
-_ITEM = {"f64": 8, "f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "pred": 1}
-_SHAPE = re.compile(r"\b(f64|f32|bf16|f16|s32|u32|pred)\[([\d,]+)\]")
+#: softmax is float32
+_SCORES = re.compile(r"\bf32\[([\d,]+)\]")
 
 
 def compile_step(size: Size, gpu: str) -> dict[str, Any]:
@@ -64,15 +64,12 @@ def attention_arrays(text: str, size: Size) -> dict[str, int]:
     scores of some queries to all S keys.
     """
     whole, largest = set(), 0
-    for dtype, dims in set(_SHAPE.findall(text)):
+    for dims in set(_SCORES.findall(text)):
         shape = [int(d) for d in dims.split(",")]
-        if len(shape) != 4 or shape[:2] != [size.batch, size.heads] or shape[3] != size.seq:
-            continue
-        if shape[2] not in (_BLOCK, size.seq):
-            continue  # weights of experts, of as many layers as rows
-        if shape[2] == size.seq:
-            whole.add((dtype, dims))
-        largest = max(largest, _ITEM[dtype] * math.prod(shape))
+        # other numbers of rows: weights of experts, of as many layers as there are rows
+        if len(shape) == 4 and shape[:2] == [size.batch, size.heads] and shape[3] == size.seq:
+            whole |= {dims} if shape[2] == size.seq else set()
+            largest = max(largest, 4 * math.prod(shape) if shape[2] in (_BLOCK, size.seq) else 0)
     return {"whole_scores": len(whole), "block_bytes": largest}
 
 

@@ -132,7 +132,7 @@ def test_scores_in_a_programs_text():
     size = gpu_train_case.sized("1b", batch=2, seq=512)
     text = """
       %a = f32[2,16,128,512]{3,2,1,0} fusion(%b), bf16[24,1024,512]{2,1,0}
-      %c = bf16[2,32,512,512]{3,2,1,0} fusion(%b)
+      %c = f32[2,32,512,512]{3,2,1,0} fusion(%b), f32[2,16,1024,512]{3,2,1,0}, bf16[2,16,512,512]{3,2,1,0}
     """
     assert gpu_train_static.attention_arrays(text, size) == {"whole_scores": 0, "block_bytes": 2 * 16 * 128 * 512 * 4}
     whole = gpu_train_static.attention_arrays(text + "f32[2,16,512,512]{3,2,1,0}", size)
