@@ -50,6 +50,8 @@ _RESULTS = Path(__file__).parents[1] / "docs" / "results" / "kernels_gpu_measure
 _TOLERANCE = 8e-3
 #: calls of one turn, and how long the card works before
 _CALLS, _WARM_UP_S = 10, 0.1
+#: seconds for one turn, the first of a case compiles: a kernel that never returns must not take all the time there is
+_PATIENCE_S = 300
 _COLUMNS = ("op", "pass", "shape", "routing", "contender", "ms", "TFLOP/s", "ours is", "wall ms", "error")
 _KEY = ("op", "pass", "shape", "routing", "contender")
 
@@ -347,7 +349,7 @@ def run(args: argparse.Namespace, render: Callable[..., str]) -> None:
     for case in gpu_cases.cases(args.ops, args.shapes, args.passes):
         print(case, file=sys.stderr, flush=True)
         routings = args.routing if case.work().sizes is not None else args.routing[:1]
-        rows += measure(case, routings, lambda asked: worker.ask(asked, args.timeout))
+        rows += measure(case, routings, lambda asked: worker.ask(asked, min(args.timeout, _PATIENCE_S)))
         kept = [r for r in earlier if _key(r) not in set(map(_key, rows))]
         path.write_text(json.dumps(about | {"rows": [*kept, *rows]}, indent=1))
         path.with_suffix(".md").write_text(page(about, [*kept, *rows], render))
