@@ -3,11 +3,14 @@
 The page is made from the rows beside it (.json), of which either command writes its own part.
 """
 
+import dataclasses
 import json
 import re
 import statistics
 from pathlib import Path
 from typing import Any
+
+from gpu_train_case import SIZES
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "results" / "train_gpu.md"
 #: dense bfloat16 FLOPs per second by NVIDIA's data sheets, by what the device's name has in it; the first one counts
@@ -101,6 +104,7 @@ def compiled_section(compiled: dict[str, Any]) -> str:
                "our launches", "XLA's", "registers", "bytes spilled", "largest block of scores", "[.., S, S]",
                "compile s"]  # fmt: skip
     versions = ", ".join(f"{name} {version}" for name, version in compiled["versions"].items())
+    names = dict.fromkeys(row["size"] for row in compiled["rows"])
     return "\n".join(
         [
             "## Compiled, unmeasured",
@@ -108,6 +112,8 @@ def compiled_section(compiled: dict[str, Any]) -> str:
             f"    {compiled['command']}",
             "",
             f"{compiled['date']}, Python {compiled['python']}, {versions}, no GPU.",
+            "",
+            *(f"- {name}: {_decoder(dataclasses.asdict(SIZES[name]))}" for name in names),
             "",
             markdown([columns, *map(_compiled_cells, compiled["rows"])]),
         ]
@@ -123,8 +129,8 @@ def _compiled_cells(row: dict[str, Any]) -> list[str]:
         name, f"{row['total'] / 1e9:.2f} ({row['active'] / 1e9:.2f}) billion", f"{row['batch']} x {row['seq']}",
         gib(row["state_bytes"]), gib(row["scratch_bytes"]), gib(row["peak_bytes"]),
         f"{row['peak_bytes'] / row['card_bytes']:.0%}", str(row["our_kernels"]), str(row["xla_kernels"]),
-        str(row["registers"]), str(row["spilled_bytes"]), f"{row['block_bytes'] / 2**20:.0f} MiB",
-        str(row["whole_scores"]), f"{row['compile_s']:.0f}",
+        str(row["registers"]), str(row["spilled_bytes"]),
+        f"{row['block_bytes'] / 2**20:.0f} MiB" if row["block_bytes"] else "none", str(row["whole_scores"]), f"{row['compile_s']:.0f}",
     ]  # fmt: skip
 
 
