@@ -130,7 +130,8 @@ def _compiled_cells(row: dict[str, Any]) -> list[str]:
         gib(row["state_bytes"]), gib(row["scratch_bytes"]), gib(row["peak_bytes"]),
         f"{row['peak_bytes'] / row['card_bytes']:.0%}", str(row["our_kernels"]), str(row["xla_kernels"]),
         str(row["registers"]), str(row["spilled_bytes"]),
-        f"{row['block_bytes'] / 2**20:.0f} MiB" if row["block_bytes"] else "none", str(row["whole_scores"]), f"{row['compile_s']:.0f}",
+        f"{row['block_bytes'] / 2**20:.0f} MiB" if row["block_bytes"] else "none",
+        str(row["whole_scores"]), f"{row['compile_s']:.0f}",
     ]  # fmt: skip
 
 
