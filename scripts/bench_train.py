@@ -3,6 +3,7 @@
     python scripts/bench.py train                 # the benchmark decoder: ours, ours dense, transformers (needs torch)
     python scripts/bench.py train --peers ours,ours_e64,dense
     python scripts/bench.py startup
+    python scripts/bench.py train --gpu           # a 1B-class decoder on a GPU (gpu_train.py, gpu_train_static.py)
 
 Every contender is a process of its own, asked in turn for a few steps at a time, round after round: what the machine
 does meanwhile hits all of them. A turn begins with a step that does not count: what a process held while it waited may
@@ -24,6 +25,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import gpu_train
+import gpu_train_static
 import numpy as np
 
 from moe_zoo.cli import allocator
@@ -203,8 +206,10 @@ def interleaved(contenders: list[Contender], rounds: int, steps: int, spread: fl
 
 
 def run_train(args: argparse.Namespace) -> None:
-    """Interleaved rounds, then lower quartiles and their ratios to the last peer named."""
-    contenders = [Contender(name) for name in args.peers.split(",")]
+    """Interleaved rounds, then lower quartiles and their ratios to the last peer named; or a GPU's step."""
+    if args.mode is not None:
+        return args.mode(args)
+    contenders = [Contender(name) for name in (args.peers or ",".join(CONTENDERS)).split(",")]
     run = interleaved(contenders, args.rounds, args.steps, SPREAD)
     print(f"steps, {run.of}; ratios to {contenders[-1].name!r}")
     run.print(contenders[-1].name)
@@ -291,10 +296,18 @@ def loop_share(steps: int) -> float:
 
 def add_train(subparsers: Any) -> None:
     """A training step beside transformers and our own dense decoder."""
-    parser = subparsers.add_parser("train", help="a training step beside transformers, on a CPU")
-    parser.add_argument("--peers", default="ours,ours_e64,dense,transformers", help="ratios are to the last one")
+    parser = subparsers.add_parser("train", help="a training step beside transformers, on a CPU or a GPU")
+    modes = parser.add_mutually_exclusive_group()
+    for flag, mode, text in (
+        ("--gpu", gpu_train.run, "of a 1B-class decoder, on the GPU at hand"),
+        ("--gpu-static", gpu_train_static.run, "the same compiled for a GPU that is not there; needs the CUDA plugin"),
+    ):
+        modes.add_argument(flag, dest="mode", action="store_const", const=mode, help=text)
+    known = f"{','.join(CONTENDERS)}, ratios being to the last one; with --gpu {','.join(gpu_train.CONTENDERS)}"
+    parser.add_argument("--peers", help=f"default: {known}")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=14, help="per round")
+    gpu_train.add_arguments(parser)
     parser.set_defaults(run=run_train)
 
 

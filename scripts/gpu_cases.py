@@ -15,6 +15,8 @@ import numpy as np
 from kernel_cases import SHAPES, Shape
 
 import pallas_kernels as ops
+from moe_zoo.core.sight import Sight
+from moe_zoo.layers.attend import attend_causally
 
 #: What the ops can be asked for here.
 IMPLEMENTATIONS = ("pallas_gpu", "mosaic_gpu", "xla")
@@ -80,7 +82,7 @@ def _narrow(dtype: Any, s: Shape) -> Work:
 # --- the expert layer ------------------------------------------------------------------------------------------------
 
 
-def _pullback(forward: Callable[..., Any], count: int) -> Callable[..., Any]:
+def pullback(forward: Callable[..., Any], count: int) -> Callable[..., Any]:
     """(value, gradients of the first `count` arguments) of `forward(*args)`, given the output's gradient first."""
 
     def run(dout, *args):
@@ -97,7 +99,7 @@ def _weights(s: Shape) -> tuple[jax.ShapeDtypeStruct, ...]:
 def _ffn(s: Shape, backward: bool) -> Work:
     def function(implementation: str) -> Callable[..., Any]:
         forward = functools.partial(ops.expert_ffn, implementation=implementation)
-        return _pullback(forward, 4) if backward else forward
+        return pullback(forward, 4) if backward else forward
 
     rows, flops = _array(s.M, s.K), 6 * s.M * s.K * s.N
     args = (rows, *_weights(s), _ids(s.E))
@@ -109,7 +111,7 @@ def _routed(s: Shape, backward: bool) -> Work:
         def forward(x, gate, up, down, gates, sizes, choice, slot):
             return ops.routed_ffn(x, gate, up, down, sizes, choice, slot, gates, implementation=implementation)
 
-        return _pullback(forward, 5) if backward else forward
+        return pullback(forward, 5) if backward else forward
 
     tokens, choices, flops = _array(s.tokens, s.K), (s.tokens, s.experts_per_token), 6 * s.M * s.K * s.N
     args = (tokens, *_weights(s), _array(*choices, dtype=jnp.float32), _ids(s.E), _ids(s.M), _ids(*choices))
@@ -124,6 +126,29 @@ def _route(s: Shape) -> Work:
     return Work(function, (_array(s.tokens, s.E, dtype=jnp.float32),), None, 0)
 
 
+# --- attention -------------------------------------------------------------------------------------------------------
+
+#: tokens of a row, and numbers of a head
+_ROW, _HEAD = 2048, 128
+
+
+def _attention(s: Shape, backward: bool) -> Work:
+    """Rows of one document; "xla" goes through blocks of queries."""
+    rows, heads = max(1, s.tokens // _ROW), s.K // _HEAD
+
+    def function(implementation: str) -> Callable[..., Any]:
+        def forward(q, k, v):
+            places = jnp.tile(jnp.arange(_ROW, dtype=jnp.int32), (rows, 1))
+            named = implementation if implementation in IMPLEMENTATIONS else "xla"
+            return attend_causally(q, k, v, None, Sight(places, places), None, None, named)
+
+        return pullback(forward, 3) if backward else forward
+
+    array = _array(rows, heads, _ROW, _HEAD)
+    flops = 2 * rows * heads * _ROW * (_ROW + 1) * _HEAD
+    return Work(function, (array,) * (4 if backward else 3), None, flops * (3 if backward else 1))
+
+
 #: (op, pass) -> work at a shape
 WORKS: dict[tuple[str, str], Callable[[Shape], Work]] = {
     ("grouped_matmul", "fwd"): functools.partial(_matmul, transpose_rhs=False),
@@ -136,6 +161,8 @@ WORKS: dict[tuple[str, str], Callable[[Shape], Work]] = {
     ("routed_ffn", "fwd"): functools.partial(_routed, backward=False),
     ("routed_ffn", "bwd"): functools.partial(_routed, backward=True),
     ("route_top_k", "fwd"): _route,
+    ("causal_attention", "fwd"): functools.partial(_attention, backward=False),
+    ("causal_attention", "bwd"): functools.partial(_attention, backward=True),
 }
 OPS = tuple(dict.fromkeys(op for op, _ in WORKS))
 
@@ -159,6 +186,7 @@ def cases(op_names: list[str], shapes: list[str], passes: list[str]) -> list[Cas
         for (op, pass_name) in WORKS
         for shape in shapes
         if op in op_names and pass_name in passes
+        if op != "causal_attention" or SHAPES[shape].tokens >= _ROW
     ]
 
 

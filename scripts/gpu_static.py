@@ -59,7 +59,8 @@ _HERE = Path(__file__).parent
 _MOST_SCRATCH = 0.01
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 #: Names of our kernels; other launches are XLA's.
-_OURS = ("matmul_rows", "weight_gradient", "route_top_k", "mosaic_matmul_rows", "mosaic_weight_gradient")
+_OURS = ("matmul_rows", "weight_gradient", "route_top_k", "mosaic_matmul_rows", "mosaic_weight_gradient", "attention",
+         "attention_dq", "attention_dkv")  # fmt: skip
 _OTHERS = r": k(?:Kernel|Gemm|CublasLtMatmul|Cub\w*|Sort|Memset\w*|Memzero|Copy|DeviceToDeviceCopy) "
 _COLUMNS = ("op", "pass", "shape", "implementation", "gpu", "scratch", "/operands", "ours", "XLA's", "registers",
             "spilled", "shared KiB", "compile s")  # fmt: skip
@@ -68,16 +69,22 @@ _COLUMNS = ("op", "pass", "shape", "implementation", "gpu", "scratch", "/operand
 # --- in the process of one case --------------------------------------------------------------------------------------
 
 
+def described_devices(gpu: str) -> list[Any]:
+    """One device of that kind that programs can be compiled for, and that is not there."""
+    from jax.experimental import topologies
+
+    target = _DEVICE.format(**GPUS[gpu])
+    described = dict(platform="cuda", topology_name=gpu, target_config=target, topology="1x1x1")
+    return topologies.get_topology_desc(**described).devices[:1]
+
+
 def compile_case(case: Case, implementation: str, gpu: str = "h100") -> dict[str, Any]:
     """Compiles; {"scratch_bytes", "operand_bytes", "compile_s"}."""
     import jax
     import numpy as np
-    from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    target = _DEVICE.format(**GPUS[gpu])
-    described = dict(platform="cuda", topology_name=gpu, target_config=target, topology="1x1x1")
-    mesh = Mesh(np.array(topologies.get_topology_desc(**described).devices[:1]), ("x",))
+    mesh = Mesh(np.array(described_devices(gpu)), ("x",))
     work, sharding = case.work(), NamedSharding(mesh, PartitionSpec())
     args = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in work.args]
     begin = time.perf_counter()
@@ -95,9 +102,15 @@ def compile_case(case: Case, implementation: str, gpu: str = "h100") -> dict[str
 
 def figures(case: Case, implementation: str, gpu: str, timeout_s: float) -> dict[str, Any]:
     """compile_case's, and what ptxas says of the kernels; or {"error"}."""
+    names = (case.op, case.pass_name, case.shape, implementation, gpu)
+    return compiled_alone([str(_HERE / "gpu_static.py"), *names], timeout_s, mosaic=implementation == "mosaic_gpu")
+
+
+def compiled_alone(script: list[str], timeout_s: float, mosaic: bool = False) -> dict[str, Any]:
+    """Runs a Python script that compiles one program: what it prints on its last line as JSON, what ptxas says of our
+    kernels, and what is launched; or {"error"}.
+    """
     with tempfile.TemporaryDirectory(prefix="gpu_static_") as folder:
-        names = (case.op, case.pass_name, case.shape, implementation, gpu)
-        command = [sys.executable, str(_HERE / "gpu_static.py"), *names]
         environment = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
@@ -109,16 +122,23 @@ def figures(case: Case, implementation: str, gpu: str, timeout_s: float) -> dict
             "XLA_FLAGS": f"--xla_dump_to={folder} --xla_gpu_ptx_compiler_extra_flags=-v",
         }
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment)
+            done = subprocess.run(
+                [sys.executable, *script], capture_output=True, text=True, timeout=timeout_s, env=environment
+            )
         except subprocess.TimeoutExpired:
             return {"error": f"timed out after {timeout_s:g} s"}
         if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if re.match(r"\w*(\.\w+)*(Error|Exception)\b", line)]
-            return {"error": (lines or done.stderr.splitlines() or ["died"])[-1][:300]}
+            return {"error": last_error(done.stderr)}
         thunks = "".join(path.read_text() for path in Path(folder).glob("*thunk_sequence.txt"))
-    mosaic = implementation == "mosaic_gpu"
     log = done.stdout + done.stderr
     return {**json.loads(done.stdout.splitlines()[-1]), **of_kernels(log), **of_thunks(thunks, mosaic)}
+
+
+def last_error(log: str) -> str:
+    """The line of a Python program's log that says what it died of."""
+    lines = log.splitlines()
+    errors = [line for line in lines if re.match(r"\w*(\.\w+)*(Error|Exception)\b", line)]
+    return (errors or lines or ["died"])[-1][:300]
 
 
 def of_kernels(log: str) -> dict[str, Any]:
@@ -176,12 +196,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def run(args: argparse.Namespace, render: Any) -> None:
     """All cases asked for: the table, and exit code 1 if a bar fails. `render(lines, markdown)` makes the table."""
-    missing = [m for m in ("jax_cuda13_plugin", "jax_plugins.xla_cuda13") if not _found(m)]
-    if missing:
-        raise SystemExit(
-            f"bench.py kernels --gpu-static: {', '.join(missing)} not found: needs jax >= 0.12 (Python >= 3.12) and "
-            "pip install jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc, all of jax's version (make kernels-gpu)"
-        )
+    need_compilers("bench.py kernels --gpu-static")
     cases = gpu_cases.cases(args.ops, args.shapes, args.passes)
     rows, todo = [], [(c, i, g) for c in cases for i in args.implementations for g in args.gpus]
     for number, (case, implementation, gpu) in enumerate(todo):
@@ -199,6 +214,16 @@ def run(args: argparse.Namespace, render: Any) -> None:
     ]
     print(*(f"FAIL {f}" for f in failures), f"{len(rows)} cases, {len(failures)} fail a bar", sep="\n")
     raise SystemExit(bool(failures))
+
+
+def need_compilers(command: str) -> None:
+    """Exits with what must be installed, if something must."""
+    missing = [m for m in ("jax_cuda13_plugin", "jax_plugins.xla_cuda13") if not _found(m)]
+    if missing:
+        raise SystemExit(
+            f"{command}: {', '.join(missing)} not found: needs jax >= 0.12 (Python >= 3.12) and "
+            "pip install jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc, all of jax's version (make kernels-gpu)"
+        )
 
 
 def _found(module: str) -> bool:

@@ -1,5 +1,7 @@
 """Softmax attention over given keys, and over a sequence's own in blocks, with a backward pass that keeps no scores.
 
+On one NVIDIA GPU the latter is `pallas_kernels.causal_attention` where that takes the operands.
+
 B batch, S queries, L keys, N query heads, M key-value heads, G = N / M, H head size.
 """
 
@@ -11,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from moe_zoo.core.sight import Sight
+from pallas_kernels import _choose, _gpu_target, causal_attention
 
 
 def attend(
@@ -28,7 +31,7 @@ def attend(
     return _attend(q_BNSH, k_BMLH, v_BMLH, mask_BSL, _scale(q_BNSH, scale), sinks_N, bias_NSL)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def attend_causally(
     q_BNSH: Float[Array, "B N S H"],
     k_BMSH: Float[Array, "B M S H"],
@@ -37,26 +40,72 @@ def attend_causally(
     sight: Sight,
     window: int | None = None,
     scale: float | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "B N S V"]:
     """`attend` of a sequence to itself, as far as `sight` goes, in its blocks.
 
     The backward pass makes the weights again, block by block, from the maximum and the sum of each query's scores
     (FlashAttention, arXiv 2205.14135, section 3.1): what is kept does not grow with S^2.
+
+    implementation: "xla" goes through the blocks; "pallas_gpu" is `pallas_kernels.causal_attention`, interpreted when
+    lowered for a CPU, where a query that may see nothing gives zeros. None takes the latter where this is traced for an
+    NVIDIA GPU, takes the operands, and is the only device.
+    Raises ValueError for another name, NotImplementedError if the kernel can't take the operands.
     """
-    return _forward(q_BNSH, k_BMSH, v_BMSH, sinks_N, sight, window, scale)[0]
+    return _forward(q_BNSH, k_BMSH, v_BMSH, sinks_N, sight, window, scale, implementation)[0]
 
 
-def _forward(q, k, v, sinks, sight, window, scale):
+def _run(implementation, blocks, kernel, q, k, v, sinks, sight, *rest):
+    """What is chosen of two functions of these operands."""
+    operands = (q, k, v, sinks, sight, *rest)
+    if implementation is None and _gpu_target.current() is None:
+        return blocks(*operands)
+    why_not = "it has no sinks" if sinks is not None else causal_attention.why_not(q, k, v)
+    if implementation is None and jax.device_count() > 1:
+        why_not = f"XLA can't divide a kernel among {jax.device_count()} devices"
+    shapes = f"q {q.dtype.name}{list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    chosen = _choose.check_implementation("attend_causally", implementation, shapes, {"pallas_gpu": why_not}, ("xla",))
+    if chosen == "xla" or why_not is not None:
+        return blocks(*operands)
+    return _choose.run(chosen, {"xla": blocks, "pallas_gpu": kernel}, *operands)
+
+
+def _tokens(sight: Sight, window: int | None) -> causal_attention.Tokens:
+    """A sequence's sight of itself as the kernels want it."""
+    segments = jnp.zeros_like(sight.positions) if sight.segment_ids is None else sight.segment_ids
+    keys = segments if sight.key_valid is None else jnp.where(sight.key_valid, segments, jnp.iinfo(jnp.int32).min)
+    return causal_attention.Tokens(sight.positions, segments, keys, window, sight.chunk)
+
+
+def _forward(q, k, v, sinks, sight, window, scale, implementation):
+    def kernel(q, k, v, sinks, sight, interpret=False):
+        return causal_attention.forward(q, k, v, _tokens(sight, window), scale=_scale(q, scale), interpret=interpret)
+
+    blocks = functools.partial(_forward_blocks, window, scale)
+    result = _run(implementation, blocks, kernel, q, k, v, sinks, sight)
+    return result[0], (q, k, v, sinks, sight, *result)
+
+
+def _forward_blocks(window, scale, q, k, v, sinks, sight):
+    """The output; per query the highest score and one over the sum of exponentials beside it."""
     blocks = [
         _attend(q[:, :, rows], k[:, :, keys], v[:, :, keys], sight.mask(rows, keys, window), _scale(q, scale), sinks)
         for rows, keys in sight.blocks()
     ]
-    out, *softmax = (jnp.concatenate(parts, axis=2) for parts in zip(*blocks, strict=True))
-    return out, (q, k, v, sinks, sight, out, *softmax)
+    return tuple(jnp.concatenate(parts, axis=2) for parts in zip(*blocks, strict=True))
 
 
-def _backward(window, scale, kept, g_BNSV):
-    q, k, v, sinks, sight, out, highest, inverse = kept
+def _backward(window, scale, implementation, kept, g_BNSV):
+    def kernel(q, k, v, sinks, sight, *rest, interpret=False):
+        how = dict(scale=_scale(q, scale), interpret=interpret)
+        return *causal_attention.gradients(q, k, v, _tokens(sight, window), *rest, **how), None
+
+    blocks = functools.partial(_backward_blocks, window, scale)
+    return *_run(implementation, blocks, kernel, *kept, g_BNSV), None
+
+
+def _backward_blocks(window, scale, q, k, v, sinks, sight, out, highest, inverse, g_BNSV):
+    """Gradients of q, k, v and sinks."""
     # what the softmax takes off again: the rows' weighted mean of the gradient of their weights
     mean = jnp.sum(g_BNSV.astype(highest.dtype) * out.astype(highest.dtype), -1)
     dq, dk_BMHS, dv_BMVS = [], None, None
@@ -72,7 +121,7 @@ def _backward(window, scale, kept, g_BNSV):
         weight = jnp.exp(sinks.astype(highest.dtype)[:, None] - highest) * inverse
         d_sinks = -jnp.sum(weight * mean, (0, 2)).astype(sinks.dtype)
     back = lambda x, like: jnp.swapaxes(x, 2, 3).astype(like.dtype)
-    return jnp.concatenate(dq, axis=2).astype(q.dtype), back(dk_BMHS, k), back(dv_BMVS, v), d_sinks, None
+    return jnp.concatenate(dq, axis=2).astype(q.dtype), back(dk_BMHS, k), back(dv_BMVS, v), d_sinks
 
 
 attend_causally.defvjp(_forward, _backward)
