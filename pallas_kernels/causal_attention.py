@@ -10,6 +10,7 @@ B batch, S sequence, N query heads, M key-value heads, G = N / M, H head size; Q
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import _gpu_target
+from pallas_kernels import _choose, _gpu_target
 from pallas_kernels._gpu_rows import dot
 
 Ref = Any
@@ -65,6 +66,34 @@ def why_not(q_BNSH: Array, k_BMSH: Array, v_BMSH: Array) -> str | None:
     if target is not None and target.capability < 80:
         return f"the kernel needs compute capability 8.0, the device has {target.capability / 10:.1f}"
     return None
+
+
+def run(
+    implementation: str | None,
+    blocks: Callable[..., Any],
+    kernel: Callable[..., Any],
+    q_BNSH: Array,
+    k_BMSH: Array,
+    v_BMSH: Array,
+    sinks_N: Array | None,
+    *rest: Any,
+) -> Any:
+    """`blocks` ("xla") or `kernel` ("pallas_gpu") of these operands, whichever is named. None takes the kernel where
+    this is traced for an NVIDIA GPU that is the only device, if it can.
+
+    Raises ValueError for another name, NotImplementedError if the kernel is named and can't take the operands.
+    """
+    operands = (q_BNSH, k_BMSH, v_BMSH, sinks_N, *rest)
+    if implementation is None and _gpu_target.current() is None:
+        return blocks(*operands)
+    reason = "it has no sinks" if sinks_N is not None else why_not(q_BNSH, k_BMSH, v_BMSH)
+    if implementation is None and jax.device_count() > 1:
+        reason = f"XLA can't divide a kernel among {jax.device_count()} devices"
+    shapes = f"q {q_BNSH.dtype.name}{list(q_BNSH.shape)}, k {list(k_BMSH.shape)}, v {list(v_BMSH.shape)}"
+    chosen = _choose.check_implementation("attend_causally", implementation, shapes, {"pallas_gpu": reason}, ("xla",))
+    if chosen == "xla" or reason is not None:
+        return blocks(*operands)
+    return _choose.run(chosen, {"xla": blocks, "pallas_gpu": kernel}, *operands)
 
 
 def forward(

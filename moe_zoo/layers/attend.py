@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from moe_zoo.core.sight import Sight
-from pallas_kernels import _choose, _gpu_target, causal_attention
+from pallas_kernels import causal_attention
 
 
 def attend(
@@ -55,21 +55,6 @@ def attend_causally(
     return _forward(q_BNSH, k_BMSH, v_BMSH, sinks_N, sight, window, scale, implementation)[0]
 
 
-def _run(implementation, blocks, kernel, q, k, v, sinks, sight, *rest):
-    """What is chosen of two functions of these operands."""
-    operands = (q, k, v, sinks, sight, *rest)
-    if implementation is None and _gpu_target.current() is None:
-        return blocks(*operands)
-    why_not = "it has no sinks" if sinks is not None else causal_attention.why_not(q, k, v)
-    if implementation is None and jax.device_count() > 1:
-        why_not = f"XLA can't divide a kernel among {jax.device_count()} devices"
-    shapes = f"q {q.dtype.name}{list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
-    chosen = _choose.check_implementation("attend_causally", implementation, shapes, {"pallas_gpu": why_not}, ("xla",))
-    if chosen == "xla" or why_not is not None:
-        return blocks(*operands)
-    return _choose.run(chosen, {"xla": blocks, "pallas_gpu": kernel}, *operands)
-
-
 def _tokens(sight: Sight, window: int | None) -> causal_attention.Tokens:
     """A sequence's sight of itself as the kernels want it."""
     segments = jnp.zeros_like(sight.positions) if sight.segment_ids is None else sight.segment_ids
@@ -82,7 +67,7 @@ def _forward(q, k, v, sinks, sight, window, scale, implementation):
         return causal_attention.forward(q, k, v, _tokens(sight, window), scale=_scale(q, scale), interpret=interpret)
 
     blocks = functools.partial(_forward_blocks, window, scale)
-    result = _run(implementation, blocks, kernel, q, k, v, sinks, sight)
+    result = causal_attention.run(implementation, blocks, kernel, q, k, v, sinks, sight)
     return result[0], (q, k, v, sinks, sight, *result)
 
 
@@ -101,7 +86,7 @@ def _backward(window, scale, implementation, kept, g_BNSV):
         return *causal_attention.gradients(q, k, v, _tokens(sight, window), *rest, **how), None
 
     blocks = functools.partial(_backward_blocks, window, scale)
-    return *_run(implementation, blocks, kernel, *kept, g_BNSV), None
+    return *causal_attention.run(implementation, blocks, kernel, *kept, g_BNSV), None
 
 
 def _backward_blocks(window, scale, q, k, v, sinks, sight, out, highest, inverse, g_BNSV):
