@@ -4,8 +4,8 @@
     x'_i = (1 - w_i) x_i + w_i y_i for i in T,  x_i else
 
 That is x + w (block(x) - x), written so that w = 1 is the block itself to the last bit. In training T are the C best of
-a sequence, or of the whole batch (`Selector.over_batch`): C is static, and so is all work. At inference each token is chosen by itself, so nothing depends on later
-ones; how many are is data:
+a sequence, or of the whole batch (`Selector.over_batch`): C is static, and so is all work. At inference each token is
+chosen by itself, so nothing depends on later ones; how many are is data:
 
     without a cache    all are computed, and seen is who is chosen
     with a cache       of S new tokens min(S, places) are computed, those that are chosen first; the cache has places
