@@ -37,7 +37,7 @@ from moe_zoo.inference import Loaded, load
 from moe_zoo.models import Decoder, ModelConfig
 from moe_zoo.train import loop
 from moe_zoo.train.config import Config, config_from_dict
-from moe_zoo.train.objective import cross_entropy, forward, prompts
+from moe_zoo.train.objective import cross_entropy, forward
 from moe_zoo.transform import (
     Questions,
     add_adapters,
@@ -266,9 +266,9 @@ def trained(config: Config, model: Loaded, text: Corpus, steps: int, seed: int, 
 # ---------------------------------------------------------------------------------------------------------------- ftp
 
 #: the part of all tokens in all layers that passes by; rows of text that are scored, and that choices are made by
-SPARSITY, TEXT_STEPS, ROUTER_STEPS, ROWS, CALIBRATION = 0.25, 1500, 150, 128, 32
-SEARCH = Evolution(population=16, generations=12, elites=4)
-#: enough for the share of tokens to be as it should, which is what arms are compared at
+SPARSITY, TEXT_STEPS, ROUTER_STEPS, ROWS, CHOICE = 0.25, 1500, 100, 128, 32
+SEARCH = Evolution(population=12, generations=10, elites=4)
+#: so that routers keep about as many tokens as they should
 SPARSITY_COEF = 10.0
 
 
@@ -285,37 +285,67 @@ def text_config() -> Config:
 
 
 def ftp(workdir: Path, seed: int) -> Iterator[tuple[str, Line]]:
-    """A quarter of all tokens of all layers pass by: routers that learn and that do not, and two layers left out."""
+    """A quarter of all tokens of all layers pass by: routers that learn and that do not, and two layers left out.
+
+    Token by token, routers keep other shares than they are to: by validation text each is moved by one number.
+    """
     config = text_config()
     loop.train(config, workdir / "text")
     base, data = load(workdir / "text"), config.data
     parts = split(load_corpus(data.source, base.tokenizer), data.fractions, data.seed, tokenizer=base.tokenizer)
     rows = {"seq_len": data.seq_len, "batch_size": data.eval_batch_size, "max_rows": ROWS}
-    judged = lambda model: text_line(model, list(eval_batches(parts["test"], base.tokenizer, **rows)))
-    drawn_rows = dict(seq_len=data.seq_len, batch_size=CALIBRATION, seed=seed, prefetch=0)
+    test = list(eval_batches(parts["test"], base.tokenizer, **rows))
+    drawn_rows = dict(seq_len=data.seq_len, batch_size=CHOICE, seed=seed, prefetch=0)
     seen = next(train_iterator(parts["validation"], base.tokenizer, **drawn_rows))
-    yield "the whole model", judged(base)
+    yield "the whole model", text_line(base, test)
     best = {"name": "fixed_depth", "path": two_left_out(base, seen).tolist()}
-    yield "the two layers left out that cost least", judged(add_selectors(base, best))
-    settings = {"name": "ftp", "sparsities": [SPARSITY], "sparsity_coef": SPARSITY_COEF}
+    yield "the two layers left out that cost least", text_line(add_selectors(base, best), test)
+    L, settings = base.config.num_layers, {"name": "ftp", "sparsity_coef": SPARSITY_COEF}
     put = lambda router, **more: add_selectors(base, settings | {"router": router} | more, seed=seed)
-    yield "random tokens, equal sparsities", judged(put("random"))
-    yield "static router, equal sparsities", judged(put("static"))
-    static, _ = search_sparsities(
-        put("static"), seen["tokens"], SPARSITY, segment_ids=seen["segment_ids"], prompt=np.asarray(prompts(seen)),
-        evolution=SEARCH, seed=seed,
-    )  # fmt: skip
-    settings |= {"sparsities": list(static.config.depth.config.sparsities)}
+    found, _ = search_sparsities(
+        put("static"), seen["tokens"], SPARSITY, segment_ids=seen["segment_ids"], evolution=SEARCH, seed=seed
+    )
+    settings |= {"sparsities": list(found.config.depth.config.sparsities)}
     print(f"seed {seed}, found: {np.round(settings['sparsities'], 2).tolist()}", flush=True)
-    yield "random tokens", judged(put("random"))
-    yield "static router", judged(static)
+    ends = np.isin(np.arange(L), (0, L - 1))
+    for name, each in (("equal", np.where(ends, 0, SPARSITY * L / (L - 2))), ("found", settings["sparsities"])):
+        for router in ("random", "static"):
+            yield f"{router} router, {name} sparsities", text_line(*scaled(put(router), each, seen, test))
     optim = {"learning_rate": 1e-2, "weight_decay": 0.0, "warmup_steps": 10}
     for name, router, more in (
         ("dynamic router", "dynamic", {}), ("dynamic router, one for all layers", "dynamic", {"share_router": True}),
         ("router of the hidden state", "hidden", {}),
     ):  # fmt: skip
         learning = put(router, **more), parts["train"], ROUTER_STEPS, seed, optim
-        yield name, judged(trained(config, *learning, objective={"name": "distill"}))
+        model = trained(config, *learning, objective={"name": "distill"})
+        print(f"seed {seed}, {name}: as it is {text_line(model, [seen])}", flush=True)
+        yield name, text_line(shifted(model, seen), test)
+
+
+def scaled(model: Loaded, sparsities, seen: dict, batches: list[dict]) -> tuple[Loaded, list[dict]]:
+    """The model and the batches with the multiple of the sparsities at which the share is right in `seen`."""
+    at = lambda by, batch: (
+        batch | {"inputs": {"depth_sparsity": np.float32(np.clip(by * np.array(sparsities), 0, 0.95))}}
+    )
+    by = settled(lambda by: text_line(model, [at(by, seen)]), 0.0, 4.0)
+    return model, [at(by, batch) for batch in batches]
+
+
+def shifted(model: Loaded, seen: dict) -> Loaded:
+    """The model whose learned routers ask for so much more of every token that the share is right in `seen`."""
+    values = P.arrays(model.model)
+    name = next(n for n in values if n.endswith((".out_bias", "selector.bias")))
+    unit = np.array([0, 1]) if name.endswith("out_bias") else 1  # of (stay, go), or of one number
+    at = lambda by: dataclasses.replace(model, model=P.replace(model.model, values | {name: values[name] - by * unit}))
+    return at(settled(lambda by: text_line(at(by), [seen]), -8.0, 8.0))
+
+
+def settled(says: Callable[[float], Line], low: float, high: float) -> float:
+    """The number between the two, found by halving, at which the share of tokens, which falls, is 1 - SPARSITY."""
+    for _ in range(10):
+        middle = (low + high) / 2
+        low, high = (middle, high) if says(middle)["share of tokens"] > 1 - SPARSITY else (low, middle)
+    return (low + high) / 2
 
 
 def two_left_out(base: Loaded, batch: dict[str, np.ndarray]) -> np.ndarray:
@@ -333,20 +363,22 @@ def two_left_out(base: Loaded, batch: dict[str, np.ndarray]) -> np.ndarray:
 
 def text_line(model: Loaded, batches: list[dict[str, np.ndarray]]) -> Line:
     """Bits per byte, the share of tokens that go through a layer, and forward FLOPs of a token with that share."""
-
-    def sums(model, batch):
-        logits, aux = forward(model, batch)
-        nats = jnp.where(batch["loss_mask"], cross_entropy(logits, batch["targets"]), 0).sum()
-        stats = [told.stats["depth_share"] for _, told in aux.layers.values() if "depth_share" in told.stats]
-        return nats, sum(stat.total.sum() for stat in stats), sum(stat.weight.sum() for stat in stats)
-
-    run = jax.jit(sums)
-    nats, through, tokens = np.sum([jax.device_get(run(model.model, batch)) for batch in batches], axis=0, dtype=float)
+    told = [jax.device_get(_sums(model.model, batch)) for batch in batches]
+    nats, through, tokens = np.sum(told, axis=0, dtype=float)
     # a document's end is a target, too, and no byte
     size = sum(int((batch["loss_mask"] & (batch["targets"] != model.tokenizer.eos_id)).sum()) for batch in batches)
     share, seq_len = through / tokens if tokens else 1.0, batches[0]["tokens"].shape[1]
     flops = text_flops(model, share, (seq_len + 1) / 2)
-    return {"bits per byte": nats / np.log(2) / size, "share of tokens": share, "MFLOP": flops / 1e6}
+    return {"bits per byte": float(nats / np.log(2) / size), "share of tokens": float(share), "MFLOP": flops / 1e6}
+
+
+@jax.jit
+def _sums(model, batch):
+    """(nats, tokens that go through, tokens), of all layers."""
+    logits, aux = forward(model, batch)
+    nats = jnp.where(batch["loss_mask"], cross_entropy(logits, batch["targets"]), 0).sum()
+    stats = [told.stats["depth_share"] for _, told in aux.layers.values() if "depth_share" in told.stats]
+    return nats, sum(stat.total.sum() for stat in stats), sum(stat.weight.sum() for stat in stats)
 
 
 def text_flops(model: Loaded, share: float, context: float) -> float:
@@ -360,7 +392,7 @@ def text_flops(model: Loaded, share: float, context: float) -> float:
     if not block.selects:
         return c.num_layers * layer + head
     left = (1 - share) * block.mixer.flops_to_remember() if block.selector.leaves_keys else 0
-    return c.num_layers * (share * layer + left + block.selector.flops_per_token()) + head
+    return float(c.num_layers * (share * layer + left + block.selector.flops_per_token()) + head)
 
 
 # --------------------------------------------------------------------------------------------------------------- main
