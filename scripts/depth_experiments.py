@@ -16,6 +16,7 @@ if __name__ == "__main__":
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import time
@@ -196,7 +197,7 @@ def macro_f1(times_NL: np.ndarray, labels_NL: np.ndarray) -> float:
 # -------------------------------------------------------------------------------------------------------------- first
 
 #: prices of a layer, of which each seed takes the one that leaves about so many layers of validation questions
-ALPHAS, KEPT = (0.01, 0.015, 0.02, 0.03), 6
+ALPHAS, KEPT = (0.01, 0.015, 0.02), 6
 TUNING = {"gates": 60, "lora": 60}
 LORA = {"name": "lora", "target_modules": ["mixer.*", "ffn.*"], "r": 4, "lora_alpha": 8.0}
 
@@ -209,6 +210,7 @@ def first(workdir: Path, seed: int) -> Iterator[tuple[str, Line]]:
     fixed = lambda path: add_selectors(bench.base, {"name": "fixed_depth", "path": path.tolist()})
     tuned_to = lambda path: ask(tuned(bench, fixed(path), LORA, seed))
     alpha, gated = gates(bench, seed)
+    best_of = functools.cache(lambda count: best_fixed(whole, few, count))
     for told, with_gates, along in (
         ("", lambda: ask(gated), lambda path: ask(whole, np.tile(path, (len(bench.test), 1)))),
         (", LoRA", lambda: ask(tuned(bench, gated, LORA, seed)), tuned_to),
@@ -220,7 +222,7 @@ def first(workdir: Path, seed: int) -> Iterator[tuple[str, Line]]:
         mean = times.sum(1).mean()
         low = min(int(mean), bench.layers - 1)
         more = random.random(len(right)) < mean - low
-        best = [best_fixed(whole, few, count) for count in (low, low + 1)]
+        best = [best_of(count) for count in (low, low + 1)]
         for arm, paths in (("best", best), ("random", [random.permutation(path) for path in best])):
             pair = [along(path) for path in paths]
             right, times = (np.where(more.reshape(-1, *[1] * (a.ndim - 1)), b, a) for a, b in zip(*pair, strict=True))
