@@ -39,10 +39,10 @@ class RoutingContext:
     `mesh` is for dispatchers; routers see the global view. `record`: layers hand out what was routed, token by token.
 
     `carry` runs through the depth, `cache` through decoding time, `shared` is a module of all layers, or what it has
-    made before them; a router sees its own pytrees, a block all routers' by name. `at`: the place in the caches of this
-    call's first token. `attention`: of the same block, for routers that require it. `inputs` are per-layer arrays from
-    outside (`router_bias`, `given`, `target_scores`, `depth`), sliced by the scan beside the parameters. `prompt`: the
-    tokens that a decision for a whole sequence may look at.
+    made before them; a router sees its own pytrees, a block all routers' by name, and the selectors' as "depth". `at`:
+    the place in the caches of this call's first token. `attention`: of the same block, for routers that require it.
+    `inputs` are per-layer arrays from outside (`router_bias`, `given`, `target_scores`, `depth`), sliced by the scan
+    beside the parameters. `prompt`: the tokens that a decision for a whole sequence may look at.
     """
 
     batch: int = dataclasses.field(metadata={"static": True})

@@ -19,6 +19,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_zoo.core.aux import Aux, Stat
@@ -29,7 +30,7 @@ from moe_zoo.core.schema import join, positive
 from moe_zoo.depth.attention import DEPTH
 from moe_zoo.depth.selector import Retrofit, Selection, drawn
 from moe_zoo.depth.sequence import Documents
-from moe_zoo.routing.router import at_least_f32
+from moe_zoo.routing.router import Shared, at_least_f32
 
 FEATURES = 4
 
@@ -38,7 +39,8 @@ FEATURES = 4
 class FtpConfig:
     """`sparsities`: of each layer of the model, the part of its tokens that pass by; one number is of all. `router`:
     "dynamic" as above; "hidden" a linear map of the hidden state, trained alike, to see what four numbers are worth;
-    "static" learns nothing, and "random" is that with scores that are drawn. `kv_for_skipped`: those that pass by leave
+    "static" learns nothing, and "random" is that with scores that are drawn. `share_router`: one "dynamic" router for
+    all layers, which are told apart by their sparsities. `kv_for_skipped`: those that pass by leave
     keys and values for later ones to see, which costs their projections. `keep_first`, `keep_last`: tokens of a prompt
     that always go through, unless none may. `guide_coef` falls to zero over `guide_steps`; None: it stays.
     """
@@ -52,6 +54,7 @@ class FtpConfig:
     guide_coef: float = 1.0
     guide_steps: int | None = None
     sparsity_coef: float = 1.0
+    share_router: bool = dataclasses.field(default_factory=lambda: False, metadata={"silent": True})
 
     def validate(self, path: str) -> None:
         positive(self, path, "router_hidden", "guide_steps")
@@ -61,6 +64,23 @@ class FtpConfig:
                 f"{join(path, 'sparsities')}: expected numbers in [0, 1], one or one per layer; got "
                 f"{list(self.sparsities)}"
             )
+        if self.share_router and self.router != "dynamic":
+            raise ConfigError(f"{join(path, 'share_router')}: expected router 'dynamic', got {self.router!r}")
+
+
+def _declare_mlp(at: nnx.Module, hidden: int) -> None:
+    """The variables of a dynamic router, of one layer or of all, as those of `at`."""
+    at.hidden_in = param((FEATURES, hidden), (None, None), fan_in(1))
+    at.hidden_bias = param((hidden,), (None,), Constant(0.0))
+    at.out = param((hidden, 2), (None, None), fan_in(hidden))
+    at.out_bias = param((2,), (None,), Constant(0.0))
+
+
+class OneRouter(Shared):
+    """The dynamic router of all layers."""
+
+    def __init__(self, hidden: int):
+        _declare_mlp(self, hidden)
 
 
 class Ftp(Retrofit):
@@ -71,15 +91,15 @@ class Ftp(Retrofit):
 
     def __init__(self, config: FtpConfig, hidden_size: int):
         super().__init__(config, hidden_size)
-        if config.router == "dynamic":
-            hidden = config.router_hidden
-            self.hidden_in = param((FEATURES, hidden), (None, None), fan_in(1))
-            self.hidden_bias = param((hidden,), (None,), Constant(0.0))
-            self.out = param((hidden, 2), (None, None), fan_in(hidden))
-            self.out_bias = param((2,), (None,), Constant(0.0))
+        if config.router == "dynamic" and not config.share_router:
+            _declare_mlp(self, config.router_hidden)
         if config.router == "hidden":
             self.kernel = param((hidden_size,), ("embed",), fan_in(hidden_size))
             self.bias = param((), (), Constant(0.0))
+
+    @classmethod
+    def make_shared(cls, config: FtpConfig, hidden_size: int) -> OneRouter | None:
+        return OneRouter(config.router_hidden) if config.share_router else None
 
     @property
     def leaves_keys(self) -> bool:
@@ -100,7 +120,8 @@ class Ftp(Retrofit):
             logits_BS = at_least_f32(x_BSD) @ at_least_f32(self.kernel[...]) + at_least_f32(self.bias[...])
         else:
             features = [among.place(), scores_BS, among.rank(scores_BS), jnp.full_like(scores_BS, s)]
-            logits_BS = self.logits(jnp.stack(features, axis=-1))
+            mlp = ctx.shared[DEPTH] if self.config.share_router else self
+            logits_BS = go_or_stay(mlp, jnp.stack(features, axis=-1))
         go_BS = ((logits_BS >= 0) | forced_BS | (s == 0)) & (s < 1)
         if not (ctx.train and self.trains):
             return self._said(go_BS, go_BS.astype(jnp.float32), cache=cache)
@@ -118,14 +139,6 @@ class Ftp(Retrofit):
             return ctx.inputs["depth_sparsity"]
         each = jnp.asarray(self.config.sparsities, jnp.float32)
         return each[jnp.minimum(ctx.layer, len(each) - 1)]
-
-    def logits(self, features_BSU: Float[Array, "B S U"]) -> Float[Array, "B S"]:
-        """How much more likely a token goes through than not: log p_1 / p_0."""
-        hidden_in, bias, out, out_bias = (
-            at_least_f32(p[...]) for p in (self.hidden_in, self.hidden_bias, self.out, self.out_bias)
-        )
-        both = jax.nn.relu(features_BSU @ hidden_in + bias) @ out + out_bias
-        return both[..., 1] - both[..., 0]
 
     def _losses(self, logits_BS, mask_BS, kept_BS, s, ctx: RoutingContext) -> Aux:
         valid_BS = jnp.ones(kept_BS.shape, bool) if ctx.valid is None else ctx.valid.reshape(kept_BS.shape)
@@ -153,6 +166,15 @@ class Ftp(Retrofit):
     def flops_per_token(self) -> float:
         of_router = {"dynamic": 2 * self.config.router_hidden * (FEATURES + 2), "hidden": 2 * self.hidden_size}
         return of_router.get(self.config.router, 0)
+
+
+def go_or_stay(mlp: Ftp | OneRouter, features_BSU: Float[Array, "B S U"]) -> Float[Array, "B S"]:
+    """How much more likely a token goes through than not: log p_1 / p_0."""
+    hidden_in, bias, out, out_bias = (
+        at_least_f32(p[...]) for p in (mlp.hidden_in, mlp.hidden_bias, mlp.out, mlp.out_bias)
+    )
+    both = jax.nn.relu(features_BSU @ hidden_in + bias) @ out + out_bias
+    return both[..., 1] - both[..., 0]
 
 
 @dataclasses.dataclass(frozen=True)

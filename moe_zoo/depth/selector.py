@@ -16,6 +16,7 @@ from moe_zoo.core.context import RoutingContext, keys_by_place
 from moe_zoo.core.param import Frozen
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import join, positive
+from moe_zoo.routing.router import Shared
 
 
 @jax.tree_util.register_dataclass
@@ -84,6 +85,11 @@ class Selector(nnx.Module):
     def __call__(self, x_BSD: Float[Array, "B S D"], ctx: RoutingContext) -> Selection:
         """What it says of every token, padding included."""
         raise NotImplementedError(f"selector {type(self).__name__} does not define __call__")
+
+    @classmethod
+    def make_shared(cls, config: Any, hidden_size: int) -> Shared | None:
+        """What the selectors of all layers share; they find it as `ctx.shared["depth"]`."""
+        return None
 
     def learn(self, selection: Selection, best_BS: Bool[Array, "B S"], valid_BS: Bool[Array, "B S"]) -> Aux:
         """Its losses and statistics, given which tokens are the C best, or are chosen, if they do not compete."""

@@ -9,6 +9,7 @@ from moe_zoo.blocks.selective import SelectiveBlock, SelectiveShortcut
 from moe_zoo.blocks.shortcut import Shortcut
 from moe_zoo.core.context import PROVIDABLE
 from moe_zoo.core.registry import ConfigError
+from moe_zoo.depth.attention import DEPTH
 from moe_zoo.layers.mlp import MLP
 from moe_zoo.layers.norm import make_norm
 from moe_zoo.mixers.mixer import LearningMixer
@@ -26,6 +27,15 @@ def shared_modules(config: ModelConfig) -> dict[str, Shared]:
             dims = variant.moe().dims(variant.hidden_size)
             found[variant.router.name] = variant.router.cls.make_shared(variant.router.config, dims)
     return {name: module for name, module in found.items() if module is not None}
+
+
+def shared_selectors(config: ModelConfig) -> dict[str, Shared]:
+    """What the selectors of all layers share, by the name that they find it by."""
+    kinds = (kind for segment in config.segments() for kind in segment.pattern)
+    chosen = [config.variant(kind).depth for kind in kinds]
+    made = (depth.cls.make_shared(depth.config, config.hidden_size) for depth in chosen)
+    found = next((module for module in made if module is not None), None)
+    return {} if found is None else {DEPTH: found}
 
 
 def make_block(config: ModelConfig, kind: str, whole: ModelConfig) -> Block:

@@ -33,7 +33,8 @@ def decoder(**settings):
     values = P.arrays(made)
     large = {n: 4 * a for n, a in values.items() if n.endswith(("mixer.q", "mixer.k", "mixer.v"))}
     large |= {n: 60 * a for n, a in values.items() if n.startswith("embed.")}
-    own = {n: normal(281 + i, *values[n].shape) for i, n in enumerate(sorted(n for n in values if ".selector." in n))}
+    routers = sorted(n for n in values if ".selector." in n or n.startswith("shared."))
+    own = {n: normal(281 + i, *values[n].shape) for i, n in enumerate(routers)}
     return P.replace(made, values | large | own)
 
 
@@ -53,7 +54,8 @@ def weights(made):
     """Layer by layer, and the rest, in float64."""
     values = {n: np.asarray(a, np.float64) for n, a in P.arrays(made).items()}
     inside = "segments.0.blocks.0."
-    layer = lambda r: {n.removeprefix(inside): a[r] for n, a in values.items() if n.startswith(inside)}
+    all_layers = {n.replace("shared.depth", "selector"): a for n, a in values.items() if n.startswith("shared.")}
+    layer = lambda r: {n.removeprefix(inside): a[r] for n, a in values.items() if n.startswith(inside)} | all_layers
     return [layer(r) for r in range(L)], values
 
 
@@ -113,11 +115,12 @@ def row_by_loop(layers, ids, prompt, kv_for_skipped, table):
     return x, np.array(went), np.array(kept)
 
 
-@pytest.mark.parametrize("kv_for_skipped", [True, False])
-def test_output_is_that_of_the_loop_and_training_says_the_same(kv_for_skipped):
-    made = decoder(kv_for_skipped=kv_for_skipped)
+@pytest.mark.parametrize("kv_for_skipped, share_router", [(True, False), (False, False), (True, True)])
+def test_output_is_that_of_the_loop_and_training_says_the_same(kv_for_skipped, share_router):
+    settings = {"kv_for_skipped": kv_for_skipped} | ({"share_router": True} if share_router else {})
+    made = decoder(**settings)
     layers, values = weights(made)
-    again, times, _ = read(kv_for_skipped=kv_for_skipped)(IDS, PROMPT, {})
+    again, times, _ = read(**settings)(IDS, PROMPT, {})
     rows = [row_by_loop(layers, IDS[b], PROMPT[b], kv_for_skipped, values["embed.table"]) for b in range(B)]
     went = np.stack([row[1] for row in rows], 1)
     np.testing.assert_array_equal(times, went)
@@ -125,7 +128,7 @@ def test_output_is_that_of_the_loop_and_training_says_the_same(kv_for_skipped):
         logits = naive.rms_norm(rows[b][0], values["norm.scale"], 1e-6) @ values["head.kernel"]
         np.testing.assert_allclose(again[b], logits, rtol=2e-3, atol=2e-3)
     assert all(0 < went[r].sum() < B * S for r in range(L))
-    if kv_for_skipped:
+    if kv_for_skipped and not share_router:
         found, same, losses = read(train=True, kv_for_skipped=True)(IDS, PROMPT, {})
         np.testing.assert_array_equal(times, same)
         np.testing.assert_allclose(found, again, atol=1e-5)
@@ -218,9 +221,11 @@ def test_who_passes_by_is_not_computed_but_leaves_keys():
     assert (jnp.abs(kept["k"][:, :, :, 0]).max(-1) > 0).all() and (jnp.abs(kept["v"][:, :, :, 0]).max(-1) > 0).all()
 
 
-def test_routers_alone_learn_and_distillation_is_nothing_where_nobody_passes_by():
-    made, objective = decoder(), Distill(DistillConfig())
-    assert set(partition(made, ()).trainable) == {n for n in P.arrays(made) if ".selector." in n}
+@pytest.mark.parametrize("own", [{}, {"share_router": True}])
+def test_routers_alone_learn_and_distillation_is_nothing_where_nobody_passes_by(own):
+    made, objective = decoder(**own), Distill(DistillConfig())
+    routers = {n for n in P.arrays(made) if (n.startswith("shared.depth.") if own else ".selector." in n)}
+    assert set(partition(made, ()).trainable) == routers and len(routers) == 4
     batch = {
         "tokens": IDS, "targets": np.roll(IDS, -1, 1), "segment_ids": np.ones((B, S), np.int32), "domain": None,
         "positions": np.tile(np.arange(S, dtype=np.int32), (B, 1)), "loss_weights": np.full((B, S), 1 / (B * S)),
@@ -273,6 +278,8 @@ def test_the_search_over_a_model_sets_its_sparsities():
 def test_what_cannot_be_is_refused_by_name():
     with pytest.raises(ConfigError, match="depth.sparsities: expected numbers in"):
         tiny_config(depth={"name": "ftp", "sparsities": [1.5]})
+    with pytest.raises(ConfigError, match="depth.share_router: expected router 'dynamic', got 'hidden'"):
+        tiny_config(depth={"name": "ftp", "router": "hidden", "share_router": True})
     with pytest.raises(ConfigError, match="'ftp' looks at plain attention"):
         Decoder(tiny_config(depth={"name": "ftp"}, mixer={"name": "mamba2"}))
     with pytest.raises(ConfigError, match="see all tokens of a sequence or none"):
