@@ -7,10 +7,10 @@ Cost:     as the quickstart, at most 5 minutes of training on 2 CPU cores
 Reaches:  see docs/zoo/duo_llm.md
 Presets:  "" (the above), "tiny" (20 steps: seconds, for tests), "cpu", "gpu", "pod" (docs/comparison.md)
 
-Any route works afterwards: `moe_zoo.transform.search_greedily` tries them, inputs `given` of the model's call follows one.
-The networks are the bank `big_small`; the draw, with probability 1/2 for each token and layer and no loss, is that of the
-router `thor` for single tokens. What a run says of its test data is with drawn experts, too. There
-are no n-gram embeddings, which would do much of what the big networks are for.
+Any route works afterwards: `moe_zoo.transform.search_greedily` tries them, `losses_along` follows one. The networks are
+the bank `big_small`; the draw, with probability 1/2 for each token and layer and no loss, is that of the router `thor`
+for single tokens. What a run says of its test data is with drawn experts, too. There are no n-gram embeddings, which
+would do much of what the big networks are for.
 """
 
 from ml_collections import ConfigDict

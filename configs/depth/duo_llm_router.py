@@ -6,9 +6,9 @@ Cost:     300 steps of 16 rows of 128 tokens
 Reaches:  see docs/zoo/duo_llm.md
 Presets:  "" (the above), "tiny" (20 steps of few rows, from the start: seconds, for tests)
 
-The share of big networks over all layers and tokens: `--config.train.objective.share=0.3`. Only the routers move, since
-`train.freeze` names the rest; `--config.train.freeze="()"` trains all. `model.router.total_steps` is when the mixture is
-hardest; with other than 300 steps set it, too.
+The share of big networks over all layers and tokens: `--config.train.objective.share=0.3`. Only the routers move:
+`train.freeze` names the rest, `--config.train.freeze="()"` trains all. `model.router.total_steps` is when the mixture
+is hardest; with other than 300 steps set it, too.
 """
 
 from ml_collections import ConfigDict

@@ -2,9 +2,9 @@
 
     E_0 = big, of width F;   E_1 = small, of width F / ratio;   E_2(x) = 0, where there are three: the layer is skipped
 
-Any dispatcher moves tokens here. `dropless` sorts them, and each network computes the rows that chose it alone: two calls
-of the grouped kernel, as their widths differ. `everywhere` has both compute all tokens and weighs: 1 + 1 / ratio of big's
-work, without moving anything. The networks lie whole on every shard of a mesh's `expert` axis; `tensor` splits them.
+Any dispatcher moves tokens here. `dropless` sorts them, and each network computes only the rows that chose it: two
+calls of the grouped kernel, as widths differ. `everywhere` has both compute all tokens and weighs: 1 + 1 / ratio of
+big's work, and nothing moves. The networks lie whole on every shard of a mesh's `expert` axis; `tensor` splits them.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ BIG, SMALL, SKIP = 0, 1, 2
 
 @dataclasses.dataclass(frozen=True)
 class BigSmallConfig:
-    """`ratio`: how many times wider the big network is (paper: 16). `activation`, `gated`: as in `FeedForwardConfig`."""
+    """`ratio`: how many times wider big is than small (paper: 16). `activation`, `gated`: as in `FeedForwardConfig`."""
 
     ratio: int = 16
     activation: Activation = "silu"
@@ -83,7 +83,7 @@ class BigSmall(nnx.Module):
         raise ConfigError("model.experts: 'big_small' has no int8 form; load it without quantization")
 
     def flops_per_row(self) -> float:
-        """Forward, of a row that chose each expert alike; multiply-adds count two. So a token in training of stage 1
-        counts as half of big and half of small, and one that has both networks (two rows) as the whole of each.
+        """Forward, the mean over the experts; multiply-adds count two. So a token that draws one of two counts as half
+        of each network, and one that has both (two rows) as the whole of each.
         """
         return (self.big.flops_per_token() + self.small.flops_per_token()) / self.dims[0]

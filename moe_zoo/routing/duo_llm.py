@@ -4,10 +4,10 @@
     training:   y = sum_e p_e E_e(x)                    a soft mixture: every network computes every token
     inference:  y = E_e(x), e = argmax x W              gate 1: no probability weighs what is computed
 
-tau rises over training, so that the mixture hardens towards what inference does. What the big networks may take is said
-of all layers and tokens together by the objective `global_budget`, for which the probability of expert 0 is a term here;
-no loss speaks of one layer, so layers may take different shares. The networks come from a first stage in which tokens
-draw them (router `thor`, a draw per token) and are usually kept: `train.freeze`.
+tau rises over training, so that the mixture hardens towards what inference does. What the big networks may take is
+said of all layers and tokens together, by the objective `global_budget`, for which the probability of expert 0 is a
+term here; no loss speaks of one layer, so layers may take different shares. The networks come from a first stage in
+which tokens draw them (router `thor`, a draw per token) and are usually kept: `train.freeze`.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ class DuoLLMConfig:
 
 
 class DuoLLM(Router):
-    """Duo-LLM: a soft mixture of all experts in training, the likeliest alone at inference; a budget over all layers."""
+    """Duo-LLM: a soft mixture of all experts in training, the likeliest one at inference; one budget for all layers."""
 
     Config = DuoLLMConfig
     decision = Dense

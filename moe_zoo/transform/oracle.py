@@ -1,4 +1,4 @@
-"""Duo-LLM's oracle (arXiv 2410.10846): the route of every token that its next token's loss is smallest along, by trying.
+"""Duo-LLM's oracle (arXiv 2410.10846): for every token the route along which the loss is smallest, found by trying all.
 
 A route says which expert a token takes in each layer, i8[L]: of a bank `big_small` 0 is big, 1 small, 2 the skip. The
 oracle knows the token that is to be predicted, so its loss is a bound that no router can be expected to reach, and the
@@ -6,10 +6,10 @@ minimum of many noisy losses is small even if routes carry nothing: print it apa
 
 Two searches over the same patterns, which the paper leaves open:
 
-    greedy    from left to right: all patterns are tried at a token, keys and values of earlier tokens being those of the
-              routes chosen there; the best one's are kept. A sequence of routes that the model can be run along.
-    apart     a pattern is taken by a token and all before it; the best pattern of each token. One parallel pass for a
-              pattern; nothing that can be run, but exact: no pattern for all tokens is better, more patterns never worse.
+    greedy    from left to right: all patterns are tried at a token, keys and values of earlier tokens being those of
+              the routes chosen there; the best one's are kept. The model can be run along what is found.
+    apart     a pattern is taken by a token and all before it; the best pattern of each token. One parallel pass for
+              each. Nothing that can be run, but exact: no pattern for all tokens is better, more are never worse.
 
 N rows, S length, L layers, P patterns.
 """
@@ -32,11 +32,9 @@ from moe_zoo.train.objective import cross_entropy
 _ROOM = 64  # patterns are filled up to a multiple, so that budgets share one program
 
 
-def patterns(
-    L: int, budget: int | None = None, *, at_most: bool = False, modules: int = 2
-) -> Int[np.ndarray, "P L"]:
-    """All routes with exactly `budget` big layers (expert 0), or at most as many; None: all. Fewest big layers first, so
-    that a tie goes to the cheaper one. `modules`: 3 with a skip.
+def patterns(L: int, budget: int | None = None, *, at_most: bool = False, modules: int = 2) -> Int[np.ndarray, "P L"]:
+    """All routes with exactly `budget` big layers (expert 0), or at most as many; None: all. Fewest big layers first,
+    so that a tie goes to the cheaper one. `modules`: 3 with a skip.
     """
     if budget is not None and not 0 <= budget <= L:
         raise ValueError(f"budget: {budget} big layers of {L}; expected 0 to {L}")
@@ -49,7 +47,10 @@ def patterns(
 
 
 def losses_along(
-    loaded: Loaded, tokens_NS: Int[np.ndarray, "N S"], targets_NS: Int[np.ndarray, "N S"], routes: Int[np.ndarray, "..."]
+    loaded: Loaded,
+    tokens_NS: Int[np.ndarray, "N S"],
+    targets_NS: Int[np.ndarray, "N S"],
+    routes: Int[np.ndarray, "..."],
 ) -> Float[np.ndarray, "P N S"]:
     """The loss of every target, in nats, along given routes: i8[P, L], a pattern for all tokens, or i8[P, N, S, L]."""
     _check(loaded, routes)
