@@ -57,7 +57,7 @@ def test_tiny_preset_trains_in_one_compilation_and_nan_shows(path):
 
 
 def test_every_router_is_one_configs():
-    later = [FILES[0].parent / "depth" / "duo_llm_router.py"]  # of a second stage
+    later = [FILES[0].parent / "depth/duo_llm_router.py"]  # of a second stage
     assert {load_config(f"{path}:tiny").model.router.name for path in [*FILES, *later]} == set(ROUTERS.names())
 
 
