@@ -2,11 +2,11 @@
 
     python scripts/duo_experiments.py [--source=runs/corpus] [--seeds=3]
 
-Every seed trains a decoder of six layers with drawn networks (stage 1), tries all 64 patterns of a token with the oracle
-(stage 2), and teaches a router on the frozen networks (stage 3). All arms are routes through the same weights. What is
-chosen, fixed patterns and noise, is chosen on the validation part; what is printed is of the test part, in three tables:
-scores that a model can have; bounds, which know the token that is to be predicted; and controls of the oracle, whose
-minimum over many patterns would be lower than their mean even if routes carried nothing. Runs and results lie in
+Every seed trains a decoder of six layers whose tokens draw their networks (stage 1), tries all 64 patterns of a token
+with the oracle (stage 2), and teaches a router on the frozen networks (stage 3). All arms are routes through the same
+weights. Fixed patterns and the size of noise are chosen on the validation part. What is printed is of the test part, in
+three tables: scores that a model can have; bounds, which know the token that is to be predicted; and controls of the
+oracle, whose minimum over many patterns is below their mean even if routes carry nothing. Runs and results lie in
 --workdir, where they count as done.
 """
 
@@ -35,7 +35,7 @@ from moe_zoo.inference import Loaded, load
 from moe_zoo.models import Decoder
 from moe_zoo.train import loop
 from moe_zoo.train.config import Config, config_from_dict
-from moe_zoo.transform import losses_along, patterns, search_apart, search_greedily
+from moe_zoo.transform import losses_along, patterns, search_greedily
 
 LAYERS, STEPS, ROUTER_STEPS = 6, 1000, 200
 #: windows of the test and the validation part, and tokens of each that are predicted
