@@ -54,7 +54,7 @@ class FtpConfig:
     guide_coef: float = 1.0
     guide_steps: int | None = None
     sparsity_coef: float = 1.0
-    share_router: bool = dataclasses.field(default_factory=lambda: False, metadata={"silent": True})
+    share_router: bool = dataclasses.field(default=False, metadata={"silent": True})
 
     def validate(self, path: str) -> None:
         positive(self, path, "router_hidden", "guide_steps")

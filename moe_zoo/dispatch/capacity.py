@@ -39,9 +39,9 @@ class CapacityConfig:
     group: Literal["batch", "sequence"] = "batch"
     priority: Literal["order", "gate"] = "order"
     gate_on: Literal["output", "input"] = "output"
-    rounding: Literal["up", "even"] = dataclasses.field(default_factory=lambda: "up", metadata={"silent": True})
-    min_capacity: int = dataclasses.field(default_factory=lambda: 1, metadata={"silent": True})
-    expert_capacity: int | None = dataclasses.field(default_factory=lambda: None, metadata={"silent": True})
+    rounding: Literal["up", "even"] = dataclasses.field(default="up", metadata={"silent": True})
+    min_capacity: int = dataclasses.field(default=1, metadata={"silent": True})
+    expert_capacity: int | None = dataclasses.field(default=None, metadata={"silent": True})
 
     def validate(self, path: str) -> None:
         positive(self, path, "capacity_factor", "eval_capacity_factor", "min_capacity", "expert_capacity")

@@ -40,10 +40,14 @@ def run(mesh: Mesh, plan, x_TD: Float[Array, "T D"], decision: TokenChoice, bank
     specs = {name: _spec(mesh, name, var) for name, var in variables.items()}
     weights = {name: var.get_value() for name, var in variables.items()}
     split_hidden = any("tensor" in _axes(spec) for spec in specs.values())
+    # experts of different widths are not stacked: every shard has all of them, and computes its own tokens
+    apart = any("expert" in var.logical_axes for var in variables.values())
 
     def body(x_tD, experts_tK, gates_tK, weights):
-        gather = lambda x: jax.lax.all_gather(x, "expert", axis=0, tiled=True)
-        x_gD, local = gather(x_tD), _own(gather(experts_tK), gather(gates_tK), decision.num_experts)
+        gather = lambda x: jax.lax.all_gather(x, "expert", axis=0, tiled=True) if apart else x
+        x_gD, local = gather(x_tD), TokenChoice(experts_tK, gates_tK, decision.num_experts)
+        if apart:
+            local = _own(gather(experts_tK), gather(gates_tK), decision.num_experts)
         weights = {name: _gather_weight(w, specs[name]) for name, w in weights.items()}
         if split_hidden:  # the partial products are summed, what is added to the sum counts once
             shards = jax.lax.axis_size("tensor")
@@ -51,7 +55,7 @@ def run(mesh: Mesh, plan, x_TD: Float[Array, "T D"], decision: TokenChoice, bank
         y_gD = plan(local).run(x_gD, P.replace(bank, weights))
         if split_hidden:
             y_gD = jax.lax.psum(y_gD, "tensor")
-        return jax.lax.psum_scatter(y_gD, "expert", scatter_dimension=0, tiled=True)
+        return jax.lax.psum_scatter(y_gD, "expert", scatter_dimension=0, tiled=True) if apart else y_gD
 
     sharded = jax.shard_map(body, mesh=mesh, in_specs=(batch, batch, batch, specs), out_specs=batch)
     return sharded(x_TD, decision.experts, decision.gates, weights)

@@ -2,4 +2,10 @@
 
 from moe_zoo.core.registry import Registry
 
-EXPERTS = Registry("expert bank", {"feed_forward": "moe_zoo.experts.feed_forward:FeedForward"})
+EXPERTS = Registry(
+    "expert bank",
+    {
+        "big_small": "moe_zoo.experts.big_small:BigSmall",
+        "feed_forward": "moe_zoo.experts.feed_forward:FeedForward",
+    },
+)

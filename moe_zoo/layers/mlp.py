@@ -27,7 +27,7 @@ class FeedForwardConfig:
     bias: bool = False
     clamp: float | None = None
     up_shift: float = 0.0
-    linear_factor: bool = dataclasses.field(default_factory=lambda: False, metadata={"silent": True})
+    linear_factor: bool = dataclasses.field(default=False, metadata={"silent": True})
 
     def validate(self, path: str) -> None:
         if self.linear_factor and (self.bias or not self.gated):

@@ -102,7 +102,7 @@ class ModelConfig:
     tanh_norm: TanhNormConfig = dataclasses.field(default_factory=TanhNormConfig, metadata={"silent": True})
     norm_placement: Literal["pre", "post", "both", "stream"] = "pre"
     embedding_multiplier: float = 1.0
-    embedding_scale: float = dataclasses.field(default_factory=lambda: 0.0, metadata={"silent": True})
+    embedding_scale: float = dataclasses.field(default=0.0, metadata={"silent": True})
     residual_multiplier: float = 1.0
     skip_multiplier: float = 1.0
     logits_scaling: float = 1.0

@@ -7,6 +7,7 @@ ROUTERS = Registry(
     {
         "attention_aware": "moe_zoo.routing.token_graph:AttentionAware",
         "block_ffn": "moe_zoo.routing.block_ffn:BlockFFN",
+        "duo_llm": "moe_zoo.routing.duo_llm:DuoLLM",
         "expert_choice": "moe_zoo.routing.expert_choice:ExpertChoice",
         "gshard": "moe_zoo.routing.gshard:GShard",
         "hash": "moe_zoo.routing.hashed:Hashed",

@@ -84,6 +84,9 @@ class Router(nnx.Module):
     requires: ClassVar[tuple[str, ...]] = ()
     #: at inference, a token's decision depends on no later token of its sequence and on no other sequence
     causal: ClassVar[bool] = True
+    #: it is trained on a finished model, whose other parameters are usually kept (`train.freeze`): no comparison of
+    #: models that are trained from the start has it
+    retrofits: ClassVar[bool] = False
     #: what the decision may cost beside top-k's
     cost: ClassVar[CostBound] = CostBound()
 

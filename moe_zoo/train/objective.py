@@ -17,6 +17,7 @@ OBJECTIVES = Registry(
         "answer_ratio": "moe_zoo.train.answer_ratio:AnswerRatio",
         "classification": "moe_zoo.train.classification:Classification",
         "distill": "moe_zoo.train.distill:Distill",
+        "global_budget": "moe_zoo.train.global_budget:GlobalBudget",
         "next_token": "moe_zoo.train.objective:NextToken",
         "ponder": "moe_zoo.train.ponder:PonderLoss",
         "scheduled_loss": "moe_zoo.train.scheduled_loss:ScheduledLoss",

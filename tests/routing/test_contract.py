@@ -67,6 +67,7 @@ CASES = {
     "modality_groups": Case({"name": "modality_groups"}, losses=("z_loss",)),
     "noisy_top_k": Case({"name": "noisy_top_k"}, losses=("importance", "expected_load")),
     "hash": Case({"name": "hash"}, losses=()),
+    "duo_llm": Case({"name": "duo_llm"}, losses=(), objective="global_budget"),
     "thor": Case({"name": "thor"}, losses=(), objective="thor"),
     "similarity_aware": Case({"name": "similarity_aware"}),
     "attention_aware": Case({"name": "attention_aware"}),

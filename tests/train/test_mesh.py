@@ -60,6 +60,7 @@ ROUTERS = {
     "sinkhorn": ({"name": "sinkhorn"}, "dropless", ("z_loss",), "next_token"),
     "hash": ({"name": "hash"}, "dropless", (), "next_token"),
     "thor": ({"name": "thor"}, "dropless", (), "thor"),
+    "duo_llm": ({"name": "duo_llm", "init_std": 0.5}, "dropless", (), "global_budget"),
     "top_p": (
         {"name": "top_p", "init_std": 0.5, "controller_rate": 0.1}, "dropless",
         ("load_balance", "entropy_loss"), "next_token",
@@ -68,9 +69,12 @@ ROUTERS = {
     "similarity_aware": ({"name": "similarity_aware", "init_std": 0.5}, "dropless", ("load_balance",), "next_token"),
     "attention_aware": ({"name": "attention_aware", "init_std": 0.5}, "dropless", ("load_balance",), "next_token"),
 }  # fmt: skip
+#: settings of the model that a router is for
+MADE_FOR = {"duo_llm": {"num_experts": 2, "experts": {"name": "big_small", "ratio": 2}}}
 COMPETING = ("expert_choice", "modality_groups", "relu_budget", "sparse_ot")
 # Each token by itself, through top-k's own dispatch: on a mesh nothing is theirs alone. `make meshes` has them.
-ALIKE = ("hash", "hybrid_k", "noisy_top_k", "null_experts", "smoe_dropout", "sparsemixer")
+# (The bank of duo_llm, which no axis splits by expert, is on a mesh in tests/routing/test_duo_llm.py.)
+ALIKE = ("duo_llm", "hash", "hybrid_k", "noisy_top_k", "null_experts", "smoe_dropout", "sparsemixer")
 # In float32, top-k on each axis alone and one router for each other dispatcher and kind of decision on the mixed mesh:
 # there other routers follow one device in float64, below. MOE_ZOO_ALL_MESHES=1 (`make meshes`) tries all on all.
 ALL = os.environ.get("MOE_ZOO_ALL_MESHES") == "1"
@@ -93,7 +97,8 @@ def settings(router: str, **changes):
             "moe_intermediate_size": 16, "shared_expert_size": 16,
             "attention": {"num_attention_heads": 4},
             "router": chosen, "dispatch": {"name": dispatch, **budget},
-            "losses": losses if isinstance(losses, dict) else {name: {} for name in losses}, **changes,
+            "losses": losses if isinstance(losses, dict) else {name: {} for name in losses},
+            **MADE_FOR.get(router, {}), **changes,
         },
         "model",
     )  # fmt: skip
