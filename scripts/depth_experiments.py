@@ -32,7 +32,6 @@ from moe_zoo.compare.adapters.running import Tuner
 from moe_zoo.core import param as P
 from moe_zoo.core.schema import to_dict
 from moe_zoo.data import Corpus, eval_batches, load_corpus, split, train_iterator
-from moe_zoo.depth.genetic import Evolution
 from moe_zoo.depth.paths import all_short, label_by_trying
 from moe_zoo.inference import Loaded, load
 from moe_zoo.models import Decoder, ModelConfig
@@ -261,6 +260,7 @@ def trained(config: Config, model: Loaded, text: Corpus, steps: int, seed: int, 
     """What so many steps make of what is not frozen."""
     tree = config.to_dict()
     tree["model"], tree["train"] = to_dict(model.config), tree["train"] | {"steps": steps} | train
+    tree["model"]["remat"] = "block"  # layers in a loop instead of side by side: seconds to compile instead of a minute
     tree["optim"] |= optim
     return Tuner(config_from_dict(tree)).run(P.arrays(model.model), text, steps, seed)
 
@@ -269,7 +269,6 @@ def trained(config: Config, model: Loaded, text: Corpus, steps: int, seed: int, 
 
 #: the part of all tokens in all layers that passes by; rows of text that are scored, and that choices are made by
 SPARSITY, TEXT_STEPS, ROUTER_STEPS, ROWS, CHOICE = 0.25, 1500, 100, 128, 32
-SEARCH = Evolution(population=12, generations=10, elites=4)
 #: so that routers keep about as many tokens as they should
 SPARSITY_COEF = 10.0
 
@@ -304,9 +303,7 @@ def ftp(workdir: Path, seed: int) -> Iterator[tuple[str, Line]]:
     yield "the two layers left out that cost least", text_line(add_selectors(base, best), test)
     L, settings = base.config.num_layers, {"name": "ftp", "sparsity_coef": SPARSITY_COEF}
     put = lambda router, **more: add_selectors(base, settings | {"router": router} | more, seed=seed)
-    found, _ = search_sparsities(
-        put("static"), seen["tokens"], SPARSITY, segment_ids=seen["segment_ids"], evolution=SEARCH, seed=seed
-    )
+    found, _ = search_sparsities(put("static"), seen["tokens"], SPARSITY, segment_ids=seen["segment_ids"], seed=seed)
     settings |= {"sparsities": list(found.config.depth.config.sparsities)}
     print(f"seed {seed}, found: {np.round(settings['sparsities'], 2).tolist()}", flush=True)
     ends = np.isin(np.arange(L), (0, L - 1))
@@ -320,7 +317,7 @@ def ftp(workdir: Path, seed: int) -> Iterator[tuple[str, Line]]:
     ):  # fmt: skip
         learning = put(router, **more), parts["train"], ROUTER_STEPS, seed, optim
         model = trained(config, *learning, objective={"name": "distill"})
-        print(f"seed {seed}, {name}: as it is {text_line(model, [seen])}", flush=True)
+        yield f"{name}, as it has learned", text_line(model, test)
         yield name, text_line(shifted(model, seen), test)
 
 

@@ -62,6 +62,11 @@ def test_bits_are_those_of_the_evaluation_and_the_share_is_what_the_router_keeps
     assert said["bits per byte"] == pytest.approx(expected, rel=1e-6) and said["share of tokens"] == 0.5
 
 
+def test_a_number_is_settled_where_the_share_is_three_quarters():
+    share = lambda x: {"share of tokens": 1 / (1 + np.exp(x - 2))}
+    assert experiments.settled(share, -8.0, 8.0) == pytest.approx(2 - np.log(3), abs=0.02)
+
+
 def test_flops_of_a_share_are_the_models():
     of = lambda **depth: Decoder(tiny_config(layers="2*dense", losses={}, depth=depth))
     flops = lambda model, share: experiments.text_flops(Loaded(model, model.config, None), share, 10.0)
