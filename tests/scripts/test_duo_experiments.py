@@ -61,7 +61,9 @@ def test_the_best_fixed_pattern_and_the_spread_follow_from_the_losses():
     assert said["deviation"] == pytest.approx((np.std([3, 2, 0]) + np.std([1, 1, 4])) / 2)
 
 
-def test_both_networks_of_the_noisy_control_are_the_big_one():
+def test_both_networks_of_the_noisy_control_are_the_big_one(monkeypatch):
+    assert len(patterns(experiments.LAYERS)) == 64
+    monkeypatch.setattr(experiments, "LAYERS", 1)
     config = experiments.base_config("embedded", 0).model
     base = Loaded(P.materialize(Decoder(config), 0), config, None)
     clean, big = (experiments.with_noise(base, size, np.random.default_rng(0)) for size in (0.0, 0.5))
@@ -72,4 +74,3 @@ def test_both_networks_of_the_noisy_control_are_the_big_one():
         inside = ".experts." in path
         assert inside == bool((np.asarray(noisy[path]) != np.asarray(same[path])).any())
     assert experiments.router_config(experiments.base_config("embedded", 0)).train.objective.name == "global_budget"
-    assert len(patterns(experiments.LAYERS)) == 64
