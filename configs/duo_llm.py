@@ -25,12 +25,15 @@ def get_config(arg: str = "") -> ConfigDict:
 def changes(base: dict) -> dict:
     # as wide as a dense layer of that model usually is
     width = 4 * base["model"]["hidden_size"]
+    # the smallest preset is for tests, where compiling counts
+    dispatch = "everywhere" if width < 256 else "dropless"
     return {
         "model": {
             "num_experts": 2,
             "moe_intermediate_size": width,
             "experts": {"name": "big_small"},
             "router": {"name": "thor", "granularity": "token", "eval_granularity": "token"},
+            "dispatch": {"name": dispatch},
             "losses": {},
             "ngram": {},
         },

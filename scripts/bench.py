@@ -21,6 +21,7 @@ import bench_train
 import jax
 import jax.numpy as jnp
 import numpy as np
+from bench_big_small import add_big_small
 from bench_kernels import add_kernels
 from bench_norms import add_norms
 from bench_routers import add_routers
@@ -154,7 +155,7 @@ def _add_common(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespa
 
 
 BENCHMARKS = (
-    add_expert_ffn, add_expert_rows, add_kernels, add_norms, add_routers, bench_depth.add_depth,
+    add_big_small, add_expert_ffn, add_expert_rows, add_kernels, add_norms, add_routers, bench_depth.add_depth,
     bench_generate.add_generate, bench_loading.add_loading, bench_low_rank.add_low_rank, bench_train.add_train,
     bench_train.add_startup,
 )  # fmt: skip

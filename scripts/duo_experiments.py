@@ -210,13 +210,15 @@ def controls(base: Loaded, choose: Text, test: Text, chosen, judged, random) -> 
 
 
 def spread(losses_PNS: np.ndarray) -> Line:
-    """Over patterns, of each token: mean, mean standard deviation, minimum; how far the minimum is below the mean, also
-    in standard deviations.
+    """Over all patterns, of each token: mean, mean standard deviation, minimum; how far the minimum is below the mean,
+    also in standard deviations; and the minima over patterns with 1, 2, ... big networks.
     """
     mean, low, deviation = losses_PNS.mean(), losses_PNS.min(0).mean(), losses_PNS.std(0).mean()
+    big = (patterns(LAYERS) == 0).sum(1)
     return {
         "mean of patterns": float(mean), "deviation": float(deviation), "oracle apart": float(low),
         "gain": float(mean - low), "gain / deviation": float((mean - low) / deviation),
+        **{f"{b} big": float(losses_PNS[big == b].min(0).mean()) for b in range(1, LAYERS)},
     }  # fmt: skip
 
 

@@ -47,7 +47,7 @@ class DuoLLM(Router):
     decision = Dense
     requires = ("step",)
     retrofits = True
-    cost = CostBound(1.5, 40, "in training every token has all experts")
+    cost = CostBound(moved=5.5, why="in training all experts of a token are live: T E compete for the budget's rows")
 
     def __init__(self, config: DuoLLMConfig, dims: Dims):
         self.config, self.num_experts = config, dims.num_experts

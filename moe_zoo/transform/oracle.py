@@ -27,7 +27,6 @@ from jaxtyping import Array, Float, Int
 from moe_zoo.core.decision import TokenChoice
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.inference.loaded import Loaded
-from moe_zoo.train.objective import cross_entropy
 
 _ROOM = 64  # patterns are filled up to a multiple, so that budgets share one program
 
@@ -119,6 +118,11 @@ def search_apart(
     return Searched(np.asarray(patterns_PL, np.int8), losses.argmin(0), losses)
 
 
+def _nats(logits_BSV: Float[Array, "B S V"], targets_BS: Int[Array, "B S"]) -> Float[Array, "B S"]:
+    """-log softmax(logits)[target]."""
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits_BSV), targets_BS[..., None], -1)[..., 0]
+
+
 def _given(routes_TL: Int[Array, "T L"], num_experts: int) -> dict[str, TokenChoice]:
     """Routes as the decisions of all layers."""
     experts_LT1 = routes_TL.T[..., None].astype(jnp.int32)
@@ -131,7 +135,7 @@ def _along(graphdef, state, tokens_NS, targets_NS, routes_PNSL):
 
     def one(routes_NSL):
         given = _given(routes_NSL.reshape(-1, routes_NSL.shape[-1]), model.config.num_experts)
-        return cross_entropy(model(tokens_NS, inputs=given)[0], targets_NS)
+        return _nats(model(tokens_NS, inputs=given)[0], targets_NS)
 
     return jax.lax.map(one, routes_PNSL)
 
@@ -149,7 +153,7 @@ def _greedy(graphdef, state, tokens_NS, targets_NS, patterns_PL, count):
             best_NL = patterns_PL[losses_PN.argmin(0)]
             routes_NL = jnp.where(p < count, patterns_PL[jnp.minimum(p, P - 1)], best_NL)
             logits, _, new = model(token_N[:, None], cache=cache, inputs=_given(routes_NL, model.config.num_experts))
-            loss_N = cross_entropy(logits, target_N[:, None])[:, 0]
+            loss_N = _nats(logits, target_N[:, None])[:, 0]
             losses_PN = losses_PN.at[jnp.where(p < count, p, P)].set(loss_N, mode="drop")
             # keys and values go to the same place in every attempt, so those of the last one, the best, remain
             advanced = jax.tree.map(lambda a, b: jnp.where(p < count, a, b), _steps(cache), _steps(new))

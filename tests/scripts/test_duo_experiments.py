@@ -52,16 +52,19 @@ def test_lines_say_where_big_networks_are():
     assert set(experiments.line(np.zeros(3), np.ones(4, np.int8))) == {"nats", "big"}
 
 
-def test_the_best_fixed_pattern_and_the_spread_follow_from_the_losses():
-    losses = np.array([[3.0, 1.0], [2.0, 1.0], [0.0, 4.0]])[:, None]
+def test_the_best_fixed_pattern_and_the_spread_follow_from_the_losses(monkeypatch):
+    monkeypatch.setattr(experiments, "LAYERS", 2)  # none big, one, the other, both
+    losses = np.array([[3.0, 1.0], [2.0, 1.0], [0.0, 4.0], [5.0, 5.0]])[:, None]
     assert experiments.best_fixed(losses, np.array([0, 2])) == 0 and experiments.best_fixed(losses, np.arange(3)) == 1
     said = experiments.spread(losses)
-    assert said["mean of patterns"] == pytest.approx(11 / 6) and said["oracle apart"] == 0.5
-    assert said["gain"] == pytest.approx(11 / 6 - 0.5)
-    assert said["deviation"] == pytest.approx((np.std([3, 2, 0]) + np.std([1, 1, 4])) / 2)
+    assert said["mean of patterns"] == 21 / 8 and said["oracle apart"] == said["1 big"] == 0.5
+    assert said["gain"] == 21 / 8 - 0.5
+    assert said["deviation"] == pytest.approx((np.std([3, 2, 0, 5]) + np.std([1, 1, 4, 5])) / 2)
 
 
-def test_both_networks_of_the_noisy_control_are_the_big_one():
+def test_both_networks_of_the_noisy_control_are_the_big_one(monkeypatch):
+    assert len(patterns(experiments.LAYERS)) == 64
+    monkeypatch.setattr(experiments, "LAYERS", 1)
     config = experiments.base_config("embedded", 0).model
     base = Loaded(P.materialize(Decoder(config), 0), config, None)
     clean, big = (experiments.with_noise(base, size, np.random.default_rng(0)) for size in (0.0, 0.5))
@@ -72,4 +75,3 @@ def test_both_networks_of_the_noisy_control_are_the_big_one():
         inside = ".experts." in path
         assert inside == bool((np.asarray(noisy[path]) != np.asarray(same[path])).any())
     assert experiments.router_config(experiments.base_config("embedded", 0)).train.objective.name == "global_budget"
-    assert len(patterns(experiments.LAYERS)) == 64
