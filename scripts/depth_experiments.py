@@ -260,7 +260,7 @@ def trained(config: Config, model: Loaded, text: Corpus, steps: int, seed: int, 
     """What so many steps make of what is not frozen."""
     tree = config.to_dict()
     tree["model"], tree["train"] = to_dict(model.config), tree["train"] | {"steps": steps} | train
-    tree["model"]["remat"] = "block"  # layers in a loop instead of side by side: seconds to compile instead of a minute
+    tree["model"]["remat"] = "block"  # layers in a loop, not side by side: few steps cost less than compiling
     tree["optim"] |= optim
     return Tuner(config_from_dict(tree)).run(P.arrays(model.model), text, steps, seed)
 
