@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import _gpu_schedule, _gpu_target, _gpu_tiles, _mosaic_rows, grouped_matmul
+from pallas_kernels import _gpu_schedule, _gpu_target, _gpu_tiles, _mosaic_ring, _mosaic_rows, grouped_matmul
 
 KINDS = {"NVIDIA H100 80GB HBM3": 90, "NVIDIA A100-SXM4-80GB": 80, "NVIDIA L4": 89, "NVIDIA GB200": 100}
 ARGS = (
@@ -111,7 +111,7 @@ def test_every_row_has_one_tile_of_the_mosaic_kernel(offset, held, sizes):
     owner[(owner < 0) | (owner >= held)] = -1
     table = jax.jit(functools.partial(_mosaic_rows.row_table, call))(jnp.array(sizes), jnp.int32(offset))
     for group, row, first, end in np.stack(table, axis=1):
-        mine = slice(max(first, row), min(row + _mosaic_rows.ROWS, end))
+        mine = slice(max(first, row), min(row + _mosaic_ring.ROWS, end))
         seen[mine] += 1
         assert row % 8 == 0 and np.all(owner[mine] == group)
     assert np.all(seen == 1)
