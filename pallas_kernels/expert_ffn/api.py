@@ -13,14 +13,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _checks, _choose, _varying, quantized
-from pallas_kernels.expert_ffn import pallas_gpu, pallas_tpu, reference, xla, xla_tiles
+from pallas_kernels.expert_ffn import in_kernels, mosaic_gpu, pallas_gpu, pallas_tpu, reference, xla, xla_tiles
 from pallas_kernels.expert_ffn.activations import ACTIVATIONS
 from pallas_kernels.quantized import Quantized
 
 _OP = "expert_ffn"
-_IMPLEMENTATIONS = {"xla": xla, "xla_tiles": xla_tiles, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
-_FORWARD = {name: module.forward for name, module in _IMPLEMENTATIONS.items()}
-_BACKWARD = {name: module.backward for name, module in _IMPLEMENTATIONS.items()}
+_KERNELS = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu, "mosaic_gpu": mosaic_gpu}
+_FORWARD = {"xla": xla.forward, "xla_tiles": xla_tiles.forward}
+_FORWARD |= {name: functools.partial(in_kernels.forward, calls) for name, calls in _KERNELS.items()}
+_BACKWARD = {"xla": xla.backward, "xla_tiles": xla_tiles.backward}
+_BACKWARD |= {name: functools.partial(in_kernels.backward, calls) for name, calls in _KERNELS.items()}
 
 
 def expert_ffn(
@@ -50,7 +52,7 @@ def expert_ffn(
       implementation: "reference", "xla" (`jax.lax.ragged_dot`), "xla_tiles" (one fused loop over row tiles, for CPUs),
         "pallas_tpu" and "pallas_gpu" (float32 and bfloat16; on CPU interpreted, for tests), or None to choose by
         platform: "xla_tiles" on CPU, "pallas_tpu" on TPU if it takes the dtype, "pallas_gpu" where this is traced for
-        an NVIDIA GPU, "xla" elsewhere.
+        an NVIDIA GPU, "xla" elsewhere. "mosaic_gpu", by name only: bfloat16 on GPUs of compute capability 9.0.
 
     Raises:
       ValueError, TypeError: shapes or dtypes that don't fit, an unknown activation or implementation, or the
@@ -107,6 +109,7 @@ def why_not(x: Any, weights: tuple[Any, ...], sizes_L: Array, asked: str | None)
     return {
         "pallas_tpu": pallas_tpu.why_not(x, weights[1], asked),
         "pallas_gpu": pallas_gpu.why_not(x, *given, num_groups=sizes_L.shape[0], asked=asked),
+        "mosaic_gpu": mosaic_gpu.why_not(x, *weights),
     }
 
 

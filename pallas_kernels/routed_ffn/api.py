@@ -112,6 +112,7 @@ def _check_plan(x_TD, choice_R, slot_TK, gates_TK, gate_on: str, shapes: str) ->
 def _why_not(asked: str | None, x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, choice_R) -> dict[str, str | None]:
     rows_like = jax.ShapeDtypeStruct((choice_R.shape[0], x_TD.shape[1]), x_TD.dtype)
     refused = rows.why_not(rows_like, (w_gate_EDF, w_up_EDF, w_down_EFD), sizes_L, asked)
+    refused.pop("mosaic_gpu")
     if not x_TD.shape[0]:
         refused["pallas_gpu"] = "there is nothing to compute"
     return refused

@@ -11,6 +11,7 @@ from typing import Any
 
 from jaxtyping import Array
 
+from pallas_kernels.expert_ffn import in_kernels
 from pallas_kernels.expert_ffn import pallas_gpu as ffn
 from pallas_kernels.permute import xla as permute
 from pallas_kernels.quantized import Weights
@@ -35,11 +36,12 @@ def forward(
 ) -> tuple[Array, Array | None, Array | None]:
     """(out, gate, up): the pre-activations of the live rows, None if not to be saved."""
     if gate_on == "input":
-        rows_forward = functools.partial(ffn.forward, activation=activation, save=save, interpret=interpret)
+        rows_forward = functools.partial(in_kernels.forward, ffn, activation=activation, save=save, interpret=interpret)
         operands = (x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset, choice_R, slot_TK, gates_TK)
         return composed.forward(rows_forward, *operands, gate_on=gate_on)
-    groups, token_R = ffn.Groups(sizes_L, offset, interpret), composed.tokens(choice_R, slot_TK)
-    hidden_RF, gate_RF, up_RF = ffn.up(x_TD, token_R, w_gate_EDF, w_up_EDF, groups, activation=activation, save=save)
+    groups = in_kernels.Groups(sizes_L, offset, interpret)
+    how = dict(activation=activation, save=save, token_R=composed.tokens(choice_R, slot_TK))
+    hidden_RF, gate_RF, up_RF = ffn.up(x_TD, w_gate_EDF, w_up_EDF, groups, **how)
     return permute.sum_choices(ffn.down(hidden_RF, w_down_EFD, groups), slot_TK, gates_TK), gate_RF, up_RF
 
 
@@ -62,13 +64,17 @@ def backward(
     interpret: bool = False,
 ) -> tuple[Any, ...]:
     """(dx, dw_gate, dw_up, dw_down, dgates), None for weights that are frozen or not there."""
-    how = dict(activation=activation, interpret=interpret)
     if gate_on == "input":
+        rows_backward = functools.partial(in_kernels.backward, ffn, activation=activation, interpret=interpret)
         plan = (sizes_L, offset, choice_R, slot_TK, gates_TK, gate_RF, up_RF, dout_TD)
-        rows_backward = functools.partial(ffn.backward, **how)
         return composed.backward(rows_backward, x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, *plan, gate_on=gate_on)
-    gate_R = composed.row_gates(gates_TK, choice_R, x_TD.dtype)
-    weights = (w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset, gate_RF, up_RF)
-    token_R = composed.tokens(choice_R, slot_TK)
-    dx_RD, *dweights, dgate_R = ffn.backward(x_TD, *weights, dout_TD, gate_R, token_R=token_R, **how)
-    return permute.sum_choices(dx_RD, slot_TK, None), *dweights, permute.take(dgate_R, slot_TK)
+    groups = in_kernels.Groups(sizes_L, offset, interpret)
+    token_R, gate_R = composed.tokens(choice_R, slot_TK), composed.row_gates(gates_TK, choice_R, x_TD.dtype)
+    how = dict(activation=activation, token_R=token_R, scale_R=gate_R)
+    d = ffn.dhidden(dout_TD, w_down_EFD, gate_RF, up_RF, groups, **how)
+    dx_TD = permute.sum_choices(ffn.dx(d, w_gate_EDF, w_up_EDF, groups), slot_TK, None)
+    gradient = functools.partial(in_kernels.weight_gradient, ffn, groups)
+    dw_gate_EDF = gradient(w_gate_EDF, x_TD, d.dgate_RF, left_token_R=token_R)
+    dw_up_EDF = gradient(w_up_EDF, x_TD, d.dup_RF, left_token_R=token_R)
+    dw_down_EFD = gradient(w_down_EFD, d.hidden_RF, dout_TD, right_token_R=token_R)
+    return dx_TD, dw_gate_EDF, dw_up_EDF, dw_down_EFD, permute.take(d.dscale_R, slot_TK)

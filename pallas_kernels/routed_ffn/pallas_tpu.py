@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxtyping import Array
 
+from pallas_kernels.expert_ffn import in_kernels
 from pallas_kernels.expert_ffn import pallas_tpu as ffn
 from pallas_kernels.permute import pallas_tpu as permute_tpu
 from pallas_kernels.permute import xla as permute
@@ -50,11 +51,13 @@ def forward(
 ) -> tuple[Array, Array | None, Array | None]:
     """(out, gate, up): the pre-activations of the live rows, None if not to be saved."""
     if gate_on == "input":
-        rows_forward = functools.partial(ffn.forward, activation=activation, save=save, interpret=interpret)
+        rows_forward = functools.partial(in_kernels.forward, ffn, activation=activation, save=save, interpret=interpret)
         operands = (x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset, choice_R, slot_TK, gates_TK)
         return composed.forward(rows_forward, *operands, gate_on=gate_on)
-    groups, rows = ffn.Groups(sizes_L, offset, interpret), _rows(x_TD, composed.tokens(choice_R, slot_TK))
-    hidden_RF, gate_RF, up_RF = ffn.up(*rows, w_gate_EDF, w_up_EDF, groups, activation=activation, save=save)
+    groups = in_kernels.Groups(sizes_L, offset, interpret)
+    x_XD, token_R = _rows(x_TD, composed.tokens(choice_R, slot_TK))
+    how = dict(activation=activation, save=save, token_R=token_R)
+    hidden_RF, gate_RF, up_RF = ffn.up(x_XD, w_gate_EDF, w_up_EDF, groups, **how)
     if _copies_rows(x_TD, slot_TK.size):
         words, block = ffn.down_packed(hidden_RF, w_down_EFD, groups)
         how = dict(block=block, dtype=x_TD.dtype, interpret=interpret)
@@ -82,13 +85,14 @@ def backward(
 ) -> tuple[Any, ...]:
     """(dx, dw_gate, dw_up, dw_down, dgates), None for weights that are frozen or not there."""
     if gate_on == "input":
-        rows_backward = functools.partial(ffn.backward, activation=activation, interpret=interpret)
+        rows_backward = functools.partial(in_kernels.backward, ffn, activation=activation, interpret=interpret)
         plan = (sizes_L, offset, choice_R, slot_TK, gates_TK, gate_RF, up_RF, dout_TD)
         return composed.backward(rows_backward, x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, *plan, gate_on=gate_on)
-    groups = ffn.Groups(sizes_L, offset, interpret)
+    groups = in_kernels.Groups(sizes_L, offset, interpret)
     token_R, gate_R = composed.tokens(choice_R, slot_TK), composed.row_gates(gates_TK, choice_R, x_TD.dtype)
-    rows = _rows(dout_TD, token_R)
-    d = ffn.dhidden(*rows, w_down_EFD, gate_RF, up_RF, groups, activation=activation, save_dot=True)
+    dout_XD, gathered_R = _rows(dout_TD, token_R)
+    how = dict(activation=activation, token_R=gathered_R, of_scale=True)
+    d = ffn.dhidden(dout_XD, w_down_EFD, gate_RF, up_RF, groups, **how)
     if _copies_rows(x_TD, slot_TK.size):
         words, block = ffn.dx_packed(d, w_gate_EDF, w_up_EDF, groups)
         how = dict(block=block, dtype=x_TD.dtype, interpret=interpret)
@@ -97,7 +101,7 @@ def backward(
         dx_TD = permute.sum_choices(ffn.dx(d, w_gate_EDF, w_up_EDF, groups), slot_TK, gates_TK)
     gathered = lambda a_TD: composed.scaled(permute.take(a_TD, token_R), gate_R)
     x_RD = gathered(x_TD)
-    dw_gate_EDF = ffn.weight_gradient(w_gate_EDF, x_RD, d.dgate_RF, groups)
-    dw_up_EDF = ffn.weight_gradient(w_up_EDF, x_RD, d.dup_RF, groups)
-    dw_down_EFD = ffn.weight_gradient(w_down_EFD, d.hidden_RF, gathered(dout_TD), groups)
-    return dx_TD, dw_gate_EDF, dw_up_EDF, dw_down_EFD, permute.take(d.dot_R, slot_TK)
+    gradient = functools.partial(in_kernels.weight_gradient, ffn, groups)
+    dw_gate_EDF, dw_up_EDF = gradient(w_gate_EDF, x_RD, d.dgate_RF), gradient(w_up_EDF, x_RD, d.dup_RF)
+    dw_down_EFD = gradient(w_down_EFD, d.hidden_RF, gathered(dout_TD))
+    return dx_TD, dw_gate_EDF, dw_up_EDF, dw_down_EFD, permute.take(d.dscale_R, slot_TK)
