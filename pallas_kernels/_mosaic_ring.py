@@ -23,11 +23,16 @@ ROWS, HALF, INNER = 128, 64, 64
 CHUNK = 64
 #: Copies of rows begin at multiples of this.
 ALIGN = 8
-TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 WARPGROUPS = 2
 _COMPUTE_REGISTERS, _COPY_REGISTERS = 232, 40
 #: Interpreted: few blocks, each of which has several tiles.
 _INTERPRETED_CORES = 2
+
+
+def transforms(cols: int) -> tuple[Any, ...]:
+    """How 16-bit numbers lie in shared memory that TMA copies and wgmma reads, `cols` or a multiple of 64 in a line."""
+    cols = min(cols, 64)
+    return plgpu.TilingTransform((8, cols)), plgpu.SwizzleTransform(2 * cols)
 
 
 def columns(N: int, sums: int = 1) -> int:

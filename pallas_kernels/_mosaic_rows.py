@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from pallas_kernels import _gpu_rows, _gpu_schedule, _mosaic_ring
-from pallas_kernels._mosaic_ring import ALIGN, CHUNK, HALF, INNER, ROWS, TRANSFORMS, WARPGROUPS, Ref
+from pallas_kernels._mosaic_ring import ALIGN, HALF, INNER, ROWS, WARPGROUPS, Ref
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +53,11 @@ class Call:
     @property
     def cols(self) -> int:
         return _mosaic_ring.columns(self.N, self.sums)
+
+    @property
+    def chunk(self) -> int:
+        """Columns that leave at a time: of what is made of sides, too, registers don't hold the terms of more."""
+        return INNER // 2 if self.sides else INNER
 
     @property
     def stages(self) -> int:
@@ -97,7 +102,7 @@ def matmul_rows(
 ) -> list[Array]:
     """`call.outs` arrays (M, N) in lhs's dtype, bfloat16. Matrices in the order of walks, those of a walk together."""
     dtype, axes = lhs[0].dtype, jax.typeof(lhs[0]).manual_axis_type
-    shared = lambda *shape: plgpu.SMEM(shape, dtype, transforms=TRANSFORMS)
+    shared = lambda *shape: plgpu.SMEM(shape, dtype, transforms=_mosaic_ring.transforms(shape[-1]))
     matrix = (call.cols, INNER) if call.transpose_rhs else (INNER, call.cols)
     counts = (4, len(lhs), len(rhs), len(sides), call.outs)
 
@@ -111,8 +116,8 @@ def matmul_rows(
         scratch_types=dict(
             x=shared(call.stages, ROWS, INNER),
             w=[shared(call.stages, *matrix) for _ in range(call.sums)],
-            whole=shared(WARPGROUPS, HALF, CHUNK),
-            part=plgpu.SMEM((WARPGROUPS, HALF, CHUNK), dtype),
+            whole=shared(WARPGROUPS, HALF, call.chunk),
+            part=plgpu.SMEM((WARPGROUPS, HALF, call.chunk), dtype),
             full=plgpu.Barrier(num_arrivals=1 + call.sums, num_barriers=call.stages),
             empty=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=call.stages),
         ),
@@ -162,7 +167,7 @@ def _kernel(
 
         def sides_of(c: Array, slot: Array) -> None:
             """One goes where rows go, the other where the matrix goes."""
-            at = rows, pl.ds(pl.multiple_of(col + c * CHUNK, CHUNK), CHUNK)
+            at = rows, pl.ds(pl.multiple_of(col + c * INNER, INNER), INNER)
             for side, buffer in zip(sides, (x.at[slot], w[0].at[slot, pl.ds(0, ROWS)])):
                 plgpu.copy_gmem_to_smem(side.at[at], buffer, full.at[slot])
             if len(sides) == 1:
@@ -171,7 +176,7 @@ def _kernel(
         for walk in range(call.walks):
             n = ring.fill(steps(tile), n, functools.partial(operands, walk))
         if sides:
-            n = ring.fill(jnp.where(live(tile), call.cols // CHUNK, 0), n, sides_of)
+            n = ring.fill(jnp.where(live(tile), call.cols // INNER, 0), n, sides_of)
         return n
 
     def multiply(i: Array, n: Array) -> Array:
@@ -189,24 +194,26 @@ def _kernel(
             top = table.row[tile] + warpgroup * HALF
             begin = jnp.maximum(table.first[tile], top)
             span = (top, begin - top, jnp.minimum(table.end[tile], top + HALF) - begin)
-            for c in range(call.cols // CHUNK):
-                slot = ring.slot(n + c)
-                if sides:
+            for c in range(0, call.cols, call.chunk):
+                slot, within = ring.slot(n + c // INNER), c % INNER
+                if sides and within == 0:
                     plgpu.barrier_wait(full.at[slot])
-                loads = [functools.partial(_load, ref, slot, mine) for ref in (x, w[0])[: len(sides)]]
-                results = iter(call.epilogue([t[:, c * CHUNK : (c + 1) * CHUNK] for t in totals], loads, None))
-                for out in outs:
-                    _store(next(results), whole.at[warpgroup], part.at[warpgroup], out, *span, col + c * CHUNK)
-                if sides:
+                loads = [functools.partial(_load, ref, slot, mine, within, call.chunk) for ref in (x, w[0])]
+                sums = [total[:, c : c + call.chunk] for total in totals]
+                results = call.epilogue(sums, loads[: len(sides)], None)
+                # rounded before the first is stored: they take half of the registers of what they come from
+                for out, result in zip(outs, [a.astype(x.dtype) for a in results], strict=True):
+                    _store(result, whole.at[warpgroup], part.at[warpgroup], out, *span, col + c)
+                if sides and within + call.chunk == INNER:
                     plgpu.barrier_arrive(empty.at[slot])
 
-        return n + jnp.where(live(tile), call.cols // CHUNK, 0) if sides else n
+        return n + jnp.where(live(tile), call.cols // INNER, 0) if sides else n
 
     ring.run(warpgroup, _mosaic_ring.share(call.num_tiles * count, call.num_cores), copy, multiply)
 
 
-def _load(ref: Ref, slot: Array, rows: Any) -> Array:
-    return ref.at[slot, rows][...]
+def _load(ref: Ref, slot: Array, rows: Any, col: int, count: int) -> Array:
+    return ref.at[slot, rows][...][:, col : col + count]
 
 
 def _store(tile: Array, whole: Ref, part: Ref, out: Ref, top: Array, skip: Array, rows: Array, col: Array) -> None:
@@ -215,19 +222,21 @@ def _store(tile: Array, whole: Ref, part: Ref, out: Ref, top: Array, skip: Array
 
     @pl.when(rows == HALF)
     def _():
-        whole[...] = tile.astype(whole.dtype)
+        whole[...] = tile
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(whole, out.at[pl.ds(pl.multiple_of(top, ALIGN), HALF), pl.ds(col, CHUNK)])
+        plgpu.copy_smem_to_gmem(whole, out.at[pl.ds(pl.multiple_of(top, ALIGN), HALF), pl.ds(col, tile.shape[1])])
 
     @pl.when((rows > 0) & (rows < HALF))
     def _():
-        part[...] = tile.astype(part.dtype)
+        part[...] = tile
         plgpu.commit_smem()
         at, size = skip, HALF // 2
         while size:
 
             @pl.when((rows & size) != 0)
             def _(at=at, size=size):
-                plgpu.copy_smem_to_gmem(part.at[pl.ds(at, size)], out.at[pl.ds(top + at, size), pl.ds(col, CHUNK)])
+                plgpu.copy_smem_to_gmem(
+                    part.at[pl.ds(at, size)], out.at[pl.ds(top + at, size), pl.ds(col, tile.shape[1])]
+                )
 
             at, size = at + (rows & size), size // 2

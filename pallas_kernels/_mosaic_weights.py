@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from pallas_kernels import _gpu_schedule, _groups, _mosaic_ring
-from pallas_kernels._mosaic_ring import ALIGN, CHUNK, HALF, INNER, ROWS, TRANSFORMS, Ref
+from pallas_kernels._mosaic_ring import ALIGN, CHUNK, HALF, INNER, ROWS, Ref
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ def weight_gradient(
 ) -> Array:
     """(G, A, B) in left's dtype, bfloat16."""
     ring, dtype = _mosaic_ring.stages(call.cols), left_MA.dtype
-    shared = lambda *shape: plgpu.SMEM(shape, dtype, transforms=TRANSFORMS)
+    shared = lambda *shape: plgpu.SMEM(shape, dtype, transforms=_mosaic_ring.transforms(shape[-1]))
     barrier = plgpu.Barrier(num_arrivals=2, num_barriers=ring)
     shape, axes = (call.G, call.A, call.B), jax.typeof(left_MA).manual_axis_type
 

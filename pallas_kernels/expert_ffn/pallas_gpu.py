@@ -18,7 +18,7 @@ from pallas_kernels.grouped_matmul import pallas_gpu as grouped
 from pallas_kernels.quantized import Weights
 
 why_not = grouped.why_not
-#: Columns that the epilogue of the gradients takes at a time: more of its many terms don't fit into registers.
+#: Columns that an epilogue of many terms takes at a time: more of them don't fit into registers.
 _PART = 32
 
 
@@ -37,6 +37,8 @@ def up(
     phase = tuple(Product(0, i, i) for i in range(len(weights)))
     outs = 1 + save * len(weights)
     how = dict(phases=(phase,), transpose_rhs=False, epilogue=Hidden(activation, save), outs=outs, sums=len(weights))
+    # one sum alone fills the registers with what an activation is applied to
+    how |= dict(part_cols=_PART if w_gate_EDF is None else 0)
     hidden_RF, *pre = _call([x_XD], weights, groups, index=token_R, **how)
     if not save:
         return hidden_RF, None, None
