@@ -18,6 +18,8 @@ import pallas_kernels as ops
 
 #: What the ops can be asked for here.
 IMPLEMENTATIONS = ("pallas_gpu", "mosaic_gpu", "xla")
+#: Those with Mosaic kernels.
+MOSAIC_OPS = ("grouped_matmul", "expert_ffn")
 PASSES = ("fwd", "dlhs", "drhs", "bwd")
 
 

@@ -48,8 +48,9 @@ def contenders(case: Case) -> dict[str, tuple[Callable[..., Any], bool]]:
     """name -> (function of the operands, whether it is torch's). Ours first."""
     work = case.work()
     found = {OURS: (work.function(OURS), False), "XLA": (work.function("xla"), False)}
-    if case.op == "grouped_matmul":
+    if case.op in gpu_cases.MOSAIC_OPS:
         found[MOSAIC] = (work.function(MOSAIC), False)
+    if case.op == "grouped_matmul":
         found[DENSE] = (_dense(case), False)
         if importlib.util.find_spec("tokamax"):
             found["tokamax"] = (_tokamax(case), False)
