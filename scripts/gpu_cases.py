@@ -126,6 +126,13 @@ def _route(s: Shape) -> Work:
     return Work(function, (_array(s.tokens, s.E, dtype=jnp.float32),), None, 0)
 
 
+def _rows(s: Shape) -> Work:
+    def function(implementation: str) -> Callable[..., Any]:
+        return functools.partial(ops.expert_rows, num_experts=s.E, implementation=implementation)
+
+    return Work(function, (_ids(s.tokens, s.experts_per_token),), None, 0)
+
+
 #: (op, pass) -> work at a shape
 WORKS: dict[tuple[str, str], Callable[[Shape], Work]] = {
     ("grouped_matmul", "fwd"): functools.partial(_matmul, transpose_rhs=False),
@@ -138,6 +145,7 @@ WORKS: dict[tuple[str, str], Callable[[Shape], Work]] = {
     ("routed_ffn", "fwd"): functools.partial(_routed, backward=False),
     ("routed_ffn", "bwd"): functools.partial(_routed, backward=True),
     ("route_top_k", "fwd"): _route,
+    ("expert_rows", "fwd"): _rows,
 }
 OPS = tuple(dict.fromkeys(op for op, _ in WORKS))
 
@@ -171,6 +179,8 @@ def operands(case: Case, routing: str, seed: int = 0) -> list[Any]:
     given = [_drawn(rng, a) for a in work.args]
     if work.sizes is not None:
         given[work.sizes] = sizes
+    if case.op == "expert_rows":
+        given = [rng.integers(0, shape.E + 1, work.args[0].shape)]
     if work.plan:
         given[-2:] = kernel_cases._plan(shape, sizes)
     return [jnp.asarray(a, like.dtype) for a, like in zip(given, work.args)]

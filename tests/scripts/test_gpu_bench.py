@@ -53,7 +53,7 @@ def test_bars_of_compiled_kernels():
     [
         (["--gpu"], "needs an NVIDIA GPU, jax finds cpu"),
         (["--gpu-static"], "pip install jax-cuda13-plugin"),
-        (["--gpu", "--ops", "expert_rows"], "no expert_rows here; known: grouped_matmul, "),
+        (["--gpu", "--ops", "low_rank_matmul"], "no low_rank_matmul here; known: grouped_matmul, "),
     ],
 )
 def test_says_what_it_needs(command, message, monkeypatch):
