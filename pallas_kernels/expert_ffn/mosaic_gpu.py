@@ -18,11 +18,11 @@ from pallas_kernels.quantized import Weights
 
 def why_not(x_RD: Array, w_gate_EDF: Weights | None, w_up_EDF: Weights, w_down_EFD: Weights) -> str | None:
     """Why the kernels, of the forward pass and of all gradients, can't take these operands; None if they can."""
-    R, F = x_RD.shape[0], w_up_EDF.shape[2]
-    hidden_RF = jax.ShapeDtypeStruct((R, F), x_RD.dtype)
+    hidden_RF = jax.ShapeDtypeStruct((x_RD.shape[0], w_up_EDF.shape[2]), x_RD.dtype)
     pairs = [(x_RD, w_gate_EDF), (x_RD, w_up_EDF), (hidden_RF, w_down_EFD)]
     how = dict(transpose_rhs=False, out_dtype=x_RD.dtype)
-    return next((why for lhs, w in pairs if w is not None and (why := grouped.why_not(lhs, w, **how))), None)
+    reasons = [grouped.why_not_operands(rows, w, **how) for rows, w in pairs if w is not None]
+    return next(filter(None, reasons), None) or grouped.why_not_here()
 
 
 def up(

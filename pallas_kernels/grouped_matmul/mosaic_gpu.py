@@ -19,6 +19,11 @@ _LANES = 128
 
 def why_not(lhs_MK: Array, rhs: Weights, *, transpose_rhs: bool, out_dtype: Any) -> str | None:
     """Why the kernels, of the forward pass and of both gradients, can't take these operands; None if they can."""
+    return why_not_operands(lhs_MK, rhs, transpose_rhs=transpose_rhs, out_dtype=out_dtype) or why_not_here()
+
+
+def why_not_operands(lhs_MK: Array, rhs: Weights, *, transpose_rhs: bool, out_dtype: Any) -> str | None:
+    """Whatever they are compiled for."""
     M, K = lhs_MK.shape
     N = rhs.shape[1 if transpose_rhs else 2]
     dtypes = {str(a) for a in (lhs_MK.dtype, rhs.dtype, jnp.dtype(out_dtype))}
@@ -29,6 +34,11 @@ def why_not(lhs_MK: Array, rhs: Weights, *, transpose_rhs: bool, out_dtype: Any)
             f"the kernel takes {_mosaic_ring.ROWS} rows or more, a multiple of {_mosaic_ring.ALIGN}, and K and N that "
             f"are multiples of {_LANES}, not {M}, {K} and {N}"
         )
+    return None
+
+
+def why_not_here() -> str | None:
+    """Whatever the operands are."""
     target = _gpu_target.current()
     if target is not None and target.capability != 90:
         return f"the kernel is for compute capability 9.0, the device has {target.capability / 10:.1f}"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import _mosaic_ring, _mosaic_rows, expert_ffn, grouped_matmul
+from pallas_kernels import Quantized, _mosaic_ring, _mosaic_rows, expert_ffn, grouped_matmul
 
 interpreted = pytest.mark.skipif(
     not hasattr(plgpu, "InterpretGPUParams"), reason="interpreting Mosaic kernels needs jax 0.12"
@@ -92,3 +92,23 @@ def test_expert_ffn_equals_reference(sizes, held, offset, dims, gated, activatio
     assert_close(got, expected, 8e-3)
     dead = ~np.isfinite(x[:, 0])
     assert not np.any(got[0][dead]) and not np.any(got[1][dead])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": jnp.float32}, "takes and gives bfloat16, not float32"),
+        ({"rows": 132}, "a multiple of 8, and K and N that are multiples of 128, not 132, 128 and 256"),
+        ({"hidden": 192}, "multiples of 128, not 136, 128 and 192"),
+        ({"down": jnp.int8}, "takes and gives bfloat16, not bfloat16, int8"),
+    ],
+)
+def test_expert_ffn_says_why_not(change, reason):
+    given = {"dtype": jnp.bfloat16, "rows": 136, "hidden": 256, "down": None} | change
+    like = lambda *shape, dtype=given["dtype"]: jax.ShapeDtypeStruct(shape, dtype)
+    up, down = like(4, 128, given["hidden"]), like(4, given["hidden"], 128, dtype=given["down"] or given["dtype"])
+    if given["down"]:
+        down = Quantized(down, like(4, 1, 128, dtype=jnp.float32))
+    call = functools.partial(expert_ffn, implementation="mosaic_gpu")
+    with pytest.raises(NotImplementedError, match=reason):
+        jax.eval_shape(call, like(given["rows"], 128), up, up, down, like(4, dtype=jnp.int32))
