@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 from jaxtyping import Array
 
+from pallas_kernels.expert_ffn.operands import Operands
 from pallas_kernels.quantized import Quantized, Weights
 
 
@@ -58,30 +59,20 @@ class Calls(Protocol):
 
 def forward(
     calls: Calls,
-    x_RD: Array,
-    w_gate_EDF: Weights | None,
-    w_up_EDF: Weights,
-    w_down_EFD: Weights,
-    sizes_L: Array,
-    offset: Array | None,
+    o: Operands,
     *,
     interpret: bool = False,
     **how: Any,
 ) -> tuple[Array, Array | None, Array | None]:
     """(y, gate, up): the pre-activations of the live rows, None if not to be saved. how: activation, save."""
-    groups = Groups(sizes_L, offset, interpret)
-    hidden_RF, gate_RF, up_RF = calls.up(x_RD, w_gate_EDF, w_up_EDF, groups, **how)
-    return calls.down(hidden_RF, w_down_EFD, groups), gate_RF, up_RF
+    groups = Groups(o.sizes_L, o.offset, interpret)
+    hidden_RF, gate_RF, up_RF = calls.up(o.x_RD, o.w_gate_EDF, o.w_up_EDF, groups, **how)
+    return calls.down(hidden_RF, o.w_down_EFD, groups), gate_RF, up_RF
 
 
 def backward(
     calls: Calls,
-    x_RD: Array,
-    w_gate_EDF: Weights | None,
-    w_up_EDF: Weights,
-    w_down_EFD: Weights,
-    sizes_L: Array,
-    offset: Array | None,
+    o: Operands,
     gate_RF: Array | None,
     up_RF: Array,
     dy_RD: Array,
@@ -90,12 +81,12 @@ def backward(
     interpret: bool = False,
 ) -> tuple[Array, Array | None, Array | None, Array | None, None]:
     """(dx, dw_gate, dw_up, dw_down, None), None for what is frozen or not there."""
-    groups = Groups(sizes_L, offset, interpret)
-    d = calls.dhidden(dy_RD, w_down_EFD, gate_RF, up_RF, groups, activation=activation)
+    groups = Groups(o.sizes_L, o.offset, interpret)
+    d = calls.dhidden(dy_RD, o.w_down_EFD, gate_RF, up_RF, groups, activation=activation)
     gradient = functools.partial(weight_gradient, calls, groups)
-    dw_gate_EDF, dw_up_EDF = gradient(w_gate_EDF, x_RD, d.dgate_RF), gradient(w_up_EDF, x_RD, d.dup_RF)
-    dw_down_EFD = gradient(w_down_EFD, d.hidden_RF, dy_RD)
-    return calls.dx(d, w_gate_EDF, w_up_EDF, groups), dw_gate_EDF, dw_up_EDF, dw_down_EFD, None
+    dw_gate_EDF, dw_up_EDF = gradient(o.w_gate_EDF, o.x_RD, d.dgate_RF), gradient(o.w_up_EDF, o.x_RD, d.dup_RF)
+    dw_down_EFD = gradient(o.w_down_EFD, d.hidden_RF, dy_RD)
+    return calls.dx(d, o.w_gate_EDF, o.w_up_EDF, groups), dw_gate_EDF, dw_up_EDF, dw_down_EFD, None
 
 
 def weight_gradient(

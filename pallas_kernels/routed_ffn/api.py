@@ -16,7 +16,7 @@ from pallas_kernels.expert_ffn import api as rows
 from pallas_kernels.expert_ffn import xla, xla_few, xla_tiles
 from pallas_kernels.quantized import Quantized
 from pallas_kernels.routed_ffn import composed, in_kernels, pallas_gpu, pallas_tpu, reference
-from pallas_kernels.routed_ffn.composed import Operands
+from pallas_kernels.routed_ffn.operands import Operands
 
 _OP = "routed_ffn"
 _GATE_ON = ("output", "input")
@@ -90,7 +90,7 @@ def routed_ffn(
     weights = quantized.frozen(_OP, weights)
     operands = Operands(*_varying.same_varying(x_TD, *weights, *operands[4:]))
     if implementation == "reference":
-        return reference.forward(*operands, activation=activation, gate_on=gate_on)
+        return reference.forward(operands, activation=activation, gate_on=gate_on)
     return _routed_ffn(_Static(activation, gate_on, implementation), operands)
 
 

@@ -9,39 +9,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels import _checks
 from pallas_kernels.permute import xla as permute
-from pallas_kernels.quantized import Weights
-
-
-class Operands(NamedTuple):
-    """All that the op takes, as in api.py: tokens, weights, groups, the plan of rows and its gates."""
-
-    x_TD: Array
-    w_gate_EDF: Weights | None
-    w_up_EDF: Weights
-    w_down_EFD: Weights
-    sizes_L: Array
-    offset: Array | None
-    choice_R: Array
-    slot_TK: Array
-    gates_TK: Array
-
-    @property
-    def network(self) -> tuple[Any, ...]:
-        """Weights and groups: what expert_ffn takes besides rows."""
-        return self[1:6]
-
-    @property
-    def token_R(self) -> Array:
-        """The token of each row; T: none."""
-        return self.choice_R // max(self.slot_TK.shape[1], 1)
-
-    @property
-    def gate_R(self) -> Array:
-        """The gate of each row, in float32 at least; 0: none."""
-        gate_R = permute.take(self.gates_TK.reshape(-1), self.choice_R)
-        return gate_R.astype(_checks.accumulator(self.x_TD.dtype))
+from pallas_kernels.routed_ffn.operands import Operands
 
 
 class Gradients(NamedTuple):
@@ -61,7 +30,7 @@ def forward(
     x_RD = permute.take(o.x_TD, o.token_R)
     if gate_on == "input":
         x_RD = scaled(x_RD, o.gate_R)
-    y_RD, gate_RF, up_RF = rows_forward(x_RD, *o.network, **how)
+    y_RD, gate_RF, up_RF = rows_forward(o.of_rows(x_RD), **how)
     return permute.sum_choices(y_RD, o.slot_TK, o.gates_TK if gate_on == "output" else None), gate_RF, up_RF
 
 
@@ -77,11 +46,10 @@ def backward(
 ) -> Gradients:
     """From the gradient of the result and the saved pre-activations."""
     gate_R, x_RD, dout_RD = o.gate_R, permute.take(o.x_TD, o.token_R), permute.take(dout_TD, o.token_R)
-    saved = (*o.network, gate_RF, up_RF)
     if gate_on == "output":
-        dx_RD, *dweights, dgate_R = rows_backward(x_RD, *saved, dout_RD, gate_R, **how)
+        dx_RD, *dweights, dgate_R = rows_backward(o.of_rows(x_RD), gate_RF, up_RF, dout_RD, gate_R, **how)
     else:
-        dx_RD, *dweights, _ = rows_backward(scaled(x_RD, gate_R), *saved, dout_RD, **how)
+        dx_RD, *dweights, _ = rows_backward(o.of_rows(scaled(x_RD, gate_R)), gate_RF, up_RF, dout_RD, **how)
         dgate_R = jnp.sum(dx_RD.astype(gate_R.dtype) * x_RD.astype(gate_R.dtype), axis=1)
         dx_RD = scaled(dx_RD, gate_R)
     return Gradients(permute.sum_choices(dx_RD, o.slot_TK, None), *dweights, permute.take(dgate_R, o.slot_TK))

@@ -16,7 +16,7 @@ from jaxtyping import Array
 from pallas_kernels.expert_ffn import in_kernels as rows
 from pallas_kernels.permute import xla as permute
 from pallas_kernels.routed_ffn import composed
-from pallas_kernels.routed_ffn.composed import Operands
+from pallas_kernels.routed_ffn.operands import Operands
 
 
 class Calls(Protocol):

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from pallas_kernels.expert_ffn import in_kernels as rows
 from pallas_kernels.expert_ffn import pallas_gpu as ffn
 from pallas_kernels.permute import pallas_gpu as permute
-from pallas_kernels.routed_ffn.composed import Operands
+from pallas_kernels.routed_ffn.operands import Operands
 
 
 def up(o: Operands, groups: rows.Groups, **how: Any) -> tuple[Array, Array | None, Array | None]:

@@ -17,7 +17,8 @@ from pallas_kernels.expert_ffn import in_kernels as rows
 from pallas_kernels.expert_ffn import pallas_tpu as ffn
 from pallas_kernels.permute import pallas_tpu as permute_tpu
 from pallas_kernels.permute import xla as permute
-from pallas_kernels.routed_ffn.composed import Operands, scaled
+from pallas_kernels.routed_ffn.composed import scaled
+from pallas_kernels.routed_ffn.operands import Operands
 
 
 def _copies_rows(x_XD: Array, rows: int) -> bool:
