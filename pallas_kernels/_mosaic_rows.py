@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pallas_kernels import _gpu_rows, _gpu_schedule, _mosaic_ring
+from pallas_kernels import _gpu_rows, _gpu_schedule, _mosaic_ring, _varying
 from pallas_kernels._mosaic_ring import ALIGN, HALF, INNER, ROWS, WARPGROUPS, Ref
 
 
@@ -101,7 +101,7 @@ def matmul_rows(
     interpret: bool = False,
 ) -> list[Array]:
     """`call.outs` arrays (M, N) in lhs's dtype, bfloat16. Matrices in the order of walks, those of a walk together."""
-    dtype, axes = lhs[0].dtype, jax.typeof(lhs[0]).manual_axis_type
+    dtype = lhs[0].dtype
     shared = lambda *shape: plgpu.SMEM(shape, dtype, transforms=_mosaic_ring.transforms(shape[-1]))
     matrix = (call.cols, INNER) if call.transpose_rhs else (INNER, call.cols)
     counts = (4, len(lhs), len(rhs), len(sides), call.outs)
@@ -110,9 +110,9 @@ def matmul_rows(
         table, *arrays = jax.tree.unflatten(jax.tree.structure([[0] * n for n in counts]), refs)
         _kernel(call, _Table(*table), *arrays, **buffers)
 
-    return plgpu.kernel(
+    outs = plgpu.kernel(
         mosaic_matmul_rows,
-        out_type=[jax.ShapeDtypeStruct((call.M, call.N), dtype, manual_axis_type=axes)] * call.outs,
+        out_type=[jax.ShapeDtypeStruct((call.M, call.N), dtype)] * call.outs,
         scratch_types=dict(
             x=shared(call.stages, ROWS, INNER),
             w=[shared(call.stages, *matrix) for _ in range(call.sums)],
@@ -123,6 +123,7 @@ def matmul_rows(
         ),
         **_mosaic_ring.launch(call.num_cores, interpret),
     )(*row_table(call, sizes_L, offset), *lhs, *rhs, *sides)
+    return _varying.varying_like(outs, lhs[0])
 
 
 class _Table(NamedTuple):

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pallas_kernels import _gpu_schedule, _groups, _mosaic_ring
+from pallas_kernels import _gpu_schedule, _groups, _mosaic_ring, _varying
 from pallas_kernels._mosaic_ring import ALIGN, CHUNK, HALF, INNER, ROWS, Ref
 
 
@@ -44,14 +44,13 @@ def weight_gradient(
     ring, dtype = _mosaic_ring.stages(call.cols), left_MA.dtype
     shared = lambda *shape: plgpu.SMEM(shape, dtype, transforms=_mosaic_ring.transforms(shape[-1]))
     barrier = plgpu.Barrier(num_arrivals=2, num_barriers=ring)
-    shape, axes = (call.G, call.A, call.B), jax.typeof(left_MA).manual_axis_type
 
     def mosaic_weight_gradient(*refs: Ref) -> None:
         _kernel(call, *refs)
 
-    return plgpu.kernel(
+    out = plgpu.kernel(
         mosaic_weight_gradient,
-        out_type=jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axes),
+        out_type=jax.ShapeDtypeStruct((call.G, call.A, call.B), dtype),
         scratch_types=[
             shared(ring, INNER, ROWS),
             shared(ring, INNER, call.cols),
@@ -62,6 +61,7 @@ def weight_gradient(
         ],
         **_mosaic_ring.launch(call.num_cores, interpret),
     )(*_groups.group_bounds(sizes_L, offset, call.G, call.M), left_MA, right_MB)
+    return _varying.varying_like(out, left_MA)
 
 
 def _kernel(call: Call, first, end, left, right, out, x, y, whole, full, empty, both) -> None:

@@ -69,15 +69,21 @@ def test_every_activation_has_a_kernel():
     assert np.abs(gpu_epilogues.erf(z) - np.vectorize(math.erf)(z)).max() < 6e-7
 
 
-def test_traces_inside_shard_map():
-    """With the check of what varies, which interpreted kernels don't pass."""
-    sharded = jax.shard_map(
-        lambda lhs, rhs, sizes: grouped_matmul(lhs, rhs, sizes[0]),
-        in_specs=(P("x"), P(), P("x")), out_specs=P("x"),
-    )  # fmt: skip
+@pytest.mark.parametrize("implementation", ["pallas_gpu", "mosaic_gpu"])
+@pytest.mark.parametrize("op", [grouped_matmul, expert_ffn])
+def test_traces_inside_shard_map(op, implementation):
+    """Value and gradients, with the check of what varies, which interpreted kernels don't pass."""
+    like = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
+    weights = [like(4, 128, 128)] * (1 if op is grouped_matmul else 3)
+    local = lambda rows, sizes, *weights: op(rows, *weights, sizes[0], implementation=implementation)
+    specs = (P("x"), P("x"), *(P() for _ in weights))
+    sharded = jax.shard_map(local, in_specs=specs, out_specs=P("x"))
+    loss = lambda *args: jnp.sum(sharded(*args).astype(jnp.float32))
+    step = jax.value_and_grad(loss, (0, *range(2, 2 + len(weights))))
     with gpu(axes=2):
-        jaxpr = jax.make_jaxpr(sharded)(*ARGS[:2], jax.ShapeDtypeStruct((2, 4), jnp.int32))
-    assert "matmul_rows" in str(jaxpr)
+        jaxpr = str(jax.make_jaxpr(step)(like(256, 128), like(2, 4, dtype=jnp.int32), *weights))
+    assert "matmul_rows" in jaxpr and "weight_gradient" in jaxpr
+    assert ("mosaic" in jaxpr) == (implementation == "mosaic_gpu")
 
 
 @pytest.mark.parametrize(
