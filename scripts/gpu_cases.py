@@ -133,6 +133,25 @@ def _rows(s: Shape) -> Work:
     return Work(function, (_ids(s.tokens, s.experts_per_token),), None, 0)
 
 
+def _low_rank(s: Shape, backward: bool) -> Work:
+    """Experts of rank 8 beside a layer of this shape, each token's own."""
+
+    def function(implementation: str) -> Callable[..., Any]:
+        def forward(x, a, b, gates, ids):
+            return ops.low_rank_matmul(x, a, b, gates, ids, form="grouped", implementation=implementation)
+
+        return _pullback(forward, 4) if backward else forward
+
+    rank, choices = 8, (s.tokens, s.experts_per_token)
+    args = (_array(s.tokens, s.K), _array(s.E, rank, s.K), _array(s.E, rank, s.N), _array(*choices, dtype=jnp.float32))
+    args, flops = (*args, _ids(*choices)), 2 * s.M * rank * (s.K + s.N)
+    return (
+        Work(function, (_array(s.tokens, s.N), *args), None, 3 * flops)
+        if backward
+        else Work(function, args, None, flops)
+    )
+
+
 #: (op, pass) -> work at a shape
 WORKS: dict[tuple[str, str], Callable[[Shape], Work]] = {
     ("grouped_matmul", "fwd"): functools.partial(_matmul, transpose_rhs=False),
@@ -146,6 +165,8 @@ WORKS: dict[tuple[str, str], Callable[[Shape], Work]] = {
     ("routed_ffn", "bwd"): functools.partial(_routed, backward=True),
     ("route_top_k", "fwd"): _route,
     ("expert_rows", "fwd"): _rows,
+    ("low_rank_grouped", "fwd"): functools.partial(_low_rank, backward=False),
+    ("low_rank_grouped", "bwd"): functools.partial(_low_rank, backward=True),
 }
 OPS = tuple(dict.fromkeys(op for op, _ in WORKS))
 
@@ -179,8 +200,8 @@ def operands(case: Case, routing: str, seed: int = 0) -> list[Any]:
     given = [_drawn(rng, a) for a in work.args]
     if work.sizes is not None:
         given[work.sizes] = sizes
-    if case.op == "expert_rows":
-        given = [rng.integers(0, shape.E + 1, work.args[0].shape)]
+    if case.op in ("expert_rows", "low_rank_grouped"):  # ids, some of no expert
+        given[-1] = rng.integers(0, shape.E + 1, work.args[-1].shape)
     if work.plan:
         given[-2:] = kernel_cases._plan(shape, sizes)
     return [jnp.asarray(a, like.dtype) for a, like in zip(given, work.args)]

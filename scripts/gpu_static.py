@@ -59,7 +59,8 @@ _HERE = Path(__file__).parent
 _MOST_SCRATCH = 0.01
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 #: Names of our kernels; other launches are XLA's.
-_OURS = ("matmul_rows", "weight_gradient", "route_top_k", "expert_rows", "sum_choices", "mosaic_matmul_rows",
+_OURS = ("matmul_rows", "weight_gradient", "route_top_k", "expert_rows", "sum_choices", "low_rank_rows",
+         "low_rank_rows_backward", "mosaic_matmul_rows",
          "mosaic_weight_gradient")  # fmt: skip
 _OTHERS = r": k(?:Kernel|Gemm|CublasLtMatmul|Cub\w*|Sort|Memset\w*|Memzero|Copy|DeviceToDeviceCopy) "
 _COLUMNS = ("op", "pass", "shape", "implementation", "gpu", "scratch", "/operands", "ours", "XLA's", "registers",
