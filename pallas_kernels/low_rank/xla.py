@@ -114,7 +114,7 @@ def grouped_pays(num_experts: int, rank: int, k: int) -> bool:
         # Moving rows costs about three passes over K (D + N) numbers of two bytes, which take as long as the dense
         # products of this many ranks: a matter of the chip's FLOPs per byte. Not timed.
         return num_experts * rank > 3 * k * 2 * target.macs_per_cycle / target.bytes_per_cycle
-    # On a GPU ragged_dot multiplies every row by every group's matrix.
+    # Not timed on a GPU; where grouped_matmul has no kernel there, every row is multiplied by every group's matrix.
     # A row in and out takes as long as about 95 dense ranks, and a rank of a sorted row as long as 1.5. Fitted to CPU
     # seconds of two busy cores (T 2048, D = N = 1024, K 1 to 4, R 4 to 32; docs/performance.md).
     return jax.default_backend() == "cpu" and num_experts * rank > k * (95 + 1.5 * rank)
