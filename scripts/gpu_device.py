@@ -171,7 +171,7 @@ def measure(case: Case, routing: str, time_of: Callable[..., tuple[float, str]] 
 
 def error(case: Case, got: Any, operands: list[Any]) -> float:
     """The largest difference from float32 over the largest value, of the worst result; ids must be equal."""
-    slow = "reference" if case.op in ("route_top_k", "expert_rows") else "xla_tiles"
+    slow = "reference" if case.op in ("route_top_k", "expert_rows", "low_rank_grouped") else "xla_tiles"
     wide = [a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a for a in operands]
     with jax.default_matmul_precision("highest"):
         expected = jax.jit(case.work().function(slow))(*wide)

@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
@@ -95,3 +96,13 @@ def test_a_wrong_result_shows():
         right = case.work().function("xla")(*operands)
         assert gpu_device.error(case, right, operands) < gpu_device._TOLERANCE
         assert gpu_device.error(case, right.at[5].multiply(1.1), operands) > gpu_device._TOLERANCE
+
+
+@pytest.mark.parametrize("op", ["expert_rows", "low_rank_grouped"])
+def test_ops_on_ids_are_checked(op, monkeypatch):
+    """On ids that are drawn, not all of one expert."""
+    monkeypatch.setitem(kernel_cases.SHAPES, "tiny", kernel_cases.Shape(24, 16, 8, 4, 2))
+    case = gpu_cases.Case(op, "fwd", "tiny")
+    operands = gpu_cases.operands(case, "multinomial")
+    assert len(np.unique(operands[-1])) > 2
+    assert gpu_device.error(case, case.work().function(gpu_device.OURS)(*operands), operands) < gpu_device._TOLERANCE
