@@ -171,7 +171,7 @@ def _kernel(
             at = rows, pl.ds(pl.multiple_of(col + c * INNER, INNER), INNER)
             for side, buffer in zip(sides, (x.at[slot], w[0].at[slot, pl.ds(0, ROWS)])):
                 plgpu.copy_gmem_to_smem(side.at[at], buffer, full.at[slot])
-            if len(sides) == 1:
+            if len(sides) == 1:  # the barrier counts two
                 plgpu.barrier_arrive(full.at[slot])
 
         for walk in range(call.walks):
