@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-# the CUDA compilers of jax need Python 3.12
+# the CUDA compilers of jax need Python 3.12: PYTHON_GPU=... where it goes by another name
 PYTHON_GPU ?= python3.12
 VENV_GPU   ?= .venv-gpu
 
@@ -29,7 +29,7 @@ torture: $(VENV)/.installed-test
 kernels: $(VENV)/.installed-test
 	JAX_PLATFORMS=cpu $(BIN)/python scripts/bench.py kernels --tpu-static
 
-# the GPU kernels for an H100 at every shape, compiled without a GPU, against their bars: minutes
+# the GPU kernels for an H100 at every shape, compiled without a GPU, against their bars: a quarter of an hour
 kernels-gpu: $(VENV_GPU)/.installed
 	JAX_PLATFORMS=cpu $(VENV_GPU)/bin/python scripts/bench.py kernels --gpu-static
 

@@ -180,12 +180,12 @@ def _sums(call: Call, r: _Refs, at: schedule.RowTile, row_R: Array, col_C: Array
         live_K = k_K < call.K if call.K % t.inner else None
         live_1K, live_K1 = (None, None) if live_K is None else (live_K[None, :], live_K[:, None])
         k_K = k_K if live_K is None else jnp.minimum(k_K, call.K - 1)
-        lhs = {n: _load(r.lhs[n], (), row_R, k_K, held_R1, live_1K) for n in {p.left for p in phase}}
+        lhs = {n: load_tile(r.lhs[n], (), row_R, k_K, held_R1, live_1K) for n in {p.left for p in phase}}
         for p in phase:
             left, where = lhs[p.left], (k_K, col_C, live_K1)
             if call.transpose_rhs:
                 where = (col_C, k_K, live_1K)
-            right = _load(r.rhs[p.right], (at.group,), *where).astype(left.dtype)
+            right = load_tile(r.rhs[p.right], (at.group,), *where).astype(left.dtype)
             if r.inner:
                 left = (left * plgpu.load(r.inner[p.right].at[at.group, k_K])[None, :]).astype(left.dtype)
             sums[p.to] = sums[p.to] + dot(left, right, (1, 1 if call.transpose_rhs else 0))
@@ -210,7 +210,7 @@ def store(sums: list[Array], loads: list[Callable[[], Array]], scale: Array | No
     return sums
 
 
-def _load(ref: Ref, first: tuple[Array, ...], a_A: Array, b_B: Array, *masks: Array | None) -> Array:
+def load_tile(ref: Ref, first: tuple[Array, ...], a_A: Array, b_B: Array, *masks: Array | None) -> Array:
     """ref[*first, a, b] of all pairs, (A, B); zero where a mask says no. The indices are clamped if there is one."""
     at = ref.at[(*first, a_A[:, None], b_B[None, :])]
     masks = [jnp.broadcast_to(m, (a_A.shape[0], b_B.shape[0])) for m in masks if m is not None]

@@ -1,6 +1,6 @@
 """GPU kernel (Pallas, Mosaic) for compute capability 9.0 of the weights' gradient: left.T @ right over a group's rows.
 
-Blocks, warpgroups and the ring as in _mosaic_rows. A tile of one group's matrix sums over all of the group's rows, the
+Blocks, warpgroups and the ring: _mosaic_ring. A tile of one group's matrix sums over all of the group's rows, the
 two warpgroups half of its rows each. Copies start at multiples of 8 rows: what lies above the group in the first step
 and below it in the last is zeroed in shared memory, half of it by each warpgroup; all other steps are taken as they
 come.
@@ -9,7 +9,7 @@ Dims: M rows, G groups, A and B of a matrix.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pallas_kernels import _gpu_schedule, _groups
-from pallas_kernels import _mosaic_rows as rows
-from pallas_kernels._mosaic_rows import ALIGN, HALF, INNER, ROWS, TRANSFORMS
-
-Ref = Any
-_CHUNK = 64
+from pallas_kernels import _gpu_schedule, _groups, _mosaic_ring, _varying
+from pallas_kernels._mosaic_ring import ALIGN, CHUNK, HALF, INNER, ROWS, Ref
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,45 +34,45 @@ class Call:
 
     @property
     def cols(self) -> int:
-        return rows.columns(self.B)
+        return _mosaic_ring.columns(self.B)
 
 
 def weight_gradient(
-    call: Call, left_MA: Array, right_MB: Array, sizes_L: Array, offset: Array | None, interpret: Any
+    call: Call, left_MA: Array, right_MB: Array, sizes_L: Array, offset: Array | None, *, interpret: bool = False
 ) -> Array:
     """(G, A, B) in left's dtype, bfloat16."""
-    ring, dtype = rows.stages(call.cols), left_MA.dtype
-    shared = lambda *shape: plgpu.SMEM(shape, dtype, transforms=TRANSFORMS)
+    ring, dtype = _mosaic_ring.stages(call.cols), left_MA.dtype
+    shared = lambda *shape: plgpu.SMEM(shape, dtype, transforms=_mosaic_ring.transforms(shape[-1]))
     barrier = plgpu.Barrier(num_arrivals=2, num_barriers=ring)
-    shape, axes = (call.G, call.A, call.B), jax.typeof(left_MA).manual_axis_type
 
     def mosaic_weight_gradient(*refs: Ref) -> None:
         _kernel(call, *refs)
 
-    return plgpu.kernel(
+    out = plgpu.kernel(
         mosaic_weight_gradient,
-        out_type=jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axes),
+        out_type=jax.ShapeDtypeStruct((call.G, call.A, call.B), dtype),
         scratch_types=[
             shared(ring, INNER, ROWS),
             shared(ring, INNER, call.cols),
-            shared(2, HALF, _CHUNK),
+            shared(2, HALF, CHUNK),
             barrier,
             barrier,
             plgpu.Barrier(num_arrivals=2),
         ],
-        **rows.launch(call.num_cores, interpret),
+        **_mosaic_ring.launch(call.num_cores, interpret),
     )(*_groups.group_bounds(sizes_L, offset, call.G, call.M), left_MA, right_MB)
+    return _varying.varying_like(out, left_MA)
 
 
 def _kernel(call: Call, first, end, left, right, out, x, y, whole, full, empty, both) -> None:
     """x, y: the ring of operand tiles. `both`: a barrier of the two warpgroups that multiply."""
     warpgroup = jax.lax.axis_index("warpgroup")
     across, along = call.A // ROWS, call.B // call.cols
-    ring = rows.Ring(rows.stages(call.cols), full, empty)
+    ring = _mosaic_ring.Ring(_mosaic_ring.stages(call.cols), full, empty)
 
     def place(i: Array) -> tuple[Array, Array, Array]:
         """(group, first row, first column) of this block's i-th tile."""
-        at = rows.program(i, call.num_cores)
+        at = _mosaic_ring.program(i, call.num_cores)
         g = jax.lax.div(at, jnp.int32(across * along))
         a, b = _gpu_schedule.swizzled(at - g * (across * along), across, along, call.width)
         return g, pl.multiple_of(a * ROWS, ROWS), pl.multiple_of(b * call.cols, call.cols)
@@ -99,7 +95,7 @@ def _kernel(call: Call, first, end, left, right, out, x, y, whole, full, empty, 
         mine = pl.ds(pl.multiple_of(warpgroup * HALF, HALF), HALF)
         share = pl.ds(pl.multiple_of(warpgroup * (call.cols // 2), call.cols // 2), call.cols // 2)
 
-        def step(acc: Ref, slot: Array, k: Array) -> None:
+        def step(accs: Sequence[Ref], slot: Array, k: Array) -> None:
             at = top(g) + k * INNER
 
             @pl.when((at < first[g]) | (at + INNER > end[g]))
@@ -110,18 +106,18 @@ def _kernel(call: Call, first, end, left, right, out, x, y, whole, full, empty, 
                 plgpu.barrier_arrive(both)
                 plgpu.barrier_wait(both)
 
-            plgpu.wgmma(acc, x.at[slot, :, mine].transpose((1, 0)), y.at[slot])
+            plgpu.wgmma(accs[0], x.at[slot, :, mine].transpose((1, 0)), y.at[slot])
 
-        total, n = ring.consume((HALF, call.cols), steps(g), n, step)
-        for c in range(0, call.cols, _CHUNK):
+        (total,), n = ring.consume((HALF, call.cols), 1, steps(g), n, step)
+        for c in range(0, call.cols, CHUNK):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            whole[warpgroup] = total[:, c : c + _CHUNK].astype(whole.dtype)
+            whole[warpgroup] = total[:, c : c + CHUNK].astype(whole.dtype)
             plgpu.commit_smem()
-            to = pl.ds(pl.multiple_of(a + warpgroup * HALF, HALF), HALF), pl.ds(pl.multiple_of(b + c, _CHUNK), _CHUNK)
+            to = pl.ds(pl.multiple_of(a + warpgroup * HALF, HALF), HALF), pl.ds(pl.multiple_of(b + c, CHUNK), CHUNK)
             plgpu.copy_smem_to_gmem(whole.at[warpgroup], out.at[(g, *to)])
         return n
 
-    ring.run(warpgroup, rows.share(call.G * across * along, call.num_cores), copy, multiply)
+    ring.run(warpgroup, _mosaic_ring.share(call.G * across * along, call.num_cores), copy, multiply)
 
 
 def _zero_others(tile: Ref, first: Array, end: Array) -> None:

@@ -26,6 +26,11 @@ def same_varying(*operands: Any) -> tuple[Any, ...]:
     return jax.tree.map(lambda x: _cast(x, axes), operands)
 
 
+def varying_like(arrays: Any, like: jax.Array) -> Any:
+    """Casts all arrays to vary over the mesh axes of `like`."""
+    return jax.tree.map(lambda x: _cast(x, _axes(like)), arrays)
+
+
 def zeros_like_varying(
     shape: tuple[int, ...], dtype: Any, like: jax.Array, *, own: tuple[jax.Array, int] | None = None
 ) -> jax.Array:

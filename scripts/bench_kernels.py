@@ -258,7 +258,7 @@ def add_kernels(subparsers: Any) -> None:
     names("--passes", list(dict.fromkeys([*kernel_cases.PASSES, *gpu_cases.PASSES])), None)
     names("--routing", kernel_cases.ROUTINGS, list(kernel_cases.ROUTINGS))
     names("--gpus", gpu_static.GPUS, ["h100"])
-    names("--implementations", gpu_cases.IMPLEMENTATIONS, ["pallas_gpu"])
+    names("--implementations", gpu_cases.IMPLEMENTATIONS, ["pallas_gpu", "mosaic_gpu"])
     parser.add_argument("--timeout", type=float, default=900, help="seconds for one case")
     parser.add_argument("--json", metavar="OUT", help="write rows and verdicts there, after every case")
     parser.add_argument("--markdown", action="store_true")

@@ -20,6 +20,8 @@ from moe_zoo.layers.attend import attend_causally
 
 #: What the ops can be asked for here.
 IMPLEMENTATIONS = ("pallas_gpu", "mosaic_gpu", "xla")
+#: Those with Mosaic kernels.
+MOSAIC_OPS = ("grouped_matmul", "expert_ffn")
 PASSES = ("fwd", "dlhs", "drhs", "bwd")
 
 
@@ -149,6 +151,32 @@ def _attention(s: Shape, backward: bool) -> Work:
     return Work(function, (array,) * (4 if backward else 3), None, flops * (3 if backward else 1))
 
 
+def _rows(s: Shape) -> Work:
+    def function(implementation: str) -> Callable[..., Any]:
+        return functools.partial(ops.expert_rows, num_experts=s.E, implementation=implementation)
+
+    return Work(function, (_ids(s.tokens, s.experts_per_token),), None, 0)
+
+
+def _low_rank(s: Shape, backward: bool) -> Work:
+    """Experts of rank 8 beside a layer of this shape, each token's own."""
+
+    def function(implementation: str) -> Callable[..., Any]:
+        def forward(x, a, b, gates, ids):
+            return ops.low_rank_matmul(x, a, b, gates, ids, form="grouped", implementation=implementation)
+
+        return pullback(forward, 4) if backward else forward
+
+    rank, choices = 8, (s.tokens, s.experts_per_token)
+    args = (_array(s.tokens, s.K), _array(s.E, rank, s.K), _array(s.E, rank, s.N), _array(*choices, dtype=jnp.float32))
+    args, flops = (*args, _ids(*choices)), 2 * s.M * rank * (s.K + s.N)
+    return (
+        Work(function, (_array(s.tokens, s.N), *args), None, 3 * flops)
+        if backward
+        else Work(function, args, None, flops)
+    )
+
+
 #: (op, pass) -> work at a shape
 WORKS: dict[tuple[str, str], Callable[[Shape], Work]] = {
     ("grouped_matmul", "fwd"): functools.partial(_matmul, transpose_rhs=False),
@@ -163,6 +191,9 @@ WORKS: dict[tuple[str, str], Callable[[Shape], Work]] = {
     ("route_top_k", "fwd"): _route,
     ("causal_attention", "fwd"): functools.partial(_attention, backward=False),
     ("causal_attention", "bwd"): functools.partial(_attention, backward=True),
+    ("expert_rows", "fwd"): _rows,
+    ("low_rank_grouped", "fwd"): functools.partial(_low_rank, backward=False),
+    ("low_rank_grouped", "bwd"): functools.partial(_low_rank, backward=True),
 }
 OPS = tuple(dict.fromkeys(op for op, _ in WORKS))
 
@@ -197,6 +228,8 @@ def operands(case: Case, routing: str, seed: int = 0) -> list[Any]:
     given = [_drawn(rng, a) for a in work.args]
     if work.sizes is not None:
         given[work.sizes] = sizes
+    if case.op in ("expert_rows", "low_rank_grouped"):  # ids, some of no expert
+        given[-1] = rng.integers(0, shape.E + 1, work.args[-1].shape)
     if work.plan:
         given[-2:] = kernel_cases._plan(shape, sizes)
     return [jnp.asarray(a, like.dtype) for a, like in zip(given, work.args)]

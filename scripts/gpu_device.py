@@ -61,15 +61,14 @@ _KEY = ("op", "pass", "shape", "routing", "contender")
 
 def names(case: Case) -> list[str]:
     """Of the contenders, ours first; without those that are not installed."""
-    found = [OURS, "XLA"]
+    found = [OURS, "XLA", *([MOSAIC] if case.op in gpu_cases.MOSAIC_OPS else [])]
+    others: dict[str, str | None] = {}
     if case.op == "grouped_matmul":
-        others = {MOSAIC: None, DENSE: None, "tokamax": "tokamax", TORCH: "torch"}
+        others = {DENSE: None, "tokamax": "tokamax", TORCH: "torch"}
         if case.pass_name != "drhs":
             others[TORCH_TURNED] = "torch"
     elif case.op == "causal_attention":
         others = {CUDNN: None, TORCH: "torch"}
-    else:
-        others = {}
     return found + [name for name, package in others.items() if package is None or importlib.util.find_spec(package)]
 
 
@@ -246,7 +245,7 @@ class Bench:
 
 def error(case: Case, got: Any, operands: list[Any]) -> float:
     """The largest difference from float32 over the largest value, of the worst result; ids must be equal."""
-    slow = "reference" if case.op == "route_top_k" else "xla_tiles"
+    slow = "reference" if case.op in ("route_top_k", "expert_rows", "low_rank_grouped") else "xla_tiles"
     wide = [a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a for a in operands]
     with jax.default_matmul_precision("highest"):
         expected = jax.jit(case.work().function(slow))(*wide)

@@ -16,8 +16,9 @@ def _silu(z: Array) -> tuple[Array, Array]:
     return z * s, s * (1 + z * (1 - s))
 
 
-def _gelu(z: Array) -> tuple[Array, Array]:
-    cdf = 0.5 * (1 + jax.lax.erf(z * math.sqrt(0.5)))
+def gelu(z: Array, erf: Callable[[Array], Array] = jax.lax.erf) -> tuple[Array, Array]:
+    """The exact GELU, from an error function."""
+    cdf = 0.5 * (1 + erf(z * math.sqrt(0.5)))
     return z * cdf, cdf + z * jnp.exp(-0.5 * z * z) * (1 / math.sqrt(2 * math.pi))
 
 
@@ -48,7 +49,7 @@ def _relu2(z: Array) -> tuple[Array, Array]:
 #: "relu2" the squared ReLU of Primer (https://arxiv.org/abs/2109.08668).
 ACTIVATIONS: dict[str, Callable[[Array], tuple[Array, Array]]] = {
     "silu": _silu,
-    "gelu": _gelu,
+    "gelu": gelu,
     "gelu_tanh": _gelu_tanh,
     "quick_gelu": _quick_gelu,
     "relu": _relu,

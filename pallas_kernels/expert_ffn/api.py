@@ -13,14 +13,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _checks, _choose, _varying, quantized
-from pallas_kernels.expert_ffn import pallas_gpu, pallas_tpu, reference, xla, xla_tiles
+from pallas_kernels.expert_ffn import in_kernels, mosaic_gpu, pallas_gpu, pallas_tpu, reference, xla, xla_tiles
 from pallas_kernels.expert_ffn.activations import ACTIVATIONS
+from pallas_kernels.expert_ffn.operands import Operands
 from pallas_kernels.quantized import Quantized
 
 _OP = "expert_ffn"
-_IMPLEMENTATIONS = {"xla": xla, "xla_tiles": xla_tiles, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
-_FORWARD = {name: module.forward for name, module in _IMPLEMENTATIONS.items()}
-_BACKWARD = {name: module.backward for name, module in _IMPLEMENTATIONS.items()}
+_KERNELS = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu, "mosaic_gpu": mosaic_gpu}
+_FORWARD = {"xla": xla.forward, "xla_tiles": xla_tiles.forward}
+_FORWARD |= {name: functools.partial(in_kernels.forward, calls) for name, calls in _KERNELS.items()}
+_BACKWARD = {"xla": xla.backward, "xla_tiles": xla_tiles.backward}
+_BACKWARD |= {name: functools.partial(in_kernels.backward, calls) for name, calls in _KERNELS.items()}
 
 
 def expert_ffn(
@@ -50,7 +53,7 @@ def expert_ffn(
       implementation: "reference", "xla" (`jax.lax.ragged_dot`), "xla_tiles" (one fused loop over row tiles, for CPUs),
         "pallas_tpu" and "pallas_gpu" (float32 and bfloat16; on CPU interpreted, for tests), or None to choose by
         platform: "xla_tiles" on CPU, "pallas_tpu" on TPU if it takes the dtype, "pallas_gpu" where this is traced for
-        an NVIDIA GPU, "xla" elsewhere.
+        an NVIDIA GPU, "xla" elsewhere. "mosaic_gpu", by name only: bfloat16 on GPUs of compute capability 9.0.
 
     Raises:
       ValueError, TypeError: shapes or dtypes that don't fit, an unknown activation or implementation, or the
@@ -71,10 +74,10 @@ def expert_ffn(
     implementation = _choose.check_implementation(_OP, implementation, shapes, refused)
     offset = None if offset is None else offset.astype(jnp.int32)
     weights = quantized.frozen(_OP, (w_gate_EDF, w_up_EDF, w_down_EFD))
-    operands = _varying.same_varying(x_RD, *weights, group_sizes_L, offset)
+    operands = Operands(*_varying.same_varying(x_RD, *weights, group_sizes_L, offset))
     if implementation == "reference":
-        return reference.forward(*operands, activation=activation)
-    return _expert_ffn(activation, implementation, *operands)
+        return reference.forward(operands, activation=activation)
+    return _expert_ffn(activation, implementation, operands)
 
 
 def check(op: str, x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset, shapes: str) -> None:
@@ -107,37 +110,34 @@ def why_not(x: Any, weights: tuple[Any, ...], sizes_L: Array, asked: str | None)
     return {
         "pallas_tpu": pallas_tpu.why_not(x, weights[1], asked),
         "pallas_gpu": pallas_gpu.why_not(x, *given, num_groups=sizes_L.shape[0], asked=asked),
+        "mosaic_gpu": mosaic_gpu.why_not(x, *weights),
     }
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _expert_ffn(activation, implementation, x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset):
-    operands = (x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset)
-    table = _table(_FORWARD, implementation, operands, activation=activation, save=False)
-    return _choose.run(implementation, table, *operands)[0]
+def _expert_ffn(activation: str, implementation: str | None, o: Operands) -> Array:
+    table = _table(_FORWARD, implementation, o, activation=activation, save=False)
+    return _choose.run(implementation, table, o)[0]
 
 
 def _table(
-    entries: Mapping[str, Callable[..., Any]], implementation: str | None, operands: tuple[Any, ...], **how: Any
+    entries: Mapping[str, Callable[..., Any]], implementation: str | None, o: Operands, **how: Any
 ) -> dict[str, Callable[..., Any]]:
     """The implementations that take these operands, with their keyword arguments."""
-    x_RD, *weights, sizes_L, _ = operands
-    refused = why_not(x_RD, tuple(weights), sizes_L, implementation)
+    refused = why_not(o.x_RD, (o.w_gate_EDF, o.w_up_EDF, o.w_down_EFD), o.sizes_L, implementation)
     return {name: functools.partial(f, **how) for name, f in entries.items() if refused.get(name) is None}
 
 
-def _forward(activation, implementation, x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset):
-    operands = (x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset)
-    table = _table(_FORWARD, implementation, operands, activation=activation, save=True)
-    y_RD, gate_RF, up_RF = _choose.run(implementation, table, *operands)
-    return y_RD, (operands, gate_RF, up_RF)
+def _forward(activation, implementation, o):
+    table = _table(_FORWARD, implementation, o, activation=activation, save=True)
+    y_RD, gate_RF, up_RF = _choose.run(implementation, table, o)
+    return y_RD, (o, gate_RF, up_RF)
 
 
 def _backward(activation, implementation, saved, dy_RD):
-    operands, gate_RF, up_RF = saved
-    table = _table(_BACKWARD, implementation, operands, activation=activation)
-    gradients = _choose.run(implementation, table, *operands, gate_RF, up_RF, dy_RD)
-    return (*gradients[:4], None, None)
+    table = _table(_BACKWARD, implementation, saved[0], activation=activation)
+    gradients = _choose.run(implementation, table, *saved, dy_RD)
+    return (Operands(*gradients[:4], None, None),)
 
 
 _expert_ffn.defvjp(_forward, _backward)

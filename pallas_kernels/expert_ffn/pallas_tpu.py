@@ -1,15 +1,11 @@
-"""The expert network as Pallas TPU kernels: what is computed, in which calls.
+"""The expert network's calls of Pallas TPU kernels (in_kernels.py says what is computed in which).
 
-Forward: one kernel from x to the hidden layer (both products and the activation), one for the way down. Backward: one
-kernel from dy to the gradients of the pre-activations (and the hidden layer again), one that sums both ways back to dx,
-and one for each weight gradient. Dims as in api.py.
-
-`up` and `dhidden` can gather their rows from tokens on the way: see routed_ffn.
+Dims as in api.py. `up` and `dhidden` can gather their rows from tokens on the way: see routed_ffn.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,8 +15,9 @@ from jaxtyping import Array
 
 from pallas_kernels import _tpu_rows, _tpu_target, _varying, quantized
 from pallas_kernels.expert_ffn import activations, pallas_tpu_tiles
+from pallas_kernels.expert_ffn.in_kernels import Gradients, Groups, ways_back
 from pallas_kernels.grouped_matmul import pallas_tpu as grouped
-from pallas_kernels.quantized import Quantized, Weights
+from pallas_kernels.quantized import Weights
 
 
 def why_not(x_XD: Array, w_up_EDF: Weights, asked: str | None) -> str | None:
@@ -28,64 +25,15 @@ def why_not(x_XD: Array, w_up_EDF: Weights, asked: str | None) -> str | None:
     return grouped.why_not(x_XD, w_up_EDF, transpose_rhs=False, out_dtype=x_XD.dtype, asked=asked)
 
 
-class Groups(NamedTuple):
-    """Sizes and offset of the experts at hand, and how to run: what all calls share."""
-
-    sizes_L: Array
-    offset: Array | None
-    interpret: bool
-
-
-def forward(
-    x_RD: Array,
-    w_gate_EDF: Weights | None,
-    w_up_EDF: Weights,
-    w_down_EFD: Weights,
-    sizes_L: Array,
-    offset: Array | None,
-    *,
-    activation: str,
-    save: bool,
-    interpret: bool = False,
-) -> tuple[Array, Array | None, Array | None]:
-    """(y, gate, up): the pre-activations of the live rows, None if not to be saved."""
-    groups = Groups(sizes_L, offset, interpret)
-    hidden_RF, gate_RF, up_RF = up(x_RD, None, w_gate_EDF, w_up_EDF, groups, activation=activation, save=save)
-    return down(hidden_RF, w_down_EFD, groups), gate_RF, up_RF
-
-
-def backward(
-    x_RD: Array,
-    w_gate_EDF: Weights | None,
-    w_up_EDF: Weights,
-    w_down_EFD: Weights,
-    sizes_L: Array,
-    offset: Array | None,
-    gate_RF: Array | None,
-    up_RF: Array,
-    dy_RD: Array,
-    *,
-    activation: str,
-    interpret: bool = False,
-) -> tuple[Array, Array | None, Array | None, Array | None, None]:
-    """(dx, dw_gate, dw_up, dw_down, None), None for what is frozen or not there."""
-    groups = Groups(sizes_L, offset, interpret)
-    d = dhidden(dy_RD, None, w_down_EFD, gate_RF, up_RF, groups, activation=activation, save_dot=False)
-    dw_gate_EDF = weight_gradient(w_gate_EDF, x_RD, d.dgate_RF, groups)
-    dw_up_EDF = weight_gradient(w_up_EDF, x_RD, d.dup_RF, groups)
-    dw_down_EFD = weight_gradient(w_down_EFD, d.hidden_RF, dy_RD, groups)
-    return dx(d, w_gate_EDF, w_up_EDF, groups), dw_gate_EDF, dw_up_EDF, dw_down_EFD, None
-
-
 def up(
     x_XD: Array,
-    token_R: Array | None,
     w_gate_EDF: Weights | None,
     w_up_EDF: Weights,
     groups: Groups,
     *,
     activation: str,
     save: bool,
+    token_R: Array | None = None,
 ) -> tuple[Array, Array | None, Array | None]:
     """(hidden, gate, up), the latter two None if not to be saved. Rows are x, or with `token` x[token]."""
     weights = (w_up_EDF,) if w_gate_EDF is None else (w_gate_EDF, w_up_EDF)
@@ -112,39 +60,30 @@ def down(hidden_RF: Array, w_down_EFD: Weights, groups: Groups) -> Array:
     return grouped.matmul(hidden_RF, w_down_EFD, sizes_L, offset, **how)
 
 
-class Gradients(NamedTuple):
-    """The hidden layer again, the gradients of the pre-activations, and the row dots of hidden and its gradient."""
-
-    hidden_RF: Array
-    dgate_RF: Array | None
-    dup_RF: Array
-    dot_R: Array | None
-
-
 def dhidden(
     dy_XD: Array,
-    token_R: Array | None,
     w_down_EFD: Weights,
     gate_RF: Array | None,
     up_RF: Array,
     groups: Groups,
     *,
     activation: str,
-    save_dot: bool,
+    token_R: Array | None = None,
+    of_scale: bool = False,
 ) -> Gradients:
-    """From dy, or with `token` from dy[token]."""
+    """From dy, or with `token` from dy[token]; of_scale: with the gradient of a scale of y's rows."""
     sides = (up_RF,) if gate_RF is None else (gate_RF, up_RF)
     # With a gate the dot follows from what there is: hidden * dhidden = up * dup.
-    with_dot = save_dot and gate_RF is None
+    with_dot = of_scale and gate_RF is None
     end = _Gradients(activation, with_dot)
     hidden_RF, *d, last_RF = _call(
         "expert_ffn_dhidden", (dy_XD,), token_R, (w_down_EFD,), sides, groups, end, 1 + len(sides) + with_dot,
         transpose=True,
     )  # fmt: skip
     if gate_RF is not None:
-        dot_R = jnp.sum(up_RF.astype(jnp.float32) * last_RF.astype(jnp.float32), axis=1) if save_dot else None
-        return Gradients(hidden_RF, d[0], last_RF, dot_R)
-    if save_dot:
+        dscale_R = jnp.sum(up_RF.astype(jnp.float32) * last_RF.astype(jnp.float32), axis=1) if of_scale else None
+        return Gradients(hidden_RF, d[0], last_RF, dscale_R)
+    if of_scale:
         return Gradients(hidden_RF, None, d[0], jnp.sum(last_RF.astype(jnp.float32), axis=1))
     return Gradients(hidden_RF, None, last_RF, None)
 
@@ -156,16 +95,7 @@ def down_packed(hidden_RF: Array, w_down_EFD: Weights, groups: Groups) -> Packed
 
 def dx_packed(d: Gradients, w_gate_EDF: Weights | None, w_up_EDF: Weights, groups: Groups) -> PackedRows:
     """dx for the combine kernel."""
-    return _call_packed("expert_ffn_dx", *_ways_back(d, w_gate_EDF, w_up_EDF), groups, transpose=True)
-
-
-def _ways_back(
-    d: Gradients, w_gate_EDF: Weights | None, w_up_EDF: Weights
-) -> tuple[tuple[Array, ...], tuple[Weights, ...]]:
-    """Rows and the weights that they take back to dx."""
-    if w_gate_EDF is None:
-        return (d.dup_RF,), (w_up_EDF,)
-    return (d.dgate_RF, d.dup_RF), (w_gate_EDF, w_up_EDF)
+    return _call_packed("expert_ffn_dx", *ways_back(d, w_gate_EDF, w_up_EDF), groups, transpose=True)
 
 
 def _call_packed(name: str, rows: Any, weights: Any, groups: Groups, *, transpose: bool) -> PackedRows:
@@ -177,17 +107,13 @@ def _call_packed(name: str, rows: Any, weights: Any, groups: Groups, *, transpos
 
 def dx(d: Gradients, w_gate_EDF: Weights | None, w_up_EDF: Weights, groups: Groups) -> Array:
     """dx (R, D): both ways back in one sum."""
-    rows, weights = _ways_back(d, w_gate_EDF, w_up_EDF)
+    rows, weights = ways_back(d, w_gate_EDF, w_up_EDF)
     return _call("expert_ffn_dx", rows, None, weights, (), groups, _total, 1, transpose=True)[0]
 
 
-def weight_gradient(
-    weights_EAB: Weights | None, left_RA: Array, right_RB: Array | None, groups: Groups
-) -> Array | None:
-    """left.T @ right over each expert's rows: (E, A, B), or None if the weights are frozen or not there."""
-    if weights_EAB is None or isinstance(weights_EAB, Quantized):
-        return None
-    how = dict(num_groups=weights_EAB.shape[0], interpret=groups.interpret)
+def weight_gradient(left_RA: Array, right_RB: Array, groups: Groups, *, num_experts: int) -> Array:
+    """left.T @ right over each expert's rows: (E, A, B)."""
+    how = dict(num_groups=num_experts, interpret=groups.interpret)
     return grouped.weight_gradient(left_RA, right_RB, groups.sizes_L, groups.offset, **how)
 
 
@@ -226,9 +152,9 @@ def _total(products: list[Array], _: list[Array]) -> tuple[Array, ...]:
 
 def _call(
     name: str,
-    rows: tuple[Array, ...],
+    rows: Sequence[Array],
     token_R: Array | None,
-    weights: tuple[Weights, ...],
+    weights: Sequence[Weights],
     sides: tuple[Array, ...],
     groups: Groups,
     end: Callable[..., Any],
@@ -245,8 +171,8 @@ def _call(
     scales = tuple(inner if outer is None else outer for inner, outer in both)
     of = tuple("inner" if inner is not None else "outer" if outer is not None else None for inner, outer in both)
     return _run(
-        rows, token_R, tuple(map(quantized.values, weights)), scales, sides, sizes_L, offset, scale_of=of, end=end,
-        num_outs=num_outs, transpose=transpose, name=name, tiles=pallas_tpu_tiles.tiles(shape, target),
+        tuple(rows), token_R, tuple(map(quantized.values, weights)), scales, sides, sizes_L, offset, scale_of=of,
+        end=end, num_outs=num_outs, transpose=transpose, name=name, tiles=pallas_tpu_tiles.tiles(shape, target),
         num_cores=1 if interpret else target.num_cores, interpret=interpret, pack_outs=pack_outs,
     )  # fmt: skip
 

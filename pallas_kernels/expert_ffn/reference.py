@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels import _checks, _groups
-from pallas_kernels.quantized import Quantized, Weights
+from pallas_kernels.expert_ffn.operands import Operands
+from pallas_kernels.quantized import Quantized
 
 # jax.nn's functions, not the op's own: an oracle should share no code with what it judges.
 ACTIVATIONS = {
@@ -22,16 +23,12 @@ ACTIVATIONS = {
 
 
 def forward(
-    x_RD: Array,
-    w_gate_EDF: Weights | None,
-    w_up_EDF: Weights,
-    w_down_EFD: Weights,
-    sizes_L: Array,
-    offset: Array | None,
+    o: Operands,
     *,
     activation: str,
 ) -> Array:
     """y (R, D)."""
+    x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset = o
     act = ACTIVATIONS[activation]
     starts_E, ends_E = _groups.group_bounds(sizes_L, offset, w_up_EDF.shape[0], x_RD.shape[0])
     member_ER1 = _groups.membership(starts_E, ends_E, x_RD.shape[0])[:, :, None]

@@ -7,22 +7,19 @@ from jaxtyping import Array
 
 from pallas_kernels import _checks
 from pallas_kernels.expert_ffn import activations
+from pallas_kernels.expert_ffn.operands import Operands
 from pallas_kernels.grouped_matmul import xla as grouped
-from pallas_kernels.quantized import Quantized, Weights
+from pallas_kernels.quantized import Quantized
 
 
 def forward(
-    x_RD: Array,
-    w_gate_EDF: Weights | None,
-    w_up_EDF: Weights,
-    w_down_EFD: Weights,
-    sizes_L: Array,
-    offset: Array | None,
+    o: Operands,
     *,
     activation: str,
     save: bool,
 ) -> tuple[Array, Array | None, Array | None]:
     """(y, gate, up): the pre-activations of the live rows, None if not to be saved."""
+    x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset = o
     acc = _checks.accumulator(x_RD.dtype)
     into = lambda w: None if w is None else grouped.matmul(x_RD, w, sizes_L, offset, transpose_rhs=False, out_dtype=acc)
     gate_RF, up_RF = into(w_gate_EDF), into(w_up_EDF)
@@ -34,12 +31,7 @@ def forward(
 
 
 def backward(
-    x_RD: Array,
-    w_gate_EDF: Weights | None,
-    w_up_EDF: Weights,
-    w_down_EFD: Weights,
-    sizes_L: Array,
-    offset: Array | None,
+    o: Operands,
     gate_RF: Array | None,
     up_RF: Array,
     dy_RD: Array,
@@ -51,6 +43,7 @@ def backward(
 
     With `scale`, dy is the gradient of scale * y.
     """
+    x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset = o
     E, dtype, acc = w_up_EDF.shape[0], x_RD.dtype, _checks.accumulator(x_RD.dtype)
     back = lambda d, w: grouped.matmul(d, w, sizes_L, offset, transpose_rhs=True, out_dtype=acc)
     weight = lambda w, left, right: (

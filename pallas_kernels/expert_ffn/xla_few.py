@@ -15,6 +15,7 @@ from jaxtyping import Array
 
 from pallas_kernels import _checks, _groups
 from pallas_kernels.expert_ffn import activations
+from pallas_kernels.expert_ffn.operands import Operands
 from pallas_kernels.quantized import Quantized, Weights
 
 _MOST = 256  # rows times experts of the second way
@@ -26,16 +27,12 @@ def suits(num_rows: int, num_experts: int) -> bool:
 
 
 def forward(
-    x_RD: Array,
-    w_gate_EDF: Weights | None,
-    w_up_EDF: Weights,
-    w_down_EFD: Weights,
-    sizes_L: Array,
-    offset: Array | None,
+    o: Operands,
     *,
     activation: str,
 ) -> tuple[Array, None, None]:
     """(y, None, None): nothing is kept for a derivative, and api.py takes this where none is asked for."""
+    x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset = o
     R, E, acc = x_RD.shape[0], w_up_EDF.shape[0], _checks.accumulator(x_RD.dtype)
     starts_E, ends_E = _groups.group_bounds(sizes_L, offset, E, R)
     expert_R = jnp.searchsorted(ends_E, jnp.arange(R, dtype=ends_E.dtype), side="right")

@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from pallas_kernels import _checks, _groups, _tiles, _varying
 from pallas_kernels.expert_ffn import activations
+from pallas_kernels.expert_ffn.operands import Operands
 from pallas_kernels.quantized import Quantized, Weights
 
 
@@ -40,17 +41,13 @@ def _any_quantized(weights: _Weights) -> bool:
 
 
 def forward(
-    x_RD: Array,
-    w_gate_EDF: Weights | None,
-    w_up_EDF: Weights,
-    w_down_EFD: Weights,
-    sizes_L: Array,
-    offset: Array | None,
+    o: Operands,
     *,
     activation: str,
     save: bool,
 ) -> tuple[Array, Array | None, Array | None]:
     """(y, gate, up): the pre-activations of the live rows, None if not to be saved."""
+    x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset = o
     R, (E, _, F) = x_RD.shape[0], w_up_EDF.shape
     zeros = lambda width, n: _varying.zeros_like_varying((R, width), x_RD.dtype, x_RD, own=(sizes_L[0], n))
     gate_RF = zeros(F, 1) if save and w_gate_EDF is not None else None
@@ -78,12 +75,7 @@ def forward(
 
 
 def backward(
-    x_RD: Array,
-    w_gate_EDF: Weights | None,
-    w_up_EDF: Weights,
-    w_down_EFD: Weights,
-    sizes_L: Array,
-    offset: Array | None,
+    o: Operands,
     gate_RF: Array | None,
     up_RF: Array,
     dy_RD: Array,
@@ -95,6 +87,7 @@ def backward(
 
     With `scale`, dy is the gradient of scale * y.
     """
+    x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset = o
     R, E, acc = x_RD.shape[0], w_up_EDF.shape[0], _checks.accumulator(x_RD.dtype)
     weights = _Weights(w_gate_EDF, w_up_EDF, w_down_EFD)
     zeros = lambda shape, dtype, n: _varying.zeros_like_varying(shape, dtype, x_RD, own=(sizes_L[0], n))

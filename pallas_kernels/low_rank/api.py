@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _checks, _choose, _tpu_target, _varying
-from pallas_kernels.low_rank import pallas_tpu, pallas_tpu_grouped, reference, xla
+from pallas_kernels.low_rank import pallas_gpu_grouped, pallas_tpu, pallas_tpu_grouped, reference, xla
 
 _OP = "low_rank_matmul"
 _FORMS = ("dense", "grouped")
@@ -43,9 +43,10 @@ def low_rank_matmul(
         computes theirs alone. None: "grouped" where `ids_TK` is given and that was measured to be cheaper
         (`xla.grouped_pays`).
       implementation: "reference", "xla", "pallas_tpu" (dense: one kernel forward, one backward, what lies between the
-        two products never in HBM; grouped: the same on rows that XLA gathers; interpreted when lowered for a CPU), or
-        None: "pallas_tpu" where it is known while tracing that this is for a TPU and no partitioning is left to XLA
-        (one device, or inside a shard_map over all mesh axes) and the kernel takes the operands; else "xla".
+        two products never in HBM; grouped: the same on rows that XLA gathers), "pallas_gpu" (grouped alone, in the same
+        way; by name only), both interpreted when lowered for a CPU, or None: "pallas_tpu" where it is known while
+        tracing that this is for a TPU and no partitioning is left to XLA (one device, or inside a shard_map over all
+        mesh axes) and the kernel takes the operands; else "xla".
 
     Raises:
       ValueError, TypeError: shapes or dtypes that don't fit, an unknown form or implementation, "grouped" without ids.
@@ -62,12 +63,14 @@ def low_rank_matmul(
         pays = ids_TK is not None and xla.grouped_pays(*a_ERD.shape[:2], ids_TK.shape[1])
         form = "grouped" if pays else "dense"
     if form == "dense":
-        refusal = pallas_tpu.refusal(x_TD, b_ERN, gates_TX, ids_TK)
+        refused = {"pallas_tpu": pallas_tpu.refusal(x_TD, b_ERN, gates_TX, ids_TK)}
+        refused["pallas_gpu"] = "the kernel is of the grouped form; the dense one is two matrix products, XLA's"
     else:
-        refusal = pallas_tpu_grouped.refusal(x_TD, b_ERN)
+        refused = {"pallas_tpu": pallas_tpu_grouped.refusal(x_TD, b_ERN)}
+        refused["pallas_gpu"] = pallas_gpu_grouped.refusal(x_TD, a_ERD, b_ERN)
     if implementation is None:
-        implementation = "pallas_tpu" if refusal is None and _for_one_tpu() else "xla"
-    _choose.check_implementation(_OP, implementation, shapes, {"pallas_tpu": refusal}, _AVAILABLE)
+        implementation = "pallas_tpu" if refused["pallas_tpu"] is None and _for_one_tpu() else "xla"
+    _choose.check_implementation(_OP, implementation, shapes, refused, _AVAILABLE)
     operands = _varying.same_varying(x_TD, a_ERD, b_ERN, gates_TX, ids_TK, onto_TN)
     if implementation == "reference":
         return reference.forward(*operands)
@@ -127,4 +130,5 @@ _ENTRIES = {
     ("dense", "pallas_tpu"): _kernel,
     ("grouped", "xla"): xla.grouped,
     ("grouped", "pallas_tpu"): pallas_tpu_grouped.grouped,
+    ("grouped", "pallas_gpu"): pallas_gpu_grouped.grouped,
 }

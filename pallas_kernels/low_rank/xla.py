@@ -90,16 +90,21 @@ def on_rows(
     """Tokens and gates to their rows, what `products` makes of them, and each token's rows added up. `slot_TK`: the row
     of each choice; `num_rows` and more: none.
     """
-    N, slot_N = slot_TK.size, slot_TK.reshape(-1)
-    choice_N = jnp.arange(N, dtype=jnp.int32)
-    # choices of no row, each to a place of its own beyond the end: all indices are then unique
-    target_N = jnp.where(slot_N < num_rows, slot_N, num_rows + choice_N)
-    choice_R = jnp.full(num_rows, N, jnp.int32).at[target_N].set(choice_N, mode="drop", unique_indices=True)
+    choice_R, slot_N = choices(slot_TK, num_rows), slot_TK.reshape(-1)
     x_RD = gather_rows(x_TD, choice_R // slot_TK.shape[1], slot_TK)
     gate_R1 = gather_rows(gates_TK.reshape(-1, 1), choice_R, slot_N[:, None])
     ones_TK = jnp.ones(slot_TK.shape, jnp.float32)
     out_TN = combine_rows(products(x_RD, gate_R1), slot_TK, ones_TK, choice_R)
     return out_TN if onto_TN is None else onto_TN + out_TN
+
+
+def choices(slot_TK: Array, num_rows: int) -> Array:
+    """The choice t * K + k of each row, T * K: none. `slot_TK`: the row of each choice; `num_rows` and more: none."""
+    N, slot_N = slot_TK.size, slot_TK.reshape(-1)
+    choice_N = jnp.arange(N, dtype=jnp.int32)
+    # choices of no row, each to a place of its own beyond the end: all indices are then unique
+    target_N = jnp.where(slot_N < num_rows, slot_N, num_rows + choice_N)
+    return jnp.full(num_rows, N, jnp.int32).at[target_N].set(choice_N, mode="drop", unique_indices=True)
 
 
 def grouped_pays(num_experts: int, rank: int, k: int) -> bool:
@@ -109,7 +114,7 @@ def grouped_pays(num_experts: int, rank: int, k: int) -> bool:
         # Moving rows costs about three passes over K (D + N) numbers of two bytes, which take as long as the dense
         # products of this many ranks: a matter of the chip's FLOPs per byte. Not timed.
         return num_experts * rank > 3 * k * 2 * target.macs_per_cycle / target.bytes_per_cycle
-    # On a GPU ragged_dot multiplies every row by every group's matrix.
+    # Not timed on a GPU; where grouped_matmul has no kernel there, every row is multiplied by every group's matrix.
     # A row in and out takes as long as about 95 dense ranks, and a rank of a sorted row as long as 1.5. Fitted to CPU
     # seconds of two busy cores (T 2048, D = N = 1024, K 1 to 4, R 4 to 32; docs/performance.md).
     return jax.default_backend() == "cpu" and num_experts * rank > k * (95 + 1.5 * rank)

@@ -11,13 +11,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import _checks, _choose, _varying
-from pallas_kernels.route_top_k import pallas_gpu, pallas_tpu, pallas_tpu_rows, reference, scoring, xla
+from pallas_kernels.route_top_k import pallas_gpu, pallas_gpu_rows, pallas_tpu, pallas_tpu_rows, reference, scoring, xla
 from pallas_kernels.route_top_k.scoring import Priority, ScoreFunction, Settings
 
 _OP = "route_top_k"
 _ROUTE = {"xla": xla.route, "pallas_tpu": pallas_tpu.route, "pallas_gpu": pallas_gpu.route}
 _POSITIONS = {"reference": reference.positions, "xla": xla.positions}
-_ROWS = {"reference": reference.rows, "xla": xla.rows, "pallas_tpu": pallas_tpu_rows.rows}
+_ROWS = {
+    "reference": reference.rows,
+    "xla": xla.rows,
+    "pallas_tpu": pallas_tpu_rows.rows,
+    "pallas_gpu": pallas_gpu_rows.rows,
+}
 _AVAILABLE = ("reference", "xla")
 
 
@@ -130,9 +135,14 @@ def expert_rows(
     """
     op = "expert_rows"
     experts_TK = jnp.asarray(experts_TK)
-    refusals = {"pallas_tpu": pallas_tpu_rows.refusal(experts_TK.shape, num_experts)}
-    implementation = _chosen(op, implementation, _check_ids(op, experts_TK), refusals)
-    table = {name: functools.partial(function, num_experts=num_experts) for name, function in _ROWS.items()}
+    shapes = _check_ids(op, experts_TK)
+    refusals = {
+        "pallas_tpu": pallas_tpu_rows.refusal(experts_TK.shape, num_experts),
+        "pallas_gpu": pallas_gpu_rows.refusal(experts_TK.shape, num_experts, implementation),
+    }
+    implementation = _chosen(op, implementation, shapes, refusals)
+    entries = {name: function for name, function in _ROWS.items() if refusals.get(name) is None}
+    table = {name: functools.partial(function, num_experts=num_experts) for name, function in entries.items()}
     return _choose.run(implementation, table, experts_TK, takes_batches=True)
 
 

@@ -19,9 +19,9 @@ from pallas_kernels import _gpu_target
 from pallas_kernels.route_top_k import scoring, xla
 
 Ref = Any
-_MOST_EXPERTS = 4096
+MOST_EXPERTS = 4096
 #: Scores of a block, 16 for each of its threads: with more, several copies of them fill all registers.
-_BLOCK_SCORES = 2048
+BLOCK_SCORES = 2048
 _WARPS = 4
 
 
@@ -31,8 +31,8 @@ def refusal(shape: tuple[int, int], dtype: Any, asked: str | None) -> str | None
         return "it computes in float32"
     if shape[0] == 0:
         return "there is no token"
-    if shape[1] > _MOST_EXPERTS:
-        return f"it holds the scores of at most {_MOST_EXPERTS} experts at once"
+    if shape[1] > MOST_EXPERTS:
+        return f"it holds the scores of at most {MOST_EXPERTS} experts at once"
     if asked is None and _gpu_target.current() is None:
         return "this is not traced for an NVIDIA GPU"
     return None
@@ -57,7 +57,7 @@ def route(
 ) -> tuple:
     """(experts, gates, counts, positions, scores or None)."""
     (T, E), K = logits_TE.shape, settings.k
-    block = min(max(_BLOCK_SCORES // _power_above(E), 1), 64)
+    block = min(max(BLOCK_SCORES // power_above(E), 1), 64)
     static = _Static(settings, T, E, block, settings.priority == "token" or K == 1)
     B = -(-T // block)
     like = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(logits_TE).manual_axis_type)
@@ -104,7 +104,7 @@ def _kernel(static: _Static, tree: Any, out_tree: Any, *refs: Ref) -> None:
         jax.tree.unflatten(tree, refs[: tree.num_leaves]),
         jax.tree.unflatten(out_tree, refs[tree.num_leaves :]),
     )
-    settings, (W, P), E = static.settings, (static.block, _power_above(static.E)), static.E
+    settings, (W, P), E = static.settings, (static.block, power_above(static.E)), static.E
     token_W = pl.program_id(0) * W + _iota(W)
     expert_P, live_W1 = _iota(P), (token_W < static.T)[:, None]
     # beyond the last token or expert: any of them, masked
@@ -146,7 +146,7 @@ def _scores(logits_WP: Array, there_P: Array, score_function: scoring.ScoreFunct
 def _select(static: _Static, key_WP: Array, scores_WP: Array, live_W1: Array) -> tuple[Array, Array, Array]:
     """(ids, gates) (W, Q), and which experts the live tokens take."""
     settings, (W, P) = static.settings, key_WP.shape
-    Q = _power_above(settings.k)
+    Q = power_above(settings.k)
     expert_WP, choice_WQ = (jax.lax.broadcasted_iota(jnp.int32, (W, n), 1) for n in (P, Q))
 
     def choose(k: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -186,5 +186,6 @@ def _iota(size: int) -> Array:
     return jax.lax.broadcasted_iota(jnp.int32, (size,), 0)
 
 
-def _power_above(n: int) -> int:
+def power_above(n: int) -> int:
+    """The least power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()

@@ -59,7 +59,7 @@ def _blocks(rows: Array, size: int, fill: int) -> Array:
     return jnp.pad(rows, padding, constant_values=fill).reshape(-1, size, *rows.shape[1:])
 
 
-def _starts(counts_BE: Array, from_expert_start: bool) -> tuple[Array, Array]:
+def starts(counts_BE: Array, from_expert_start: bool) -> tuple[Array, Array]:
     """(counts of all blocks, rank of each block's first choice of each expert)."""
     ends_BE = jnp.cumsum(counts_BE, axis=0, dtype=jnp.int32)
     counts_E = ends_BE[-1]  # summing counts_BE once more would make XLA count once more
@@ -73,7 +73,7 @@ def _by_pairs(experts_XJ: Array, *, E: int, start: bool) -> tuple[Array, Array]:
     is_earlier_bb = jnp.arange(_BLOCK)[:, None] < jnp.arange(_BLOCK)
     same_Bbb = (ids_Bb[:, :, None] == ids_Bb[:, None, :]) & is_earlier_bb
     counts_BE = (ids_Bb[:, :, None] == jnp.arange(E, dtype=jnp.int32)).sum(1, dtype=jnp.int32)
-    counts_E, starts_BE = _starts(counts_BE, start)
+    counts_E, starts_BE = starts(counts_BE, start)
     ranks_Bb = same_Bbb.sum(1, dtype=jnp.int32) + jnp.take_along_axis(starts_BE, ids_Bb, axis=1, mode="clip")
     return counts_E, ranks_Bb.reshape(-1)[: experts_XJ.size].reshape(experts_XJ.shape)
 
@@ -86,7 +86,7 @@ def _by_matmul(experts_XJ: Array, *, E: int, start: bool) -> tuple[Array, Array]
     earlier_BbE = jnp.einsum(
         "ij,bje->bie", is_earlier_bb.astype(jnp.bfloat16), hits_BbE, preferred_element_type=jnp.float32
     ).astype(jnp.int32)
-    counts_E, starts_BE = _starts(hits_BbE.sum(1, dtype=jnp.float32).astype(jnp.int32), start)
+    counts_E, starts_BE = starts(hits_BbE.sum(1, dtype=jnp.float32).astype(jnp.int32), start)
     earlier_XE = (earlier_BbE + starts_BE[:, None]).reshape(-1, E)[: experts_XJ.shape[0]]
     ranks_XJ = jnp.where(hit_XJE, earlier_XE[:, None], 0).sum(2, dtype=jnp.int32)
     same_XJJ = experts_XJ[:, :, None] == experts_XJ[:, None, :]

@@ -15,22 +15,17 @@ from pallas_kernels import _checks, _choose, _varying, quantized
 from pallas_kernels.expert_ffn import api as rows
 from pallas_kernels.expert_ffn import xla, xla_few, xla_tiles
 from pallas_kernels.quantized import Quantized
-from pallas_kernels.routed_ffn import composed, pallas_gpu, pallas_tpu, reference
+from pallas_kernels.routed_ffn import composed, in_kernels, pallas_gpu, pallas_tpu, reference
+from pallas_kernels.routed_ffn.operands import Operands
 
 _OP = "routed_ffn"
 _GATE_ON = ("output", "input")
-_FORWARD = {
-    "xla": functools.partial(composed.forward, xla.forward),
-    "xla_tiles": functools.partial(composed.forward, xla_tiles.forward),
-    "pallas_tpu": pallas_tpu.forward,
-    "pallas_gpu": pallas_gpu.forward,
-}
-_BACKWARD = {
-    "xla": functools.partial(composed.backward, xla.backward),
-    "xla_tiles": functools.partial(composed.backward, xla_tiles.backward),
-    "pallas_tpu": pallas_tpu.backward,
-    "pallas_gpu": pallas_gpu.backward,
-}
+_ROWS = {"xla": xla, "xla_tiles": xla_tiles}
+_KERNELS = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
+_FORWARD = {name: functools.partial(composed.forward, ffn.forward) for name, ffn in _ROWS.items()}
+_FORWARD |= {name: functools.partial(in_kernels.forward, calls) for name, calls in _KERNELS.items()}
+_BACKWARD = {name: functools.partial(composed.backward, ffn.backward) for name, ffn in _ROWS.items()}
+_BACKWARD |= {name: functools.partial(in_kernels.backward, calls) for name, calls in _KERNELS.items()}
 
 
 class _Static(NamedTuple):
@@ -88,14 +83,15 @@ def routed_ffn(
     rows.check(_OP, x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_L, offset, shapes)
     rows.check_activation(_OP, activation)
     _check_plan(x_TD, choice_R, slot_TK, gates_TK, gate_on, shapes)
-    refused = _why_not(implementation, x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_L, choice_R)
-    implementation = _choose.check_implementation(_OP, implementation, shapes, refused)
     offset = None if offset is None else offset.astype(jnp.int32)
-    weights = quantized.frozen(_OP, (w_gate_EDF, w_up_EDF, w_down_EFD))
-    operands = _varying.same_varying(x_TD, *weights, group_sizes_L, offset, choice_R, slot_TK, gates_TK)
+    weights = (w_gate_EDF, w_up_EDF, w_down_EFD)
+    operands = Operands(x_TD, *weights, group_sizes_L, offset, choice_R, slot_TK, gates_TK)
+    implementation = _choose.check_implementation(_OP, implementation, shapes, _why_not(implementation, operands))
+    weights = quantized.frozen(_OP, weights)
+    operands = Operands(*_varying.same_varying(x_TD, *weights, *operands[4:]))
     if implementation == "reference":
-        return reference.forward(*operands, activation=activation, gate_on=gate_on)
-    return _routed_ffn(_Static(activation, gate_on, implementation), *operands)
+        return reference.forward(operands, activation=activation, gate_on=gate_on)
+    return _routed_ffn(_Static(activation, gate_on, implementation), operands)
 
 
 def _check_plan(x_TD, choice_R, slot_TK, gates_TK, gate_on: str, shapes: str) -> None:
@@ -109,44 +105,41 @@ def _check_plan(x_TD, choice_R, slot_TK, gates_TK, gate_on: str, shapes: str) ->
         raise ValueError(f"{_OP}: unknown gate_on {gate_on!r}: known: {', '.join(_GATE_ON)}.")
 
 
-def _why_not(asked: str | None, x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, choice_R) -> dict[str, str | None]:
-    rows_like = jax.ShapeDtypeStruct((choice_R.shape[0], x_TD.shape[1]), x_TD.dtype)
-    refused = rows.why_not(rows_like, (w_gate_EDF, w_up_EDF, w_down_EFD), sizes_L, asked)
-    if not x_TD.shape[0]:
+def _why_not(asked: str | None, o: Operands) -> dict[str, str | None]:
+    """Why each kernel can't take these operands; None if it can."""
+    rows_like = jax.ShapeDtypeStruct((o.choice_R.shape[0], o.x_TD.shape[1]), o.x_TD.dtype)
+    refused = rows.why_not(rows_like, (o.w_gate_EDF, o.w_up_EDF, o.w_down_EFD), o.sizes_L, asked)
+    if not o.x_TD.shape[0]:
         refused["pallas_gpu"] = "there is nothing to compute"
-    return refused
+    return {name: refused[name] for name in _KERNELS}
 
 
-def _table(entries: Any, static: _Static, operands: tuple[Any, ...], **how: Any) -> dict[str, Any]:
+def _table(entries: Any, static: _Static, o: Operands, **how: Any) -> dict[str, Any]:
     """The implementations that take these operands, with their keyword arguments."""
-    x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, _, choice_R, *_ = operands
-    refused = _why_not(static.implementation, x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, choice_R)
+    refused = _why_not(static.implementation, o)
     how |= dict(activation=static.activation, gate_on=static.gate_on)
     return {name: functools.partial(f, **how) for name, f in entries.items() if refused.get(name) is None}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _routed_ffn(static, x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset, choice_R, slot_TK, gates_TK):
-    operands = (x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset, choice_R, slot_TK, gates_TK)
-    table = _table(_FORWARD, static, operands, save=False)
-    if static.implementation is None and xla_few.suits(choice_R.shape[0], w_up_EDF.shape[0]):
+def _routed_ffn(static: _Static, o: Operands) -> Array:
+    table = _table(_FORWARD, static, o, save=False)
+    if static.implementation is None and xla_few.suits(o.choice_R.shape[0], o.w_up_EDF.shape[0]):
         few = functools.partial(composed.forward, xla_few.forward)
         table["xla_tiles"] = functools.partial(few, activation=static.activation, gate_on=static.gate_on)
-    return _choose.run(static.implementation, table, *operands)[0]
+    return _choose.run(static.implementation, table, o)[0]
 
 
-def _forward(static, x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset, choice_R, slot_TK, gates_TK):
-    operands = (x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_L, offset, choice_R, slot_TK, gates_TK)
-    table = _table(_FORWARD, static, operands, save=True)
-    out_TD, gate_RF, up_RF = _choose.run(static.implementation, table, *operands)
-    return out_TD, (operands, gate_RF, up_RF)
+def _forward(static, o):
+    out_TD, gate_RF, up_RF = _choose.run(static.implementation, _table(_FORWARD, static, o, save=True), o)
+    return out_TD, (o, gate_RF, up_RF)
 
 
 def _backward(static, saved, dout_TD):
-    operands, gate_RF, up_RF = saved
-    table = _table(_BACKWARD, static, operands)
-    *gradients, dgates_TK = _choose.run(static.implementation, table, *operands, gate_RF, up_RF, dout_TD)
-    return (*gradients, None, None, None, None, dgates_TK.astype(operands[-1].dtype))
+    table = _table(_BACKWARD, static, saved[0])
+    d = _choose.run(static.implementation, table, *saved, dout_TD)
+    dgates_TK = d.gates_TK.astype(saved[0].gates_TK.dtype)
+    return (Operands(*d[:4], None, None, None, None, dgates_TK),)
 
 
 _routed_ffn.defvjp(_forward, _backward)

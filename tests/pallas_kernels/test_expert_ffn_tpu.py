@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import _tpu_rows, expert_ffn, quantize, routed_ffn
 from pallas_kernels.expert_ffn import pallas_tpu_tiles, reference
+from pallas_kernels.expert_ffn.operands import Operands
 
 R, D, F, E = 133, 128, 256, 4
 SMALL_TILES = _tpu_rows.Tiles(
@@ -56,7 +57,7 @@ def exact(dy, x, weights, sizes, offset, activation):
     """In float64, of the same numbers."""
     with jax.enable_x64(True):
         wide = lambda a: None if a is None else jnp.asarray(np.asarray(a, np.float64))
-        run = lambda *args: reference.forward(*args, sizes, offset, activation=activation)
+        run = lambda *args: reference.forward(Operands(*args, sizes, offset), activation=activation)
         y, pullback = jax.vjp(run, wide(x), *map(wide, weights))
         return y, *pullback(wide(dy))
 

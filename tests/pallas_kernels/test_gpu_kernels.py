@@ -5,16 +5,17 @@ Their numerics are tested with the ops', interpreted. That they compile: `make k
 
 import contextlib
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import _gpu_schedule, _gpu_target, _gpu_tiles, _mosaic_rows, grouped_matmul
+from pallas_kernels import _gpu_schedule, _gpu_target, _gpu_tiles, expert_ffn, grouped_matmul
+from pallas_kernels.expert_ffn import gpu_epilogues
 
 KINDS = {"NVIDIA H100 80GB HBM3": 90, "NVIDIA A100-SXM4-80GB": 80, "NVIDIA L4": 89, "NVIDIA GB200": 100}
 ARGS = (
@@ -57,15 +58,32 @@ def test_none_takes_the_kernel_where_a_gpu_is_known(known):
     assert ("ragged_dot" in text) == (not known)
 
 
-def test_traces_inside_shard_map():
-    """With the check of what varies, which interpreted kernels don't pass."""
-    sharded = jax.shard_map(
-        lambda lhs, rhs, sizes: grouped_matmul(lhs, rhs, sizes[0]),
-        in_specs=(P("x"), P(), P("x")), out_specs=P("x"),
-    )  # fmt: skip
+def test_every_activation_has_a_kernel():
+    """The error function is one that the kernels' compilers don't know."""
+    rows, weights = jax.ShapeDtypeStruct((64, 32), jnp.bfloat16), jax.ShapeDtypeStruct((4, 32, 32), jnp.bfloat16)
+    with gpu():
+        call = functools.partial(expert_ffn, activation="gelu", implementation="pallas_gpu")
+        text = lowered(call, rows, None, weights, weights, ARGS[2])
+    assert text.count("xla.gpu.triton") == 2
+    z = np.linspace(-6, 6, 1001, dtype=np.float32)
+    assert np.abs(gpu_epilogues.erf(z) - np.vectorize(math.erf)(z)).max() < 6e-7
+
+
+@pytest.mark.parametrize("implementation", ["pallas_gpu", "mosaic_gpu"])
+@pytest.mark.parametrize("op", [grouped_matmul, expert_ffn])
+def test_traces_inside_shard_map(op, implementation):
+    """Value and gradients, with the check of what varies, which interpreted kernels don't pass."""
+    like = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
+    weights = [like(4, 128, 128)] * (1 if op is grouped_matmul else 3)
+    local = lambda rows, sizes, *weights: op(rows, *weights, sizes[0], implementation=implementation)
+    specs = (P("x"), P("x"), *(P() for _ in weights))
+    sharded = jax.shard_map(local, in_specs=specs, out_specs=P("x"))
+    loss = lambda *args: jnp.sum(sharded(*args).astype(jnp.float32))
+    step = jax.value_and_grad(loss, (0, *range(2, 2 + len(weights))))
     with gpu(axes=2):
-        jaxpr = jax.make_jaxpr(sharded)(*ARGS[:2], jax.ShapeDtypeStruct((2, 4), jnp.int32))
-    assert "matmul_rows" in str(jaxpr)
+        jaxpr = str(jax.make_jaxpr(step)(like(256, 128), like(2, 4, dtype=jnp.int32), *weights))
+    assert "matmul_rows" in jaxpr and "weight_gradient" in jaxpr
+    assert ("mosaic" in jaxpr) == (implementation == "mosaic_gpu")
 
 
 @pytest.mark.parametrize(
@@ -100,43 +118,6 @@ def test_every_row_has_one_tile(offset, held, sizes):
         seen[mine] += 1
         assert np.all(owner[mine] == (group if is_held else -1))
     assert np.all(seen == 1)
-
-
-@pytest.mark.parametrize(("offset", "held", "sizes"), [(0, 4, (9, 0, 130, 53)), (1, 2, (3, 200, 1, 0))])
-def test_every_row_has_one_tile_of_the_mosaic_kernel(offset, held, sizes):
-    """Whose tiles begin at multiples of 8 rows."""
-    M = 216
-    call = _mosaic_rows.Call(M, 128, 128, held, len(sizes), False, 2)
-    owner, seen = np.repeat([*range(-offset, len(sizes) - offset), -1], [*sizes, M - sum(sizes)]), np.zeros(M, int)
-    owner[(owner < 0) | (owner >= held)] = -1
-    table = jax.jit(functools.partial(_mosaic_rows.row_table, call))(jnp.array(sizes), jnp.int32(offset))
-    for group, row, first, end in np.stack(table, axis=1):
-        mine = slice(max(first, row), min(row + _mosaic_rows.ROWS, end))
-        seen[mine] += 1
-        assert row % 8 == 0 and np.all(owner[mine] == group)
-    assert np.all(seen == 1)
-
-
-@pytest.mark.slow  # every copy and barrier of three kernels is a callback
-@pytest.mark.skipif(not hasattr(plgpu, "InterpretGPUParams"), reason="interpreting Mosaic kernels needs jax 0.12")
-def test_mosaic_kernels_equal_reference():
-    """Forward and both gradients, of two of the groups; the rows of the others hold NaN."""
-    sizes, (M, K, N) = (9, 100, 27, 0), (136, 128, 128)
-    rng = np.random.default_rng(0)
-    lhs, dout, rhs = (rng.normal(size=s) for s in ((M, K), (M, N), (2, K, N)))
-    lhs[: sizes[0]], dout[sum(sizes[:3]) :] = np.nan, np.inf
-
-    def value_and_gradients(implementation, lhs, dout, rhs):
-        how = dict(group_offset=jnp.int32(1), implementation=implementation)
-        out, pullback = jax.vjp(lambda lhs, rhs: grouped_matmul(lhs, rhs, jnp.array(sizes), **how), lhs, rhs)
-        return out, *pullback(dout)
-
-    narrow = [jnp.asarray(a, jnp.bfloat16) for a in (lhs, dout, rhs)]
-    got = jax.jit(functools.partial(value_and_gradients, "mosaic_gpu"))(*narrow)
-    expected = value_and_gradients("reference", *(a.astype(jnp.float32) for a in narrow))
-    for a, b in zip(got, expected):
-        assert a.dtype == jnp.bfloat16 and np.isfinite(np.asarray(a, np.float32)).all()
-        assert np.abs(np.asarray(a, np.float32) - b).max() < 4e-3 * np.abs(b).max()
 
 
 def test_programs_side_by_side():

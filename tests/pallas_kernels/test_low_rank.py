@@ -72,6 +72,7 @@ def assert_close(got, expected, tolerance):
         (True, "grouped", "xla"),
         (True, "dense", "pallas_tpu"),
         (True, "grouped", "pallas_tpu"),
+        (True, "grouped", "pallas_gpu"),
     ],
 )
 def test_equals_the_definition(by_ids, form, implementation):

@@ -10,6 +10,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import combine_rows, gather_rows
+from pallas_kernels.permute import pallas_gpu
 
 T, K, D = 37, 3, 8
 
@@ -60,6 +61,19 @@ def test_combine_equals_indexing(rows, dropped):
     np.testing.assert_allclose(got, expected, atol=1e-5)
     for a, b in zip(pullback(d_TD), naive_pullback(d_TD), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize(("D", "gated"), [(8, True), (600, False)])
+def test_the_gpu_kernel_sums_alike(D, gated):
+    """Neither tokens nor columns fill their tiles; gates of dropped choices and rows of none hold NaN."""
+    choice_R, _, slot_TK = routes(T * K + 5, 20)
+    dropped = slot_TK == len(choice_R)
+    y_RD, gates_TK = draw(0, len(choice_R), D), draw(1, T, K) if gated else None
+    expected = naive_combine(y_RD, slot_TK, gates_TK if gated else np.ones((T, K), np.float32))
+    y_RD[choice_R == T * K] = np.nan
+    gates_TK = np.where(dropped, np.nan, gates_TK) if gated else None
+    got = pallas_gpu.sum_choices(*map(jnp.asarray, (y_RD, slot_TK)), gates_TK, interpret=True)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_rows_nobody_refers_to_reach_nothing():

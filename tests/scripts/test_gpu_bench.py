@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
@@ -58,7 +59,7 @@ def test_bars_of_compiled_kernels():
     [
         (["--gpu"], "needs an NVIDIA GPU, jax finds cpu"),
         (["--gpu-static"], "pip install jax-cuda13-plugin"),
-        (["--gpu", "--ops", "expert_rows"], "no expert_rows here; known: grouped_matmul, "),
+        (["--gpu", "--ops", "low_rank_matmul"], "no low_rank_matmul here; known: grouped_matmul, "),
     ],
 )
 def test_says_what_it_needs(command, message, monkeypatch):
@@ -186,3 +187,12 @@ def test_a_process_that_is_lost_is_begun_anew(tmp_path):
     assert "ILLEGAL_ADDRESS" in worker.ask("fault", 30)["raised"] and worker.process is None
     assert len({*pids, worker.ask("x", 30)["pid"]}) == 4
     worker.close()
+
+
+def test_ops_on_ids_are_checked(monkeypatch):
+    """On ids that are drawn, not all of one expert."""
+    monkeypatch.setitem(kernel_cases.SHAPES, "tiny", kernel_cases.Shape(24, 16, 8, 4, 2))
+    case = gpu_cases.Case("low_rank_grouped", "fwd", "tiny")
+    operands = gpu_cases.operands(case, "multinomial")
+    assert len(np.unique(operands[-1])) > 2
+    assert gpu_device.error(case, case.work().function(gpu_device.OURS)(*operands), operands) < gpu_device._TOLERANCE
