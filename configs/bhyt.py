@@ -2,7 +2,7 @@
 
 Command:  python scripts/train.py --config=configs/bhyt.py --workdir=runs/bhyt
 Cost:     as the quickstart, at most 5 minutes of training on 2 CPU cores
-Reaches:  not trained to the end yet; docs/zoo/bhyt.md has what the norms cost
+Reaches:  see docs/zoo/bhyt.md
 Presets:  "" (the above), "tiny" (20 steps of a very small model: seconds, for tests)
 
 Both statistics measured: --config.model.norm=bhyt_star; in the first of four layers only: `layers = "moe:exact 3*moe"`

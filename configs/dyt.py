@@ -2,7 +2,7 @@
 
 Command:  python scripts/train.py --config=configs/dyt.py --workdir=runs/dyt
 Cost:     as the quickstart, at most 5 minutes of training on 2 CPU cores
-Reaches:  not trained to the end yet; docs/zoo/bhyt.md has what the norms cost
+Reaches:  see docs/zoo/bhyt.md
 Presets:  "" (the above), "tiny" (20 steps of a very small model: seconds, for tests)
 
 Where alpha begins matters, and the wider the model the smaller: 1 here, `tanh_norm.alpha_mixer`, `alpha_ffn`,
