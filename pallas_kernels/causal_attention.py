@@ -227,7 +227,11 @@ def _sees(call: _Call, queries: _Rows, keys: _Rows) -> Array:
     if call.window is not None:
         sees_QL &= distance_QL < call.window
     if call.chunk is not None:
-        run = lambda rows: jax.lax.div(rows.positions, jnp.int32(call.chunk))
+
+        def run(rows: _Rows) -> Array:  # rounded down
+            whole = jax.lax.div(rows.positions, jnp.int32(call.chunk))
+            return whole - (whole * call.chunk > rows.positions)
+
         sees_QL &= run(queries)[:, None] == run(keys)[None, :]
     return sees_QL
 

@@ -7,8 +7,8 @@ Reaches:  see docs/zoo/duo_llm.md
 Presets:  "" (the above), "tiny" (20 steps of few rows, from the start: seconds, for tests)
 
 The share of big networks over all layers and tokens: `--config.train.objective.share=0.3`. Only the routers move;
-`--config.train.freeze="()"` trains all. `model.router.total_steps` is when the mixture
-is hardest; with other than 300 steps set it, too.
+`--config.train.freeze="()"` trains all. --init-from takes the settings of the model, so the router and what is not its
+default are given after it: `--config.model.router.total_steps=1000`, when the mixture is hardest, for so many steps.
 """
 
 from ml_collections import ConfigDict
@@ -22,7 +22,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 CHANGES = {
-    "model": {"router": {"name": "duo_llm", "total_steps": 300}},
+    "model": {"router": {"name": "duo_llm"}},
     "optim": {"name": "adamw", "learning_rate": 1e-2, "weight_decay": 0.0},
     "train": {"objective": {"name": "global_budget"}, "freeze": ("*", "!*.router.*")},
 }

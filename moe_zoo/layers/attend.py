@@ -48,8 +48,8 @@ def attend_causally(
     (FlashAttention, arXiv 2205.14135, section 3.1): what is kept does not grow with S^2.
 
     implementation: "xla" goes through the blocks; "pallas_gpu" is `pallas_kernels.causal_attention`, interpreted when
-    lowered for a CPU, where a query that may see nothing gives zeros. None takes the latter where this is traced for an
-    NVIDIA GPU, takes the operands, and is the only device.
+    lowered for a CPU, where a query that may see nothing gives zeros and hands on no gradient. None takes the latter
+    where this is traced for an NVIDIA GPU, takes the operands, and is the only device.
     Raises ValueError for another name, NotImplementedError if the kernel can't take the operands.
     """
     return _forward(q_BNSH, k_BMSH, v_BMSH, sinks_N, sight, window, scale, implementation)[0]

@@ -8,6 +8,7 @@ from moe_zoo.blocks.moe import MoE
 from moe_zoo.blocks.selective import SelectiveBlock, SelectiveShortcut
 from moe_zoo.blocks.shortcut import Shortcut
 from moe_zoo.core.context import PROVIDABLE
+from moe_zoo.core.param import flat
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.depth.attention import DEPTH
 from moe_zoo.layers.mlp import MLP
@@ -34,8 +35,11 @@ def shared_selectors(config: ModelConfig) -> dict[str, Shared]:
     kinds = (kind for segment in config.segments() for kind in segment.pattern)
     chosen = [config.variant(kind).depth for kind in kinds]
     made = (depth.cls.make_shared(depth.config, config.hidden_size) for depth in chosen)
-    found = next((module for module in made if module is not None), None)
-    return {} if found is None else {DEPTH: found}
+    found = [module for module in made if module is not None]
+    sizes = [[var.get_value().shape for var in flat(module).values()] for module in found]
+    if any(other != sizes[0] for other in sizes):
+        raise ConfigError(f"model.variants: selectors that share a router give it different sizes: {sizes}")
+    return {DEPTH: found[0]} if found else {}
 
 
 def make_block(config: ModelConfig, kind: str, whole: ModelConfig) -> Block:

@@ -150,8 +150,8 @@ class TrainConfig:
     """Exactly one of `steps` and `minutes` ends the run. With `minutes`, schedules follow the clock (from the first
     step after compiling), so such a run can be resumed but not repeated bit for bit. `accumulation`: micro-batches per
     step, each of data.batch_size / accumulation rows. `freeze`: patterns of parameter names that are not trained; the
-    last that matches decides, and one behind "!" is trained after all: ("*", "!*.router.*"). `guard`: which steps are
-    skipped, and how many may be.
+    last that matches decides, and one behind "!" is trained after all: ("*", "!*.router.*"). Buffers follow the
+    data all the same. `guard`: which steps are skipped, and how many may be.
     """
 
     steps: int | None = None

@@ -9,6 +9,7 @@ nothing, which a loss per layer would forbid. p_big is the probability of expert
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 from moe_zoo.core.aux import Stat
 from moe_zoo.core.registry import ConfigError
@@ -37,8 +38,13 @@ class GlobalBudget(NextToken):
     def extra(self, aux, ostate):
         shares = [terms["budget"] for terms in aux.terms().values() if "budget" in terms]
         if not shares:
-            raise ConfigError("train.objective: 'global_budget' needs a router with a budget, such as 'duo_llm'")
-        mean = sum(share.total.sum() for share in shares) / sum(share.weight.sum() for share in shares)
-        loss = self.config.weight * (mean - self.config.share) ** 2
+            raise ConfigError(
+                "train.objective: 'global_budget' needs a router with a budget, such as 'duo_llm'; "
+                "--init-from takes the router of the model, and --config.model.router.name=duo_llm another"
+            )
+        tokens = sum(share.weight.sum() for share in shares)
+        mean = sum(share.total.sum() for share in shares) / jnp.maximum(tokens, 1)
+        # of a micro-batch of padding nothing is asked
+        loss = jnp.where(tokens > 0, self.config.weight * (mean - self.config.share) ** 2, 0)
         said = {"budget_loss": Stat.average(loss), "budget_share": Stat.average(mean)}
         return loss, jax.tree.map(jax.lax.stop_gradient, said)

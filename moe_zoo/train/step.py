@@ -36,17 +36,18 @@ class Partition:
 
 def partition(model, freeze: tuple[str, ...] = ()) -> Partition:
     """Sorts the model's variables. `freeze`: patterns (`*.router.*`) over our paths, the last that matches decides, and
-    one behind "!" says what is trained after all; each must match something.
+    one behind "!" says what is trained after all; each must match something. Buffers, which no gradient moves, are not
+    frozen by it, and what the model itself keeps frozen is not trained.
     """
     groups = {"trainable": [], "frozen": [], "buffers": []}
     variables = P.flat(model)
     matching = lambda path: [p for p in freeze if fnmatch.fnmatch(path, p.removeprefix("!"))]
-    unused = set(freeze) - {pattern for path in variables for pattern in matching(path)}
+    free = [path for path, var in variables.items() if not isinstance(var, P.Frozen | P.Buffer)]
+    used = {p for path in variables for p in matching(path) if path in free or not p.startswith("!")}
     for pattern in freeze:
-        if pattern in unused:
-            raise ConfigError(
-                f"train.freeze: {pattern!r} matches no parameter; paths look like {next(iter(variables))!r}"
-            )
+        if pattern not in used:
+            what = "parameter that is not frozen anyway" if pattern.startswith("!") else "parameter"
+            raise ConfigError(f"train.freeze: {pattern!r} matches no {what}; paths look like {next(iter(variables))!r}")
     for path, var in variables.items():
         fixed = isinstance(var, P.Frozen) or not (matching(path) or ["!"])[-1].startswith("!")
         groups["buffers" if isinstance(var, P.Buffer) else "frozen" if fixed else "trainable"].append(path)

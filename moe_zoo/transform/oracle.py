@@ -37,6 +37,8 @@ def patterns(L: int, budget: int | None = None, *, at_most: bool = False, module
     """
     if budget is not None and not 0 <= budget <= L:
         raise ValueError(f"budget: {budget} big layers of {L}; expected 0 to {L}")
+    if modules not in (2, 3):
+        raise ValueError(f"modules: {modules}; expected 2, or 3 with a skip")
     found = np.array(list(itertools.product(range(modules), repeat=L)), np.int8)
     big = (found == 0).sum(1)
     if budget is not None:
@@ -52,7 +54,7 @@ def losses_along(
     routes: Int[np.ndarray, "..."],
 ) -> Float[np.ndarray, "P N S"]:
     """The loss of every target, in nats, along given routes: i8[P, L], a pattern for all tokens, or i8[P, N, S, L]."""
-    _check(loaded, routes)
+    _check(loaded, tokens_NS, targets_NS, routes)
     routes = np.asarray(routes, np.int8)
     wide = routes[:, None, None] if routes.ndim == 2 else routes
     wide = np.broadcast_to(wide, (len(routes), *tokens_NS.shape, routes.shape[-1]))
@@ -99,7 +101,7 @@ def search_greedily(
 
     Raises ConfigError for a model whose layers are not all attention and experts that a route can say of.
     """
-    _check(loaded, patterns_PL)
+    _check(loaded, tokens_NS, targets_NS, patterns_PL)
     P, fill = len(patterns_PL), -len(patterns_PL) % _ROOM
     filled = np.concatenate([patterns_PL, np.repeat(patterns_PL[:1], fill, 0)]).astype(np.int8)
     losses = _greedy(*nnx.split(loaded.model), tokens_NS, targets_NS, filled, np.int32(P))
@@ -171,7 +173,7 @@ def _steps(cache: dict) -> dict:
     return {name: value for name, value in cache.items() if name != "segments"}
 
 
-def _check(loaded: Loaded, routes) -> None:
+def _check(loaded: Loaded, tokens_NS, targets_NS, routes) -> None:
     config = loaded.config
     kinds = [kind for segment in config.segments() for kind in segment.pattern]
     if wrong := [kind for kind in kinds if kind.partition(":")[0] != "moe"]:
@@ -180,6 +182,15 @@ def _check(loaded: Loaded, routes) -> None:
         variant = config.variant(kind)
         if variant.mixer.name != "attention" or variant.depth.name != "none":
             raise ConfigError(f"oracle: needs attention and all tokens in every layer; {kind!r} is otherwise")
+    routes = np.asarray(routes)
+    if routes.ndim not in (2, 4) or not routes.size or routes.dtype.kind not in "iu" or routes.min() < 0:
+        raise ConfigError(
+            f"oracle: routes {list(routes.shape)} of {routes.dtype}; expected experts, i8[P, L] or i8[P, N, S, L]"
+        )
+    if np.shape(tokens_NS) != np.shape(targets_NS) or np.ndim(tokens_NS) != 2:
+        raise ConfigError(
+            f"oracle: tokens {list(np.shape(tokens_NS))} and targets {list(np.shape(targets_NS))}; expected [N, S] both"
+        )
     L, highest = config.num_layers, int(np.max(routes))
     if np.shape(routes)[-1] != L or highest >= config.num_experts:
         raise ConfigError(

@@ -277,6 +277,18 @@ def test_what_cannot_be_is_refused_by_name():
             tiny_config(**changes)
     with pytest.raises(ConfigError, match="attention_aware.*all of them"):
         Decoder(tiny_config(layers="1*moe:mod", router={"name": "attention_aware"}))
+    of_batch = {"name": "mod", "best_of": "batch"}
+    for changes, words in (
+        (dict(layers="1*dense", mixer="routed_attention"), "mixer 'routed_attention'"),
+        (
+            dict(layers="1*moe", router={"name": "expert_choice"}, dispatch="slots", losses={}),
+            "router.group 'sequence'",
+        ),
+        (dict(layers="1*moe", dispatch={"name": "capacity", "group": "sequence"}), "dispatch.group"),
+        (dict(layers="1*moe", losses={"load_balance": {"over": "sequence"}}), "losses.load_balance"),
+    ):
+        with pytest.raises(ConfigError, match=f"best_of='batch' shows block.*model.{words}"):
+            Decoder(tiny_config(depth=of_batch, **changes))
     block = first(decoder())
     with pytest.raises(ValueError, match="given"):
         block(normal(0, B, S, D), *looks(block, inputs={"given": None}))

@@ -280,6 +280,9 @@ def test_what_cannot_be_is_refused_by_name():
         tiny_config(depth={"name": "ftp", "sparsities": [1.5]})
     with pytest.raises(ConfigError, match="depth.share_router: expected router 'dynamic', got 'hidden'"):
         tiny_config(depth={"name": "ftp", "router": "hidden", "share_router": True})
+    hidden = lambda size: {"depth": {"name": "ftp", "share_router": True, "router_hidden": size}}
+    with pytest.raises(ConfigError, match="different sizes"):
+        Decoder(tiny_config(layers="1*(dense:a dense:b)", variants={"a": hidden(8), "b": hidden(16)}))
     with pytest.raises(ConfigError, match="'ftp' looks at plain attention"):
         Decoder(tiny_config(depth={"name": "ftp"}, mixer={"name": "mamba2"}))
     with pytest.raises(ConfigError, match="see all tokens of a sequence or none"):

@@ -21,6 +21,7 @@ def a_sight(chunk=None) -> Sight:
     segments[0, 20:], segments[1, 50:] = 2, 0
     positions = np.tile(np.arange(S, dtype=np.int32), (B, 1))
     positions[0, 20:] -= 20
+    positions[1] -= 30
     places = jnp.asarray(positions)
     return Sight(places, places, jnp.asarray(segments), jnp.asarray(segments > 0), chunk=chunk)
 

@@ -214,6 +214,11 @@ def test_what_no_route_can_say_is_refused():
         other = Loaded(None, model_config(**change), None)
         with pytest.raises(ConfigError, match=word):
             search_greedily(other, TOKENS, TARGETS, patterns(L))
+    for routes, word in ((-patterns(L), "expected experts"), (patterns(L) * 1.0, "float64"), (patterns(L)[:0], "0, 3")):
+        with pytest.raises(ConfigError, match=word):
+            losses_along(duo(), TOKENS, TARGETS, routes)
+    with pytest.raises(ConfigError, match="both"):
+        losses_along(duo(), TOKENS, TARGETS[:, 1:], patterns(L))
 
 
 # --------------------------------------------------------------------------------------------------- router and budget
@@ -270,5 +275,7 @@ def test_the_budget_is_of_all_layers_together():
     # one layer takes all and another nothing: together they keep to the budget
     uneven = Aux(terms={"budget": Stat.mean(jnp.array([T, 0.0]), jnp.array([T, T]))})
     assert float(objective.extra(ModelAux({}, {"a": (jnp.arange(2), uneven)}), {})[0]) == 0
+    padding = Aux(terms={"budget": Stat.mean(jnp.zeros(2), jnp.zeros(2))})
+    assert float(objective.extra(ModelAux({}, {"a": (jnp.arange(2), padding)}), {})[0]) == 0
     with pytest.raises(ConfigError, match="'duo_llm'"):
         objective.extra(ModelAux({}, {}), {})

@@ -130,6 +130,8 @@ def test_of_freeze_patterns_the_last_that_matches_decides():
     model = Decoder(load_config(TINY).model)
     only = partition(model, ("*", "!*.router.*"))
     assert only.trainable == ("segments.0.blocks.0.ffn.router.kernel",) and "embed.table" in only.frozen
+    with pytest.raises(ValueError, match="not frozen anyway"):
+        partition(Decoder(load_config(TINY, [("model.adapters.name", "lora")]).model), ("!embed.table",))
     assert partition(model, ("!*.router.*", "*.ffn.*")).trainable == partition(model, ("*.ffn.*",)).trainable
 
 
