@@ -215,7 +215,7 @@ def test_cluttered_digits_are_digits_on_photographs_and_follow_from_the_seed(dig
         (("model.name", "biforme"), "did you mean 'biformer'"),
         (("data.source.name", "digit"), "did you mean 'digits'"),
         (("data.source.copies", "2"), "unknown key"),
-        (("model.num_heads", "[3,2]"), r"hidden_sizes\[0\]: 8"),
+        (("model.hidden_sizes", "[1,2]"), "hidden_sizes.*the first one even"),
     ],
     ids=lambda x: x[0] if isinstance(x, tuple) else "",
 )
