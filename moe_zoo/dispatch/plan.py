@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 import pallas_kernels as ops
 from moe_zoo.core.aux import Stat
+from pallas_kernels.quantized import Weights
 
 
 @jax.tree_util.register_dataclass
@@ -49,6 +50,14 @@ class RowPlan:
     def row_gates(self) -> Float[Array, "R"]:
         """The gate of every row, 0 for empty rows."""
         return ops.gather_rows(self.gates.reshape(-1, 1), self.choice, self.slot.reshape(-1, 1))[:, 0]
+
+    def ffn(
+        self, x_TD: Float[Array, "T D"], *weights: Weights | None, activation: str, group_offset: int | None = None
+    ) -> Float[Array, "T D"]:
+        """The network of `weights` (gate or None, up, down) on each token's ragged rows, in one op (`routed_ffn`)."""
+        moved = self.group_sizes, self.choice, self.slot, self.gates
+        how = dict(gate_on=self.gate_on, activation=activation, group_offset=group_offset)
+        return ops.routed_ffn(x_TD, *weights, *moved, **how)
 
     def run(self, x_TD: Float[Array, "T D"], bank) -> Float[Array, "T D"]:
         """gather, compute, combine: by the bank in one op if the rows are ragged."""

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-import pallas_kernels as ops
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import positive
 from moe_zoo.layers.mlp import MLP, Activation, FeedForwardConfig
@@ -55,16 +54,8 @@ class BigSmall(nnx.Module):
 
     def routed(self, x_TD: Float[Array, "T D"], plan) -> Float[Array, "T D"]:
         """Sums each token's networks by a ragged RowPlan; a network computes the rows of its group and no others."""
-        one = lambda expert, mlp: ops.routed_ffn(
-            x_TD,
-            *self._stacked(mlp, x_TD.dtype),
-            plan.group_sizes,
-            plan.choice,
-            plan.slot,
-            plan.gates,
-            gate_on=plan.gate_on,
-            activation=self.config.activation,
-            group_offset=expert,
+        one = lambda expert, mlp: plan.ffn(
+            x_TD, *self._stacked(mlp, x_TD.dtype), activation=self.config.activation, group_offset=expert
         )
         return one(BIG, self.big) + one(SMALL, self.small)
 

@@ -76,16 +76,7 @@ class FeedForward(nnx.Module):
         """Sums each token's experts by a ragged RowPlan; tokens without a row come out zero."""
         if not self._fused:
             return plan.combine(self._general_rows(plan.gather(x_TD), plan.group_sizes))
-        return ops.routed_ffn(
-            x_TD,
-            *self.weights(x_TD.dtype),
-            plan.group_sizes,
-            plan.choice,
-            plan.slot,
-            plan.gates,
-            gate_on=plan.gate_on,
-            activation=self.config.activation,
-        )
+        return plan.ffn(x_TD, *self.weights(x_TD.dtype), activation=self.config.activation)
 
     def batched(self, x_ECD: Float[Array, "E C D"]) -> Float[Array, "E C D"]:
         """The same number of rows for every expert."""

@@ -87,10 +87,6 @@ class BiFormerConfig(ImagesConfig):
         return sum(self.depths)
 
     @property
-    def tokens_per_example(self) -> int:
-        return self.views[0].height * self.views[0].width
-
-    @property
     def summary(self) -> str:
         sides = ", ".join(str(view.height) for view in self.views)
         return f"bi-level routing to {list(self.topk)} regions, {list(self.depths)} blocks on grids of sides {sides}"

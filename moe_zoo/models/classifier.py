@@ -19,6 +19,7 @@ from moe_zoo.core.context import RoutingContext
 from moe_zoo.core.param import Constant, fan_in, param
 from moe_zoo.core.registry import ConfigError
 from moe_zoo.core.schema import positive
+from moe_zoo.layers.grid import GridView
 from moe_zoo.layers.norm import LayerNorm
 from moe_zoo.models.decoder import _UNROLL, ModelAux
 
@@ -69,6 +70,15 @@ class ImagesConfig(ClassifierConfig):
     def validate(self, path: str) -> None:
         super().validate(path)
         positive(self, path, "image_size", "channels")
+
+    @property
+    def views(self) -> list[GridView]:
+        """The grids of tokens that it looks at, the finest first."""
+        raise NotImplementedError
+
+    @property
+    def tokens_per_example(self) -> int:
+        return self.views[0].height * self.views[0].width
 
     def check_examples(self, data) -> None:
         wanted = (self.image_size, self.image_size, self.channels)

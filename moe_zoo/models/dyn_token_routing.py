@@ -79,10 +79,6 @@ class DynTokenRoutingConfig(ImagesConfig):
         return len(self.hidden_sizes) * self.stages
 
     @property
-    def tokens_per_example(self) -> int:
-        return self.views[0].height * self.views[0].width
-
-    @property
     def summary(self) -> str:
         sides = ", ".join(str(view.height) for view in self.views)
         return f"gates {self.gate.kind}, {self.stages} stages of rows of sides {sides}"
